@@ -1,0 +1,1 @@
+"""One file per command; `python -m gpt2repro NAME` imports the one it needs."""
