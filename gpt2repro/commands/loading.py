@@ -1,0 +1,67 @@
+"""Loads a model and its tokenizer for inference; what `generate`, `demo`, `perplexity`, `push` and HellaSwag share.
+
+It is the one place that decides which code a name may run: directories and Hub repos of type `gpt2repro` and `gpt2` are
+always loaded with this checkout's own class, everything else with transformers' classes. Code that comes with a Hub
+repo is executed only when the person who starts the program says so.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gpt2repro.checkpoint import resolve_model
+from gpt2repro.options import InputError
+
+OUR_LAYOUT = ("gpt2repro", "gpt2")  # model types that GPT2ReproForCausalLM loads as they are
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or the best one here: CUDA, then MPS, then the CPU. Raises InputError for one that is absent."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} is not usable here; try cpu ({str(error).splitlines()[0]})") from None
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where it is fast (CUDA), fp32 elsewhere: on a CPU without bf16 units half precision is ten times slower."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_model(name: str, *, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False):
+    """A causal language model in eval mode on `device`, and its tokenizer.
+
+    `name` is a run, a checkpoint directory or a Hub id; `dtype=None` keeps the stored precision.
+
+    Raises: InputError, in one sentence, for what does not exist, cannot be reached, is damaged, is not a causal language
+    model, or would need remote code that was not allowed.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, PretrainedConfig
+    from transformers.utils import logging
+
+    from gpt2repro.tokenization import load_tokenizer
+
+    source = str(resolve_model(name))
+    logging.disable_progress_bar()  # a second of weights needs no bar
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(source)
+        model_type = settings.get("model_type")
+        if model_type in OUR_LAYOUT:
+            from modeling_gpt2repro import GPT2ReproForCausalLM
+
+            model = GPT2ReproForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+            )
+    except SafetensorError as error:
+        raise InputError(f"the weights of {name} are damaged ({error}); copy or download them again") from None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
+        raise InputError(f"cannot load a causal language model from {name}: {reason}") from None
+    return model.to(device).eval(), load_tokenizer(source)
