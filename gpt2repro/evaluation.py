@@ -1,0 +1,185 @@
+"""Numbers about a trained model on plain text: validation loss, perplexity, bits per byte, last-word accuracy.
+
+Owns how token losses are summed, over windows and over processes. Knows no checkpoint, no run and no file format: models,
+tokenizers and token splits come in as arguments. The same numbers as `evaluate` modules are in `gpt2repro.metrics`.
+
+**The validation set behind "3.28 on FineWeb".** llm.c, build-nanogpt and modded-nanogpt all score the first 10,485,760
+predictions (20 batches of 8 processes x 64 sequences x 1024 tokens) of the first shard:
+
+* documents of `HuggingFaceFW/fineweb`, subset `sample-10BT`, in the dataset's own order, unshuffled;
+* GPT-2 tokens with one `<|endoftext|>` between documents; the first 100,000,000 tokens are the validation shard
+  (`fineweb_val_000000.bin`, the only one) and everything after it is training data;
+* windows of 1024 tokens, back to back from the first token on, no overlap, documents not separated; mean over tokens.
+
+`validation_loss(..., seq_len=1024, tokens=FINEWEB_VALIDATION_TOKENS)` is that number when the shard is that shard: llm.c's
+files are read in place. Shards written by `prepare_fineweb.py` put `<|endoftext|>` behind each document and llm.c in front
+of it, so there the same windows start one token later: one prediction in 10,485,760 is another one and the others see a context
+that is shifted by one. And the dataset on the Hub may change: compare only across files with the same sha256. The FineWeb-Edu figure of
+build-nanogpt (3.2924 for OpenAI's 124M) is defined likewise on `HuggingFaceFW/fineweb-edu`.
+Source: llm.c dev/data/fineweb.py and train_gpt2.cu (val_max_steps), modded-nanogpt train_gpt.py (val_tokens).
+"""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+FINEWEB_VALIDATION_TOKENS = 10_485_760  # 20 batches x 8 processes x 64 sequences x 1024 tokens
+IGNORED = -100  # a target that counts for nothing: cross_entropy's default ignore_index
+
+Forward = Callable[..., object]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+@contextlib.contextmanager
+def inference(model: torch.nn.Module) -> Iterator[Forward]:
+    """Put `model` in evaluation mode and yield the function to call, which is neither compiled nor recorded for gradients.
+
+    Evaluation has other shapes than training, so a compiled model would recompile again and again: `model.forward` is
+    what an in-place `model.compile()` leaves as it was, and blocks that were compiled one by one run eagerly here. Under FSDP the hooks
+    that gather the parameters belong to the call, so there the module itself is called; on every process equally often.
+    """
+    unwrapped = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    unwrapped = getattr(unwrapped, "_orig_mod", unwrapped)  # torch.compile(model) instead of model.compile()
+    gathers_parameters = is_fsdp(unwrapped)
+    was_training = unwrapped.training
+    unwrapped.eval()
+    try:
+        # inference tensors must not get into FSDP's buffers, which training goes on using
+        gradients_off = torch.no_grad() if gathers_parameters else torch.inference_mode()
+        with gradients_off, torch.compiler.set_stance("force_eager"):
+            yield unwrapped if gathers_parameters else unwrapped.forward
+    finally:
+        unwrapped.train(was_training)
+
+
+def is_fsdp(model: torch.nn.Module) -> bool:
+    """Whether parameters are spread over processes, so that every process must take part in every forward pass."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+
+
+def sum_over_ranks(
+    values: torch.Tensor, *, device: torch.device | str, world: int, reduce: Reduce | None = None
+) -> torch.Tensor:
+    """Sum float64 `values` over ranks with `reduce`, or else with an all-reduce of the default group that every rank must join."""
+    if reduce is None and world == 1:
+        return values
+    values = values.to(device, torch.float32 if torch.device(device).type == "mps" else torch.float64)
+    if reduce is not None:
+        values = reduce(values)
+    else:
+        torch.distributed.all_reduce(values)
+    return values.cpu().double()
+
+
+def loss_sum(forward: Forward, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Total nats of `targets` (B, T), already shifted, -100 counts for nothing. Returns a scalar.
+
+    Models that take `shift_labels` compute it themselves, without handing out (B, T, V) logits, so an evaluation batch
+    needs no more memory than a training batch.
+    """
+    owner = getattr(forward, "__self__", forward)  # the module behind a bound method, or the module itself
+    if "shift_labels" in inspect.signature(type(owner).forward).parameters:
+        counted = (targets != IGNORED).sum()
+        mean = forward(input_ids=inputs, shift_labels=targets, use_cache=False, output_logits=False).loss
+        return torch.where(counted > 0, mean * counted, 0.0)  # the mean of nothing is NaN
+    logits = forward(input_ids=inputs, use_cache=False).logits  # (B, T, V)
+    return -target_log_probs(logits, targets).sum()
+
+
+def target_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p(target) for logits (..., V) and targets (...): fp32 at least, 0 where the target is ignored."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return -losses.view_as(targets)
+
+
+def token_byte_lengths(tokenizer) -> torch.Tensor:
+    """UTF-8 bytes of each id, (vocab_size,) int64; 0 for special tokens, which stand for no text."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    special = set(tokenizer.all_special_ids)
+    byte_level_alphabet = set(ByteLevel.alphabet())  # one printable character per byte
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    is_byte_level = "Ġ" in tokenizer.get_vocab() or "Ċ" in tokenizer.get_vocab()
+    lengths = torch.zeros(len(pieces), dtype=torch.int64)
+    for token_id, piece in enumerate(pieces):
+        if piece is None or token_id in special:
+            continue
+        if is_byte_level and byte_level_alphabet.issuperset(piece):
+            lengths[token_id] = len(piece)
+        else:
+            lengths[token_id] = len(piece.encode("utf-8", errors="surrogatepass"))
+    return lengths
+
+
+def loss_metrics(total_nats: float, predicted_tokens: int, predicted_bytes: float | None) -> dict:
+    """The three spellings of one number: nats per token, its exponential, and bits per UTF-8 byte of the same text.
+
+    The nats of `<|endoftext|>` count and its zero bytes don't: a reader of the bits must also learn where documents end.
+    """
+    loss = total_nats / predicted_tokens
+    bits_per_byte = total_nats / math.log(2) / predicted_bytes if predicted_bytes else None
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp(710) is beyond a double
+    return {"val_loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
+
+
+def validation_loss(
+    model: torch.nn.Module,
+    split,
+    *,
+    seq_len: int,
+    batch_size: int,
+    tokens: int | None = None,
+    device: torch.device | str = "cpu",
+    autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    rank: int = 0,
+    world: int = 1,
+    reduce: Reduce | None = None,
+    token_bytes: torch.Tensor | None = None,
+) -> dict:
+    """Mean loss over the first `tokens` predictions of `split` (all of them if None), windows of `seq_len` back to back.
+
+    split: anything with `.tokens`, `.bytes` and `.read(start, count)`. Each rank scores its own windows; the sums meet in
+    one all-reduce (`reduce(tensor) -> tensor`, default torch's) that every rank joins, and every rank makes the same number of
+    forward passes. token_bytes: see `token_byte_lengths`; without it the bytes are the split's average per token.
+
+    Returns {"val_loss", "perplexity", "bits_per_byte" (None if the split knows no bytes), "val_tokens"}.
+    """
+    predicted = split.tokens - 1 if tokens is None else min(tokens, split.tokens - 1)
+    if predicted < 1:
+        raise ValueError(f"the validation split has {split.tokens} tokens and needs at least 2; prepare more validation text")
+    windows = math.ceil(predicted / seq_len)  # the last one may be shorter
+    passes = math.ceil(windows / (batch_size * world))
+    nats, scored_bytes = [], 0
+    with inference(model) as forward:
+        for step in range(passes):
+            first = (step * world + rank) * batch_size
+            x = np.zeros((batch_size, seq_len), dtype=np.int64)
+            y = np.full((batch_size, seq_len), IGNORED, dtype=np.int64)
+            for row in range(batch_size):
+                start = (first + row) * seq_len
+                count = min(seq_len, predicted - start)
+                if count <= 0:
+                    break  # past the end: the row stays ignored, the pass still happens
+                window = np.asarray(split.read(start, count + 1)).astype(np.int64)
+                x[row, :count], y[row, :count] = window[:-1], window[1:]
+            inputs, targets = torch.from_numpy(x), torch.from_numpy(y)
+            if token_bytes is not None:
+                scored_bytes += token_bytes[targets[targets != IGNORED]].sum().item()
+            with autocast():
+                nats.append(loss_sum(forward, inputs.to(device), targets.to(device)))
+    totals = torch.tensor([sum(torch.stack(nats).tolist()), scored_bytes], dtype=torch.float64)
+    total_nats, total_bytes = sum_over_ranks(totals, device=device, world=world, reduce=reduce).tolist()
+    if token_bytes is None:
+        total_bytes = split.bytes * predicted / split.tokens if split.bytes else None
+    return {**loss_metrics(total_nats, predicted, total_bytes), "val_tokens": predicted}
