@@ -1,0 +1,236 @@
+"""(data, seed, position) -> the global batch, from token shards; and the door to every kind of training data.
+
+    position p ── epoch p // N, index p % N ──> Permutation keyed by (seed, epoch) ──> window w
+    window w   ── tokens [wT, wT + T] of all shards as one stream ──> inputs (T), targets (the same, shifted by one)
+    batch      ── `sequences` positions in a row; rank r of W keeps rows [r n, (r + 1) n), n = sequences / W
+
+Nothing is remembered between batches: the state is one position and the ranges skipped on purpose, so a run may
+continue with other processes, micro-batches or workers and still sees the same global batches. Each window comes
+exactly once per epoch; a batch may hold the end of one epoch and the start of the next; only the last
+(tokens - 1) mod T tokens of a corpus are never used.
+
+Legend: T seq_len, N windows per epoch = (tokens - 1) // T, W world. Knows no model, no optimizer, no Accelerator.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpt2repro.options import InputError
+from gpt2repro.ordering import Permutation, derive_seed, next_positions, skip_ahead
+
+__all__ = ["Permutation", "Prefetch", "ShardSource", "open_source", "prefetch", "skip_ahead"]
+
+SHARD_ORDER_VERSION = 1  # raise it when the same (data, seed, position) would give another window
+
+
+class ShardSource:
+    """Batches from the shards of one split; see the module's drawing.
+
+    `split` has .tokens, .vocab_size, .sha256 and .read(start, count). `vocab_size` is the model's where that is
+    known, otherwise the split's own. `validation` is handed through for the training loop.
+    """
+
+    def __init__(self, split, *, seq_len: int, seed: int, vocab_size: int | None = None, validation=None):
+        self.windows = (split.tokens - 1) // seq_len
+        if self.windows < 1:
+            raise InputError(
+                f"the data has {split.tokens} tokens, fewer than one window of seq_len + 1 = {seq_len + 1}; "
+                "prepare more text or lower --seq_len"
+            )
+        self.split, self.seq_len, self.seed = split, seq_len, seed
+        self.vocab_size = vocab_size if vocab_size is not None else split.vocab_size
+        if split.vocab_size is not None and split.vocab_size > self.vocab_size:
+            raise InputError(
+                f"the data was tokenised with a vocabulary of {split.vocab_size}, but the model has "
+                f"vocab_size={vocab_size}; set --vocab_size {split.vocab_size} or prepare the data with the model's tokenizer"
+            )
+        self.validation = validation
+        self.tokens_per_epoch = self.windows * seq_len
+        self._permutations: dict[int, Permutation] = {}
+
+    def identity(self) -> dict:
+        """What must be the same on resume, because another value would mean another order of windows."""
+        return {
+            "kind": "shards",
+            "order": SHARD_ORDER_VERSION,
+            "sha256": self.split.sha256,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+        }
+
+    def initial_state(self) -> dict:
+        return {"position": 0, "skipped": []}
+
+    def windows_at(self, positions: np.ndarray) -> np.ndarray:
+        """Positions -> windows, both int64 of any shape. A batch touches one epoch, or two at their border."""
+        epochs, indices = np.divmod(positions, self.windows)
+        windows = np.empty_like(indices)
+        present = np.unique(epochs).tolist()
+        for epoch in present:
+            if epoch not in self._permutations:
+                self._permutations = {old: p for old, p in self._permutations.items() if old in present}
+                self._permutations[epoch] = Permutation(self.windows, derive_seed(self.seed, epoch))
+            here = epochs == epoch
+            windows[here] = self._permutations[epoch](indices[here])
+        return windows
+
+    def batches(
+        self, state: dict, *, rank: int, world: int, sequences: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
+        """Endless (x, y, state_after): this rank's rows of each global batch, int64 (sequences / world, T) each.
+
+        Raises InputError as `check_batch` does, and where a token is not in the vocabulary.
+        """
+        self.check_batch(sequences, world)
+        return self._batches(state, rank, sequences // world, sequences)
+
+    def check_batch(self, sequences: int, world: int = 1) -> None:
+        """Raises InputError where `sequences` does not divide among the ranks or an epoch is shorter than one batch."""
+        if sequences % world:
+            raise InputError(f"a batch of {sequences} sequences does not divide among {world} processes")
+        if self.windows < sequences:
+            raise InputError(
+                f"the data has {self.windows} windows of {self.seq_len} tokens, fewer than one batch of {sequences} "
+                f"sequences; prepare more text, or lower --batch_tokens to at most {self.windows * self.seq_len}"
+            )
+
+    def _batches(self, state: dict, rank: int, rows: int, sequences: int):
+        position, skipped = state["position"], state["skipped"]
+        while True:
+            positions = next_positions(position, skipped, sequences)
+            tokens = self._read(self.windows_at(positions[rank * rows : (rank + 1) * rows]))
+            position = int(positions[-1]) + 1
+            state_after = {"position": position, "skipped": skipped}
+            yield torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy()), state_after
+
+    def _read(self, windows: np.ndarray) -> np.ndarray:
+        """The tokens of these windows with the target of the last one, (rows, T + 1) int64."""
+        tokens = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
+        for row, window in zip(tokens, windows.tolist(), strict=True):
+            row[:] = self.split.read(window * self.seq_len, self.seq_len + 1)
+        if int(tokens.max()) >= self.vocab_size:
+            row, column = map(int, np.argwhere(tokens >= self.vocab_size)[0])
+            raise InputError(
+                f"token {tokens[row, column]} at position {int(windows[row]) * self.seq_len + column} of the data is "
+                f"not in the vocabulary of {self.vocab_size}; prepare the data again or set --vocab_size"
+            )
+        return tokens
+
+
+class Prefetch:
+    """Runs an iterator `depth` items ahead in a thread; its exceptions are raised here, in their turn.
+
+    Each item carries its own state_after, so the state that a loop saves is that of the last item it has consumed,
+    whatever is waiting in the queue. `pin_memory` moves tensors of an item to page-locked memory, for copies that
+    do not wait.
+    """
+
+    def __init__(self, iterator: Iterator, depth: int, *, pin_memory: bool = False):
+        self._iterator, self._pin_memory = iterator, pin_memory
+        self._queue: queue.Queue = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for item in self._iterator:
+                if self._pin_memory:
+                    item = tuple(part.pin_memory() if isinstance(part, torch.Tensor) else part for part in item)
+                if not self._put((item, None)):
+                    return
+            self._put((None, StopIteration()))
+        except BaseException as error:  # whatever ends the thread must reach the loop, or it would wait for ever
+            self._put((None, error))
+        finally:
+            if hasattr(self._iterator, "close"):
+                self._iterator.close()
+
+    def _put(self, entry) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._stopped.is_set():
+            raise StopIteration
+        item, error = self._queue.get()
+        if error is not None:
+            self.close()
+            raise error
+        return item
+
+    def close(self) -> None:
+        """Ends the thread and closes the iterator; safe to call twice."""
+        self._stopped.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
+
+
+def prefetch(iterator: Iterator, depth: int, *, pin_memory: bool = False) -> Prefetch:
+    """The same items in the same order, made ahead of time in a thread; see Prefetch."""
+    return Prefetch(iterator, depth, pin_memory=pin_memory)
+
+
+def download_shards(repository: str) -> Path:
+    """A dataset repository of shards, `user/name[@revision]`, as a local directory whose every checksum was compared.
+
+    Downloads once into Hugging Face's cache; a second call, or another process, finds the files there.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from gpt2repro.shards import verify_dataset
+
+    name, _, revision = repository.partition("@")
+    try:
+        directory = Path(snapshot_download(name, repo_type="dataset", revision=revision or None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"cannot get the dataset {repository} from the Hub: {str(error).splitlines()[0]}") from error
+    verified = directory / ".checksums-compared"
+    if not verified.exists():
+        verify_dataset(directory)
+        verified.touch()
+    return directory
+
+
+def is_hub_id(data: str) -> bool:
+    """True for `user/name` where no directory `user` exists here: a mistyped path is not looked for on the Hub."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", data) is not None and not Path(data.split("/")[0]).exists()
+
+
+def open_source(data: str, *, seq_len: int, seed: int, sequences: int, vocab_size: int | None = None):
+    """The training data that `--data` names: a directory of shards, hf://user/name[@revision] or stream:….
+
+    Raises InputError where the data is missing, damaged, of another vocabulary, or shorter than one batch.
+    """
+    from gpt2repro.shards import open_split
+
+    if data.startswith("hf://") or is_hub_id(data):
+        directory = download_shards(data.removeprefix("hf://"))
+    else:
+        directory = Path(data)
+    source = ShardSource(
+        open_split(directory, "train"),
+        seq_len=seq_len,
+        seed=seed,
+        vocab_size=vocab_size,
+        validation=open_split(directory, "val"),
+    )
+    source.check_batch(sequences)
+    return source

@@ -1,0 +1,236 @@
+"""The order of shard windows: a permutation that is a permutation, and batches that depend on the position alone."""
+
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2repro.data import Permutation, ShardSource, prefetch, skip_ahead
+from gpt2repro.options import InputError
+from gpt2repro.ordering import mix64, next_positions
+
+
+@dataclass
+class ArraySplit:
+    """The smallest thing that looks like a split of shards."""
+
+    array: np.ndarray
+    vocab_size: int | None = 1 << 20
+    sha256: str = "0" * 64
+
+    @property
+    def tokens(self):
+        return len(self.array)
+
+    def read(self, start, count):
+        return self.array[start : start + count]
+
+
+class TrillionTokens:
+    tokens, vocab_size, sha256 = 10**12, 50257, ""
+
+
+def counting_source(tokens, seq_len=4, seed=7, **options):
+    return ShardSource(ArraySplit(np.arange(tokens)), seq_len=seq_len, seed=seed, **options)
+
+
+def take(source, count, state=None, rank=0, world=1, sequences=4):
+    batches = source.batches(state or source.initial_state(), rank=rank, world=world, sequences=sequences)
+    return [next(batches) for _ in range(count)]
+
+
+def first_tokens(batches):
+    return torch.cat([x[:, 0] for x, _, _ in batches]).tolist()
+
+
+# -- the permutation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000, 4096, 99_991])
+def test_permutation_reaches_every_index_once(n):
+    assert sorted(Permutation(n, seed=5)(np.arange(n)).tolist()) == list(range(n))
+
+
+def test_permutation_of_2_to_the_40_stays_in_range_without_collisions():
+    n = (1 << 40) - 87
+    indices = np.concatenate([np.arange(50_000), np.arange(n - 50_000, n)])
+    images = Permutation(n, seed=1)(indices)
+    assert images.min() >= 0 and images.max() < n and len(np.unique(images)) == len(indices)
+
+
+def test_permutation_of_an_int_is_that_of_an_array():
+    permutation = Permutation(1000, seed=3)
+    assert [permutation(i) for i in range(1000)] == permutation(np.arange(1000)).tolist()
+
+
+def test_permutation_rejects_an_index_outside_its_range():
+    with pytest.raises(IndexError):
+        Permutation(10, seed=0)(10)
+
+
+def test_permutation_is_the_same_today_as_when_it_was_written():
+    """A changed order would silently change every resumed run: raise SHARD_ORDER_VERSION with these numbers."""
+    assert Permutation(1_000_000_007, seed=1337)(np.arange(4)).tolist() == [739995352, 734656088, 698735293, 861393898]
+
+
+def test_permutation_places_every_element_uniformly():
+    """Over 4000 seeds, each of 12 elements lands on each of 12 places equally often (chi-squared, 121 degrees)."""
+    counts = np.zeros((12, 12))
+    for seed in range(4000):
+        counts[np.arange(12), Permutation(12, seed)(np.arange(12))] += 1
+    expected = 4000 / 12
+    assert ((counts - expected) ** 2 / expected).sum() < 182  # the 99.97 % quantile of that distribution
+
+
+def test_neighbours_are_not_neighbours_after_the_permutation():
+    images = Permutation(1 << 20, seed=0)(np.arange(20_000)).astype(float)
+    assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 0.03
+
+
+def test_mix64_of_ints_and_arrays_agree():
+    values = [0, 1, 2**63, 2**64 - 1, 123456789]
+    assert [mix64(v) for v in values] == mix64(np.array(values, dtype=np.uint64)).tolist()
+
+
+# -- positions ---------------------------------------------------------------------------------------------------------
+
+
+def test_next_positions_leaves_out_exactly_the_skipped_ranges():
+    skipped = [[2, 5], [9, 10], [12, 20]]
+    for position in range(22):
+        expected = [p for p in range(position, 60) if not any(a <= p < b for a, b in skipped)][:11]
+        assert next_positions(position, skipped, 11).tolist() == expected
+
+
+def test_skip_ahead_keeps_ranges_sorted_and_merged():
+    state = {"position": 0, "skipped": []}
+    for start, stop in [(8, 12), (0, 4), (4, 6), (10, 20)]:
+        state = skip_ahead(state, start, stop)
+    assert state == {"position": 0, "skipped": [[0, 6], [8, 20]]}
+    with pytest.raises(ValueError):
+        skip_ahead(state, 5, 5)
+
+
+def test_skipped_windows_are_never_trained_on_and_all_others_are():
+    source = counting_source(4 * 40 + 1)
+    plain = first_tokens(take(source, 10))
+    state = skip_ahead(source.initial_state(), 6, 19)  # borders of no batch
+    assert first_tokens(take(source, 6, state)) == (plain[:6] + plain[19:])[:24]
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [41, 44, 45])
+def test_every_window_comes_exactly_once_per_epoch(tokens):
+    source = counting_source(tokens)
+    windows = (tokens - 1) // 4
+    positions = np.arange(3 * windows)
+    epochs = source.windows_at(positions).reshape(3, windows)
+    assert all(sorted(epoch.tolist()) == list(range(windows)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
+    assert source.tokens_per_epoch == 4 * windows
+
+
+def test_targets_are_the_next_token_of_the_whole_stream():
+    for x, y, _ in take(counting_source(4 * 50 + 1), 30):
+        assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (4, 4)
+        assert torch.equal(y, x + 1) and (x[:, 0] % 4 == 0).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_global_batch_is_the_same_for_every_world_size(world):
+    source = counting_source(4 * 37 + 1)
+    expected = take(source, 12, sequences=8)
+    ranks = [take(counting_source(4 * 37 + 1), 12, rank=r, world=world, sequences=8) for r in range(world)]
+    for step, (x, y, state) in enumerate(expected):
+        assert torch.equal(torch.cat([rank[step][0] for rank in ranks]), x)
+        assert torch.equal(torch.cat([rank[step][1] for rank in ranks]), y)
+        assert all(rank[step][2] == state for rank in ranks)
+
+
+def test_batches_continue_from_any_saved_state_at_another_world_size():
+    source = counting_source(4 * 37 + 1)
+    plain = take(source, 20)
+    state = plain[8][2]
+    assert state["position"] == 36
+    resumed = [take(counting_source(4 * 37 + 1), 11, state, rank=r, world=2) for r in range(2)]
+    for (x, _, after), left, right in zip(plain[9:], *resumed, strict=True):
+        assert torch.equal(torch.cat([left[0], right[0]]), x) and left[2] == after
+
+
+def test_identity_names_data_seed_and_length():
+    assert counting_source(100).identity() == counting_source(100).identity()
+    assert counting_source(100).identity() != counting_source(100, seed=8).identity()
+    assert counting_source(100).identity() != counting_source(100, seq_len=5).identity()
+
+
+def test_bad_data_and_impossible_batches_are_sentences():
+    with pytest.raises(InputError, match="fewer than one window"):
+        counting_source(4)
+    with pytest.raises(InputError, match="fewer than one batch of 16"):
+        take(counting_source(33), 1, sequences=16)
+    with pytest.raises(InputError, match="does not divide among 3"):
+        take(counting_source(330), 1, world=3, sequences=16)
+    with pytest.raises(InputError, match="--vocab_size 1048576"):
+        counting_source(330, vocab_size=50)
+    with pytest.raises(InputError, match="token 9 at position 37 of the data"):
+        damaged = np.zeros(101, dtype=np.uint16)
+        damaged[37] = 9
+        take(ShardSource(ArraySplit(damaged, vocab_size=None), seq_len=4, seed=0, vocab_size=9), 25)
+
+
+def test_indices_of_a_batch_at_a_trillion_tokens_take_less_than_a_millisecond():
+    source = ShardSource(TrillionTokens(), seq_len=1024, seed=0)
+    seconds = []
+    for batch in range(30):
+        begin = time.perf_counter()
+        source.windows_at(next_positions(7_000_000_000 + 512 * batch, [], 512))
+        seconds.append(time.perf_counter() - begin)
+    assert np.median(seconds) < 1e-3
+
+
+# -- prefetch ----------------------------------------------------------------------------------------------------------
+
+
+def test_prefetch_gives_the_same_items_and_the_state_of_the_last_consumed():
+    source = counting_source(4 * 40 + 1)
+    ahead = prefetch(source.batches(source.initial_state(), rank=0, world=1, sequences=4), depth=3)
+    for (x, y, state), (px, py, pstate) in zip(take(source, 8), ahead, strict=False):
+        assert torch.equal(x, px) and torch.equal(y, py) and state == pstate
+    ahead.close()
+    ahead.close()
+
+
+def test_prefetch_raises_the_error_of_its_thread_in_turn():
+    def three_then_fail():
+        yield from range(3)
+        raise InputError("the shard is gone")
+
+    ahead = prefetch(three_then_fail(), depth=1)
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(InputError, match="the shard is gone"):
+        next(ahead)
+    with pytest.raises(StopIteration):
+        next(ahead)
+
+
+def test_prefetch_ends_with_its_iterator_and_leaves_no_thread():
+    before = threading.active_count()
+    assert list(prefetch(iter(range(10)), depth=2)) == list(range(10))
+    closed = []
+
+    def endless():
+        try:
+            while True:
+                yield 0
+        finally:
+            closed.append(True)
+
+    ahead = prefetch(endless(), depth=2)
+    next(ahead)
+    ahead.close()
+    assert closed == [True] and threading.active_count() == before
