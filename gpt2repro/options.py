@@ -1,0 +1,283 @@
+"""One flat dataclass per program -> defaults < `--config` YAML < flags.
+
+Owns how options are written, read, checked and explained. Knows no field by name.
+
+    @dataclass
+    class Options:
+        model: str                                                        # required: no default
+        "What `--help` says about the field: a string literal right under it."
+        runs: list[str] = field(default_factory=list, metadata={"positional": True})
+        out: Path | None = field(default=None, metadata={"config": False})  # cannot stand in a YAML file
+        def problems(self) -> list[str]: ...                              # optional: what a type cannot say
+
+    def main(argv: list[str]) -> int:
+        options = parse_options(Options, argv, prog="gpt2repro plot", description=__doc__)
+
+`int | None` takes `none` for None; `bool` becomes `--x` / `--no-x`; `Literal` becomes choices; lists and tuples take
+several values. `--batch-tokens` is read as `--batch_tokens`. A limit: `Annotated[int, pydantic.Field(gt=0)]`.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+PRESETS = Path(__file__).parent / "presets"
+# A run is a number of steps at a learning rate: an infinite or missing number is a typing mistake, "off" is none.
+VALIDATION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
+
+T = TypeVar("T")
+
+
+class InputError(Exception):
+    """Bad input. The message is a sentence for the user; the process ends with exit code 2 and no traceback."""
+
+
+def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: str | None = None) -> T:
+    """Read `argv` (and the YAML file it names) into an instance of the dataclass `cls`.
+
+    Raises: InputError naming every problem at once: unknown options, missing and mistyped values, `cls.problems()`.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    kinds = typing.get_type_hints(cls, include_extras=True)
+    positional = next((name for name, field in fields.items() if field.metadata.get("positional")), None)
+    parser = _parser(cls, fields, kinds, positional, prog, description)
+    flags, rest = parser.parse_known_args([_canonical(argument, kinds) for argument in argv])
+    given = vars(flags)
+    problems: list[str] = []
+
+    strangers = [argument for argument in rest if argument.startswith("-") and argument != "--"]
+    values = [argument for argument in rest if not argument.startswith("-")]
+    problems += [f"unknown option {name}{_nearest(name, fields, '--')}" for name in strangers]
+    if values and positional:
+        given[positional] = values
+    elif (
+        values and not strangers
+    ):  # after an unknown option a lone word is most likely its value: one message is enough
+        problems.append(f"unexpected argument {' '.join(map(repr, values))} (options are written --name value)")
+
+    raw: dict[str, tuple[Any, str]] = {}  # field -> value as written, and where it was written
+    config = None if "config" in fields else given.pop("config", None)  # a class may have a `config` of its own
+    if config is not None and config is not _NO_VALUE:
+        for name, value in _read_yaml(config).items():
+            if name not in fields:
+                problems.append(f"unknown option {name!r} in {config}{_nearest(str(name), fields, '')}")
+            elif not fields[name].metadata.get("config", True):
+                problems.append(f"{name} cannot be set in {config}; use the flag --{name}")
+            else:
+                raw[name] = value, str(config)
+    elif config is _NO_VALUE:
+        problems.append(f"--config needs a value: a YAML file or one of the presets {', '.join(preset_names())}")
+    raw.update({name: (value, "flag") for name, value in given.items()})
+
+    checked: dict[str, Any] = {}
+    wrong: set[str] = set()
+    for name, (value, source) in raw.items():
+        try:
+            checked[name] = _convert(value, kinds[name])
+        except ValueError as error:
+            wrong.add(name)
+            shown = f"--{name}" if source == "flag" else f"{name} in {source}"
+            problems.append(f"{shown} needs a value" if value is _NO_VALUE else f"{shown}: {error}, not {value!r}")
+    missing = [name for name, field in fields.items() if _default(field) is dataclasses.MISSING and name not in raw]
+    problems += [f"--{name} is required" for name in missing]
+
+    if not missing and not any(_default(fields[name]) is dataclasses.MISSING for name in wrong):
+        options = cls(**checked)
+        if hasattr(options, "problems"):
+            # A mistyped field stands at its default here, so what is said about that field would be about the default.
+            problems += [text for text in options.problems() if not any(name in text for name in wrong)]
+    if problems:
+        many = f"{len(problems)} problems with the options:\n  - " if len(problems) > 1 else ""
+        raise InputError(many + "\n  - ".join(problems))
+    return options
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML that is itself a valid `--config`."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata.get("config", True)}
+    plain = {name: _plain(value) for name, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Call `main(argv)` and turn its outcome into an exit code: 2 for an `InputError`, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # generated text must not end a program on a console that is not UTF-8
+            stream.reconfigure(errors="replace")
+    try:
+        return main(list(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+def preset_names() -> list[str]:
+    """Names of the packaged presets, each a valid `--config`."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+_NO_VALUE = object()  # a flag that stands alone although it takes a value
+
+
+def _parser(cls, fields, kinds, positional, prog, description) -> argparse.ArgumentParser:
+    """An argparse parser that only splits and explains; values stay text until pydantic has seen all of them."""
+    words = f" {positional.upper()}…" if positional else ""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog}{words} [--option value …]",
+        description=inspect.cleandoc(description) if description else None,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.error = _refuse
+    docs = _field_docs(cls)
+    if positional:
+        parser.add_argument_group(f"{positional.upper()}…", docs.get(positional))
+    if "config" not in fields:
+        text = f"YAML file or packaged preset ({', '.join(preset_names()) or 'none'}); flags win over it"
+        parser.add_argument("--config", nargs="?", const=_NO_VALUE, metavar="YAML", help=text.replace("%", "%%"))
+    for name, field in fields.items():
+        if name == positional:
+            continue
+        default = _default(field)
+        shown = "required" if default is dataclasses.MISSING else f"default: {_plain_text(default)}"
+        text = f"{docs.get(name, '')} ({shown})".strip().replace("%", "%%")
+        kind = _without_none(kinds[name])
+        if kind is bool:
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+        elif get_origin(kind) in (list, tuple):
+            parser.add_argument(f"--{name}", nargs="*", metavar=_metavar(get_args(kind)[0]), help=text)
+        else:
+            parser.add_argument(f"--{name}", nargs="?", const=_NO_VALUE, metavar=_metavar(kind), help=text)
+    return parser
+
+
+def _refuse(message: str):
+    raise InputError(message)
+
+
+def _canonical(argument: str, kinds: dict) -> str:
+    """`--batch-tokens=8` -> `--batch_tokens=8`; `--no_compile` -> `--no-compile`, as argparse spells it."""
+    if not argument.startswith("--") or argument == "--":
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    name = name.replace("-", "_")
+    if name.startswith("no_") and name not in kinds and name[3:] in kinds:
+        name = "no-" + name[3:]
+    return f"--{name}{equals}{value}"
+
+
+def _read_yaml(config: str) -> dict:
+    """The mapping in a YAML file or packaged preset. Raises: InputError."""
+    path = Path(config)
+    if not path.is_file() and path.name == config and (PRESETS / f"{config}.yaml").is_file():
+        path = PRESETS / f"{config}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        names = ", ".join(preset_names()) or "none"
+        raise InputError(f"--config {config}: no such file, and the packaged presets are {names}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError, ValueError) as error:
+        raise InputError(f"--config {config} is not a readable YAML file: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"--config {config} must hold lines like 'name: value', found a {type(content).__name__}")
+    return content
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as `kind`. Raises: ValueError saying what was expected."""
+    if value is _NO_VALUE:
+        raise ValueError("needs a value")
+    if isinstance(value, str) and value.lower() == "none" and _without_none(kind) is not kind:
+        return None
+    if isinstance(value, bool) and "bool" not in str(kind) and kind is not Any:
+        raise ValueError(f"should be {_metavar(_without_none(kind)).lower()}")  # pydantic would read true as 1
+    try:
+        return TypeAdapter(kind, config=VALIDATION).validate_python(value)
+    except ValidationError as error:
+        said = [e["msg"].removeprefix("Input ").removeprefix("Value error, ") for e in error.errors(include_url=False)]
+        raise ValueError(" or ".join(dict.fromkeys(said))) from None
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """Field name -> the string literal that stands under it, for `cls` and its bases."""
+    docs: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
+        except (OSError, TypeError, SyntaxError):  # a built-in, or no source at hand: help without texts
+            continue
+        for statement, below in itertools.pairwise(body):
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+                continue
+            if (
+                isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+                and isinstance(below.value.value, str)
+            ):
+                docs[statement.target.id] = " ".join(below.value.value.split())
+    return docs
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _without_none(kind: Any) -> Any:
+    """`int | None` -> `int`; any other annotation as it is."""
+    if get_origin(kind) not in (Union, types.UnionType) or type(None) not in get_args(kind):
+        return kind
+    rest = tuple(part for part in get_args(kind) if part is not type(None))
+    return rest[0] if len(rest) == 1 else Union[rest]  # noqa: UP007 - built from a tuple
+
+
+def _metavar(kind: Any) -> str:
+    origin = get_origin(kind)
+    if origin is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    if hasattr(kind, "__metadata__"):  # Annotated
+        return _metavar(_without_none(get_args(kind)[0]))
+    if origin in (Union, types.UnionType):
+        return "|".join(_metavar(part) for part in get_args(kind))
+    names = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
+    return names.get(kind, getattr(origin or kind, "__name__", "VALUE").upper())
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types that YAML has: tuples become lists, paths become text."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.as_posix() if isinstance(value, PurePath) else value
+
+
+def _plain_text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_plain_text, value)) or "empty"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else str(value)
+
+
+def _nearest(name: str, known: Any, prefix: str) -> str:
+    """`; did you mean --batch_tokens?`, where something is near enough."""
+    found = difflib.get_close_matches(name.lstrip("-").split("=")[0].replace("-", "_"), list(known), n=1)
+    return f"; did you mean {prefix}{found[0]}?" if found else ""

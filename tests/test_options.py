@@ -1,0 +1,187 @@
+"""Options: defaults < YAML < flags, every problem in one message, and a configuration that reads back as itself."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from gpt2repro import __main__ as program
+from gpt2repro import options as options_module
+from gpt2repro.options import InputError, parse_options, run_main, to_yaml
+
+
+@dataclass
+class Options:
+    data: str = "data/x"
+    "Where the 100% real shards are."
+    batch_tokens: Annotated[int, Field(gt=0)] = 524_288
+    """Tokens per optimizer step,
+    over all processes."""
+    lr: float = 6e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float | None = 1.0
+    compile: bool = False
+    precision: Literal["bf16", "fp32"] = "fp32"
+    out: Path | None = None
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    force: bool = field(default=False, metadata={"config": False})
+
+    def problems(self) -> list[str]:
+        return [] if self.batch_tokens % 2 == 0 else [f"batch_tokens={self.batch_tokens} is odd"]
+
+
+@dataclass
+class Runs:
+    model: str
+    runs: list[str] = field(default_factory=list, metadata={"positional": True})
+    width: int = 5
+    wide: bool = False
+
+
+def parse(*argv, cls=Options):
+    return parse_options(cls, list(argv), prog="prog", description="What it does.")
+
+
+def refusal(*argv, cls=Options) -> str:
+    with pytest.raises(InputError) as error:
+        parse(*argv, cls=cls)
+    return str(error.value)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_flags_win_over_yaml_which_wins_over_defaults(config):
+    options = parse("--config", config("lr: 3e-4\nbatch_tokens: 1024\n"), "--batch_tokens", "2048")
+    assert (options.lr, options.batch_tokens, options.data) == (3e-4, 2048, "data/x")
+
+
+def test_every_kind_of_field_is_read_from_flags():
+    options = parse(
+        *"--compile --clip none --betas 0.8 0.9 --out a/b --precision bf16 --lr 1e-3".split(),
+        *"--trackers wandb tensorboard".split(),
+    )
+    assert options.compile is True and options.clip is None and options.betas == (0.8, 0.9)
+    assert options.out == Path("a/b") and options.trackers == ["wandb", "tensorboard"]
+    assert options.precision == "bf16" and options.lr == 1e-3
+    assert parse("--no-compile").compile is False and parse("--no_compile").compile is False
+    assert parse("--trackers").trackers == []
+    assert parse("--batch-tokens=64").batch_tokens == 64
+
+
+def test_all_problems_are_reported_in_one_message(config):
+    path = config("lr: fast\nn_layers: 12\nforce: true\nclip: true\n")
+    message = refusal("--config", path, "--bach_tokens", "3", "--precision", "fp8", "--batch_tokens", "7", "--data")
+    assert message.startswith("8 problems")
+    for part in (
+        "unknown option --bach_tokens; did you mean --batch_tokens?",
+        "unknown option 'n_layers'",
+        "force cannot be set in",
+        f"lr in {path}: should be a valid number",
+        f"clip in {path}: should be number, not True",
+        "--precision: should be 'bf16' or 'fp32', not 'fp8'",
+        "--data needs a value",
+        "batch_tokens=7 is odd",
+    ):
+        assert part in message
+
+
+def test_a_mistyped_field_is_not_judged_by_its_default():
+    @dataclass
+    class Strict:
+        size: int = 7
+
+        def problems(self):
+            return [f"size={self.size} is odd"]
+
+    assert refusal("--size", "big", cls=Strict).count("size") == 1
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "lr: [1", "just words", "\x00", "a: *b", "[" * 3000, "? [1, 2]\n: 3\n"])
+def test_a_broken_yaml_file_gets_a_sentence(config, text):
+    assert "config" in refusal("--config", config(text))
+
+
+def test_a_config_that_is_neither_file_nor_preset_names_the_presets(tmp_path, monkeypatch):
+    monkeypatch.setattr(options_module, "PRESETS", tmp_path)
+    (tmp_path / "small.yaml").write_text("lr: 0.5\n")
+    assert "no such file, and the packaged presets are small" in refusal("--config", "smal")
+    assert parse("--config", "small").lr == 0.5
+    assert "--config needs a value" in refusal("--config")
+    (tmp_path / "latin.yaml").write_bytes(b"data: caf\xe9\n")
+    assert "not a readable YAML file" in refusal("--config", "latin")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_that_is_not_finite_is_refused(value):
+    assert "finite" in refusal(f"--lr={value}")
+
+
+def test_positionals_may_stand_anywhere_and_required_fields_are_required():
+    options = parse("runs/a", "--wide", "runs/b", "--model", "m", "runs/c", "--width", "-3", cls=Runs)
+    assert options.runs == ["runs/a", "runs/b", "runs/c"] and options.wide and options.width == -3
+    assert "--model is required" in refusal("runs/a", cls=Runs)
+    assert "unexpected argument 'stray'" in refusal("stray")
+
+
+def test_resolved_yaml_reads_back_as_the_same_options(config):
+    options = parse(*"--clip none --out a/b --betas 0.8 0.9 --lr 6e-5 --data 007 --trackers".split(), "--force")
+    text = to_yaml(options)
+    again = parse("--config", config(text))
+    assert "force" not in text and not again.force
+    again.force = True
+    assert again == options and again.data == "007"
+
+
+def test_help_shows_every_field_with_its_text_and_default(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert leaving.value.code == 0
+    assert "Where the 100% real shards are. (default: data/x)" in text
+    assert "Tokens per optimizer step, over all processes. (default: 524288)" in text
+    for name in Options.__dataclass_fields__:
+        assert f"--{name}" in text
+    assert "{bf16,fp32}" in text and "--no-compile" in text
+
+
+def test_exit_codes_of_a_program(capsys):
+    def refuses(argv):
+        raise InputError(f"bad {argv[0]}")
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert run_main(lambda argv: 3, []) == 3
+    assert run_main(refuses, ["thing"]) == 2
+    assert capsys.readouterr().err == "error: bad thing\n"
+    assert run_main(interrupted, []) == 130
+
+
+def test_the_command_list_is_shown_without_importing_a_command(run_program):
+    # The third line proves the laziness: nothing heavy is loaded for a list of names.
+    code = (
+        "import sys; from gpt2repro.__main__ import main; code = main(['--help']);"
+        "assert not {'torch', 'transformers', 'gpt2repro.commands.plot'} & set(sys.modules); sys.exit(code)"
+    )
+    result = run_program(["-c", code])
+    assert result.returncode == 0, result.stderr
+    for name in program.COMMANDS:
+        assert f"\n  {name} " in result.stdout
+
+
+def test_an_unknown_command_is_named_and_ends_with_exit_code_2(capsys):
+    assert run_main(program.main, ["trian"]) == 2
+    assert "unknown command 'trian'; the commands are prepare-text, generate, plot" in capsys.readouterr().err
+    assert run_main(program.main, ["bench", "speed"]) == 2
+    assert "gpt2repro bench: unknown command 'speed'" in capsys.readouterr().err
+    assert run_main(program.main, []) == 2
