@@ -1,0 +1,154 @@
+"""Learning-rate schedule, parameter groups and optimizers; knows neither Accelerate nor the training loop.
+
+    optimizer = build_optimizer(model, name="adamw", lr=6e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    set_learning_rate(optimizer, learning_rate(step, lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073))
+    optimizer.step()
+
+Both optimizers are ordinary `torch.optim.Optimizer`s to whoever saves or shards them: `param_groups`, and per parameter
+a `state` of `exp_avg`, `exp_avg_sq`, `step` (AdamW) or `momentum_buffer` (Muon). They look the parameters up in their
+groups at every step, so that a wrapper may exchange them for sharded ones (`DTensor`) after construction.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+FUSED_DEVICES = {"cpu", "cuda", "mps"}  # devices with a fused AdamW kernel in every torch that setup.cfg admits
+MUON_MOMENTUM = 0.95  # Keller Jordan, https://kellerjordan.github.io/posts/muon, and torch.optim.Muon's default
+
+
+def learning_rate(step: int, *, lr: float, min_lr: float, warmup_steps: int, max_steps: int) -> float:
+    """Linear warm-up to `lr`, then a cosine down to `min_lr`, as a pure function of the steps already done.
+
+    The first step (`step=0`) runs at `lr / warmup_steps`, never at zero; `step = warmup_steps - 1` and the one after it
+    both run at `lr`; from `step = max_steps` on it stays at `min_lr`. Source: build-nanogpt's `get_lr`.
+    """
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if step >= max_steps:
+        return min_lr
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)  # 0 .. 1
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (lr - min_lr)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group `lr` times its own `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    muon_lr_scale: float = 1.0,
+) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the matrices of the blocks beside AdamW for the rest; `model` is not yet wrapped by DDP.
+
+    Weight decay applies to matrices (embeddings included), not to biases and layer norms. `muon_lr_scale` is the factor
+    from AdamW's learning rate to Muon's; its update is already scaled to AdamW's usual size, so 1 is a good start.
+
+    Raises:
+        ValueError: for an unknown `name`.
+    """
+    if name not in ("adamw", "muon"):
+        raise ValueError(f"unknown optimizer {name!r}; known are adamw and muon")
+    parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    fused = all(p.device.type in FUSED_DEVICES for p in parameters.values())
+
+    # dim() is the logical one also for a DTensor, so a sharded matrix stays a matrix.
+    matrices = {key: p for key, p in parameters.items() if p.dim() >= 2}
+    plain = [p for key, p in parameters.items() if key not in matrices]
+    hidden = {key: p for key, p in matrices.items() if ".h." in key} if name == "muon" else {}
+    fused_qkv = [p for key, p in hidden.items() if key.endswith("attn.c_attn.weight")]
+    single = [p for key, p in hidden.items() if not key.endswith("attn.c_attn.weight")]
+    others = [p for key, p in matrices.items() if key not in hidden]
+
+    adamw_groups = [
+        {"params": others, "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+    adamw_groups = [group for group in adamw_groups if group["params"]]
+    adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    if name == "adamw":
+        return adamw
+
+    muon = {"weight_decay": weight_decay, "momentum": MUON_MOMENTUM, "lr_scale": muon_lr_scale}
+    muon_groups = [{"params": single, "matrices": 1, **muon}, {"params": fused_qkv, "matrices": 3, **muon}]
+    optimizer = MuonWithAdamW([group for group in muon_groups if group["params"]], adamw)
+    set_learning_rate(optimizer, lr)
+    return optimizer
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` on some groups and `torch.optim.AdamW` on the others, seen from outside as one optimizer.
+
+    A Muon group says in `matrices` how many equally wide matrices lie side by side in each of its parameters: 3 in a
+    fused query-key-value projection of GPT-2's Conv1D layout, (C, 3C). Each is orthogonalised by itself, since the
+    orthogonal factor of the three together is a different update. The layout's transposition alone changes nothing:
+    the orthogonal factor of a transposed matrix is the transposed factor, and the step size 0.2 sqrt(max(rows, columns))
+    of `match_rms_adamw` (Liu et al. 2025, arXiv:2502.16982) is symmetric, which `torch.optim.Muon`'s default is not.
+
+    A sharded parameter's update is gathered whole, orthogonalised on every process alike, and each keeps its own rows.
+    """
+
+    def __init__(self, muon_groups: list[dict], adamw: torch.optim.AdamW):
+        self.adamw = adamw
+        super().__init__([*adamw.param_groups, *muon_groups], adamw.defaults)
+        self.adamw.param_groups = []  # given anew at every step: these may be replaced by sharded ones meanwhile
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One optimizer step; parameters without a gradient are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        self.adamw.state = self.state
+        self.adamw.param_groups = [group for group in self.param_groups if "matrices" not in group]
+        self.adamw.step()
+
+        for group in self.param_groups:
+            if "matrices" in group:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._muon_step(parameter, group)
+        return loss
+
+    def _muon_step(self, parameter: Tensor, group: dict) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum_buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+        update = parameter.grad.lerp(momentum_buffer, group["momentum"])  # Nesterov's look-ahead
+
+        if isinstance(parameter, DTensor):
+            # torch.optim.Muon begins by rounding to bfloat16: doing so here halves what travels and changes nothing.
+            update = update.bfloat16().full_tensor().to(parameter.dtype)
+            change = muon_change(update, group["lr"], group["matrices"])
+            change = distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        else:
+            change = muon_change(update, group["lr"], group["matrices"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(change)
+
+
+def muon_change(update: Tensor, lr: float, matrices: int) -> Tensor:
+    """What Muon adds to a parameter: -lr 0.2 sqrt(max(rows, columns)) times the orthogonal factor of each matrix.
+
+    `update` is (rows, matrices * columns). torch.optim.Muon computes it on a zero parameter, momentum and decay off.
+    """
+    changes = []
+    for piece in update.chunk(matrices, dim=1):
+        change = torch.zeros_like(piece)
+        change.grad = piece
+        changes.append(change)
+    muon = torch.optim.Muon(changes, lr, weight_decay=0.0, momentum=0.0, nesterov=False, adjust_lr_fn="match_rms_adamw")
+    muon.step()
+    return torch.cat(changes, dim=1)

@@ -1,0 +1,242 @@
+"""gpt2repro.optim against formulas written out here: the schedule, the groups, Muon's update by a float64 SVD."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt2repro.optim import build_optimizer, learning_rate, muon_change, set_learning_rate
+
+SCHEDULE = {"lr": 6e-4, "min_lr": 6e-5, "warmup_steps": 10, "max_steps": 100}
+RECIPE = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=2, **no_dropout))
+
+
+def train(model, optimizer, *, first: int, last: int) -> list[float]:
+    """Steps first..last-1 on random tokens that depend on the step alone; the losses."""
+    losses = []
+    for step in range(first, last):
+        tokens = torch.randint(0, 97, (4, 16), generator=torch.Generator().manual_seed(step))
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+# ---- schedule ----
+
+
+def test_schedule_starts_above_zero_peaks_at_the_end_of_warmup_and_ends_at_min_lr():
+    assert learning_rate(0, **SCHEDULE) == pytest.approx(6e-5)  # 1/10 of the peak
+    assert learning_rate(9, **SCHEDULE) == pytest.approx(6e-4)
+    assert learning_rate(10, **SCHEDULE) == pytest.approx(6e-4)
+    assert learning_rate(55, **SCHEDULE) == pytest.approx((6e-4 + 6e-5) / 2)  # halfway down the cosine
+    assert learning_rate(100, **SCHEDULE) == 6e-5
+    assert learning_rate(10_000, **SCHEDULE) == 6e-5
+
+
+def test_schedule_equals_build_nanogpts_formula_at_every_step():
+    def peer(step):
+        if step < 10:
+            return 6e-4 * (step + 1) / 10
+        if step > 100:
+            return 6e-5
+        return 6e-5 + 0.5 * (1.0 + math.cos(math.pi * (step - 10) / 90)) * (6e-4 - 6e-5)
+
+    for step in range(120):
+        assert learning_rate(step, **SCHEDULE) == pytest.approx(peer(step), rel=1e-12)
+
+
+@pytest.mark.parametrize(("warmup_steps", "max_steps"), [(0, 1), (0, 10), (10, 10), (20, 10)])
+def test_schedule_has_no_gap_when_warmup_is_nothing_or_everything(warmup_steps, max_steps):
+    rates = [learning_rate(s, lr=1.0, min_lr=0.1, warmup_steps=warmup_steps, max_steps=max_steps) for s in range(30)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[-1] == 0.1
+
+
+# ---- parameter groups ----
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_decay_applies_to_matrices_only_and_every_parameter_is_in_one_group(name):
+    model = tiny_gpt2()
+    optimizer = build_optimizer(model, name=name, **RECIPE)
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay) == len(list(model.parameters()))
+    for key, parameter in model.named_parameters():
+        is_matrix = key.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        assert decay[parameter] == (0.1 if is_matrix else 0.0), key
+
+
+def test_learning_rate_reaches_every_group_times_its_scale():
+    optimizer = build_optimizer(tiny_gpt2(), name="muon", muon_lr_scale=3.0, **RECIPE)
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 1.5, 1.5]
+
+
+def test_unknown_optimizer_is_named():
+    with pytest.raises(ValueError, match="sgd"):
+        build_optimizer(tiny_gpt2(), name="sgd", **RECIPE)
+
+
+def test_adamw_equals_the_papers_formula_in_float64():
+    layer = nn.Linear(3, 2).double()
+    optimizer = build_optimizer(layer, name="adamw", **RECIPE)
+    expected = {key: p.detach().clone() for key, p in layer.named_parameters()}
+    first = {key: torch.zeros_like(p) for key, p in expected.items()}
+    second = copy.deepcopy(first)
+    for step in range(1, 6):
+        for key, parameter in layer.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            first[key] = 0.9 * first[key] + 0.1 * parameter.grad
+            second[key] = 0.95 * second[key] + 0.05 * parameter.grad**2
+            update = (first[key] / (1 - 0.9**step)) / ((second[key] / (1 - 0.95**step)).sqrt() + 1e-8)
+            expected[key] = expected[key] * (1 - 1e-2 * (0.1 if key == "weight" else 0.0)) - 1e-2 * update
+        optimizer.step()
+    for key, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[key], rtol=1e-10, atol=1e-12)
+
+
+# ---- Muon ----
+
+
+def well_conditioned(rows: int, columns: int) -> torch.Tensor:
+    """A float64 matrix with random singular vectors and singular values between 1 and 2."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    u, _, vh = torch.linalg.svd(
+        torch.randn(rows, columns, dtype=torch.float64, generator=generator), full_matrices=False
+    )
+    return u @ torch.diag(1 + torch.rand(min(rows, columns), dtype=torch.float64, generator=generator)) @ vh
+
+
+def orthogonal_factor(matrix: torch.Tensor) -> torch.Tensor:
+    u, _, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return u @ vh
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (32, 128), (128, 32)])
+def test_muon_steps_along_the_orthogonal_factor_of_a_float64_svd(rows, columns):
+    update = well_conditioned(rows, columns)
+    change = muon_change(update.float(), lr=1.0, matrices=1).double() / (-0.2 * math.sqrt(max(rows, columns)))
+    # Newton-Schulz with Muon's coefficients sends singular values to about 0.7 .. 1.2, not to 1, and keeps the vectors.
+    u, _, vh = torch.linalg.svd(update, full_matrices=False)
+    inner = u.T @ change @ vh.T
+    assert torch.linalg.svdvals(change).min() > 0.6 and torch.linalg.svdvals(change).max() < 1.3
+    assert (inner - torch.diag(inner.diagonal())).abs().max() < 0.05
+    cosine = (change * orthogonal_factor(update)).sum() / change.norm() / orthogonal_factor(update).norm()
+    assert cosine > 0.98
+
+
+def test_muon_treats_conv1d_and_linear_layouts_alike():
+    update = well_conditioned(32, 128).float()
+    conv1d, linear = muon_change(update, lr=1.0, matrices=1), muon_change(update.T.contiguous(), lr=1.0, matrices=1)
+    torch.testing.assert_close(conv1d, linear.T, rtol=0.02, atol=0.02)  # bfloat16 inside
+
+
+def test_muon_orthogonalises_query_key_and_value_by_themselves():
+    query, key, value = well_conditioned(32, 32), 10 * well_conditioned(32, 32).T, well_conditioned(32, 32).flip(0)
+    change = muon_change(torch.cat([query, key, value], dim=1).float(), lr=1.0, matrices=3)
+    for piece, alone in zip(change.chunk(3, dim=1), (query, key, value), strict=True):
+        torch.testing.assert_close(piece, muon_change(alone.float(), lr=1.0, matrices=1))
+        cosine = -(piece * orthogonal_factor(alone)).sum() / piece.norm() / orthogonal_factor(alone).norm()
+        assert cosine > 0.98
+
+
+def test_muon_equals_torchs_own_on_matrices_and_torchs_adamw_on_the_rest():
+    ours, theirs = tiny_gpt2(), tiny_gpt2()
+    optimizer = build_optimizer(ours, name="muon", **RECIPE)
+    named = dict(theirs.named_parameters())
+    hidden = {key: p for key, p in named.items() if ".h." in key and p.dim() == 2}
+    fused = {key for key in hidden if key.endswith("c_attn.weight")}
+    muon = torch.optim.Muon(
+        [p for key, p in hidden.items() if key not in fused], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for key, p in named.items() if key not in hidden and p.dim() == 2], "weight_decay": 0.1},
+            {"params": [p for p in named.values() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+    )
+    for step in range(3):
+        for (key, a), b in zip(ours.named_parameters(), named.values(), strict=True):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step * 1000 + len(key)))
+            b.grad = a.grad.clone()
+        optimizer.step(), muon.step(), adamw.step()
+    for (key, a), b in zip(ours.named_parameters(), named.values(), strict=True):
+        if key not in fused:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_holds_only_named_tensors_of_the_parameters_shape(name):
+    model = tiny_gpt2()
+    optimizer = build_optimizer(model, name=name, **RECIPE)
+    train(model, optimizer, first=0, last=1)
+    for key, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        is_muon = name == "muon" and ".h." in key and parameter.dim() == 2
+        assert set(state) == ({"momentum_buffer"} if is_muon else {"exp_avg", "exp_avg_sq", "step"}), key
+        assert all(tensor.shape in (parameter.shape, torch.Size([])) for tensor in state.values())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_restored_from_its_state_dict_goes_on_exactly(name):
+    model = tiny_gpt2()
+    optimizer = build_optimizer(model, name=name, **RECIPE)
+    train(model, optimizer, first=0, last=3)
+    resumed = tiny_gpt2(seed=1)
+    resumed.load_state_dict(model.state_dict())
+    resumed_optimizer = build_optimizer(resumed, name=name, **RECIPE)
+    resumed_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert train(resumed, resumed_optimizer, first=3, last=6) == train(model, optimizer, first=3, last=6)
+
+
+def sharded_training(rank: int, name: str, rendezvous: str, out: str) -> None:
+    """One of two gloo processes: trains with fully_shard and with DDP, and saves the whole parameters of both."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    model = tiny_gpt2()
+    for block in model.transformer.h:
+        fully_shard(block, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    optimizer = build_optimizer(model, name=name, **RECIPE)
+    sharded_losses = train(model, optimizer, first=0, last=4)
+    whole = {key: p.full_tensor().detach() for key, p in model.named_parameters()}
+
+    replica = tiny_gpt2()
+    optimizer = build_optimizer(replica, name=name, **RECIPE)
+    ddp_losses = train(nn.parallel.DistributedDataParallel(replica), optimizer, first=0, last=4)
+    if rank == 0:
+        torch.save({"sharded": whole, "losses": [sharded_losses, ddp_losses], "ddp": replica.state_dict()}, out)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_two_sharded_processes_and_two_replicas_equal_one_process(name, tmp_path):
+    rendezvous, out = (tmp_path / "rendezvous").as_uri(), tmp_path / "out.pt"
+    torch.multiprocessing.spawn(sharded_training, args=(name, rendezvous, str(out)), nprocs=2)
+    seen = torch.load(out, weights_only=True)
+
+    model = tiny_gpt2()
+    losses = train(model, build_optimizer(model, name=name, **RECIPE), first=0, last=4)
+    torch.testing.assert_close(seen["losses"], [losses, losses], rtol=1e-5, atol=1e-5)
+    for key, parameter in model.named_parameters():
+        # A gradient summed over two processes may round differently, and AdamW's first steps magnify a tiny one's sign.
+        for other in (seen["sharded"][key], seen["ddp"][key]):
+            torch.testing.assert_close(other, parameter.detach(), rtol=1e-3, atol=1e-4, msg=key)
