@@ -1,0 +1,54 @@
+# Each target sets up what it needs in .venv; nothing has to be installed by hand but python3 (with venv) and make.
+#
+#   make quickstart   text that ships with Python -> a small GPT-2 that writes, in minutes, on a CPU or a GPU
+#   make install      .venv with the project (editable) and its command `gpt2repro`
+#   make test         the tests, under 8 minutes on two cores
+#   make test-all     also kill campaigns, browser and notebooks, under 40
+#   make style        ruff: lint and format
+
+BASE_PYTHON ?= python3
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# A test process holds about 1 GB, so not one per core on a big machine.
+PYTEST := $(PYTHON) -m pytest -n auto --maxprocesses 8 --timeout 600
+
+.PHONY: help install quickstart test test-all style
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install: $(VENV)/installed
+
+# A stamp is older than setup.cfg when the requirements have changed, or absent when an installation broke off.
+$(VENV)/installed: setup.cfg pyproject.toml | $(PYTHON)
+	$(PYTHON) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PYTHON) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/installed-test-all: $(VENV)/installed-test
+	$(PYTHON) -m pip install --quiet --editable '.[test-all]'
+	touch $@
+
+$(PYTHON):
+	$(BASE_PYTHON) -m venv $(VENV) || { echo "python3 has no venv here; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+# Accelerate starts a process with one thread unless told otherwise; a CPU run wants all cores.
+quickstart: export OMP_NUM_THREADS ?= $(CORES)
+quickstart: $(VENV)/installed
+	$(PYTHON) -m gpt2repro prepare-text --corpus python-docs --out data/python-docs
+	machine=$$($(PYTHON) -c "import torch; print('single_gpu' if torch.accelerator.is_available() else 'cpu')") && \
+	  $(VENV)/bin/accelerate launch --config_file accelerate_configs/$$machine.yaml \
+	  train_accelerate.py --config gpt2repro/presets/quickstart.yaml
+
+test: $(VENV)/installed-test
+	$(PYTEST) -m "not slow and not browser and not notebook"
+
+test-all: test $(VENV)/installed-test-all
+	$(PYTEST) -m "slow or browser or notebook" --timeout 1800
+
+style: $(VENV)/installed-test
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
