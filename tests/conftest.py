@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from loopback_hub import loopback_hub as loopback_hub  # a fixture for every test file
 
 ROOT = Path(__file__).resolve().parent.parent
 # A home of its own per test process: no cached token, model or remote code of the user's is seen or touched.
