@@ -23,6 +23,9 @@ BENCHMARKS = {
     "hellaswag": "examples per second of the HellaSwag evaluation",
     "generate": "tokens per second of generation",
     "checkpoint": "time a save takes, and how long training waits for it",
+    "scale": "step time, memory and data time against model, batch and corpus size",
+    "all": "the first six, one after the other",
+    "table": "rewrite the README's table from the records",
 }
 SCRIPTS = """
 In the project's root:

@@ -92,8 +92,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     A Muon group says in `matrices` how many equally wide matrices lie side by side in each of its parameters: 3 in a
     fused query-key-value projection of GPT-2's Conv1D layout, (C, 3C). Each is orthogonalised by itself, since the
     orthogonal factor of the three together is a different update. The layout's transposition alone changes nothing:
-    the orthogonal factor of a transposed matrix is the transposed factor, and the step size 0.2 sqrt(max(rows, columns))
-    of `match_rms_adamw` (Liu et al. 2025, arXiv:2502.16982) is symmetric, which `torch.optim.Muon`'s default is not.
+    a transposed matrix has the transposed factor, and the step size 0.2 sqrt(max(rows, columns)) of `match_rms_adamw`
+    (Liu et al. 2025, arXiv:2502.16982) is symmetric, which `torch.optim.Muon`'s default is not.
 
     A sharded parameter's update is gathered whole, orthogonalised on every process alike, and each keeps its own rows.
     """

@@ -113,11 +113,9 @@ def test_adamw_equals_the_papers_formula_in_float64():
 
 def well_conditioned(rows: int, columns: int) -> torch.Tensor:
     """A float64 matrix with random singular vectors and singular values between 1 and 2."""
-    generator = torch.Generator().manual_seed(rows * columns)
-    u, _, vh = torch.linalg.svd(
-        torch.randn(rows, columns, dtype=torch.float64, generator=generator), full_matrices=False
-    )
-    return u @ torch.diag(1 + torch.rand(min(rows, columns), dtype=torch.float64, generator=generator)) @ vh
+    draw = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(rows * columns)}
+    u, _, vh = torch.linalg.svd(torch.randn(rows, columns, **draw), full_matrices=False)
+    return u @ torch.diag(1 + torch.rand(min(rows, columns), **draw)) @ vh
 
 
 def orthogonal_factor(matrix: torch.Tensor) -> torch.Tensor:
