@@ -103,7 +103,7 @@ def test_damaged_data_is_refused_with_a_sentence(tmp_path, damage, sentence):
 
 
 def test_missing_directory_split_and_unfinished_preparation_are_named(tmp_path):
-    with pytest.raises(InputError, match="is no directory; make a data set with"):
+    with pytest.raises(InputError, match="is no directory; make a data set there with"):
         open_split(tmp_path / "nowhere", "train")
     with pytest.raises(InputError, match=r"has no manifest.json and no train shards"):
         open_split(tmp_path, "train")

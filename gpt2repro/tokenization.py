@@ -1,0 +1,317 @@
+"""Text to tokens and back: GPT-2's own tokenizer, a character-level one, and byte-level BPE trained on the corpus.
+
+Every tokenizer is an ordinary fast Hugging Face tokenizer: `save_pretrained` writes it, `AutoTokenizer` reads it, no remote
+code. `<|endoftext|>` is its end, begin, unknown and padding token, and always the last id. `Encoder` is the same tokenizer
+for bulk work: numpy out, nothing special in the text, cheap to send to a worker process, and GPT-2's ids come from tiktoken.
+
+This module knows nothing of files of text or of shards. It imports transformers only where a tokenizer object is made or
+loaded, so a worker process starts in a fraction of a second.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from base64 import b64encode
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from gpt2repro.options import InputError
+from gpt2repro.shards import TOKENIZER, token_dtype
+
+EOT = "<|endoftext|>"
+MODEL_MAX_LENGTH = 1024  # GPT-2's positions
+
+# fingerprint() of GPT-2's tokenizer: 50,256 tokens, 50,000 merges, `<|endoftext|>` = 50256.
+GPT2_FINGERPRINT = "6e90823440e1947fccf4360914621733e44f0382ee0cb03be09a6711c63dab88"
+
+# Source: GPT-2's encoder.py; tiktoken's form of it without backtracking, which stays linear on megabytes of one letter.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+def gpt2_tokenizer():
+    """GPT-2's tokenizer, rebuilt from tiktoken's ranks.
+
+    Raises InputError where tiktoken can neither download its two vocabulary files nor find them in its cache.
+    """
+    import tiktoken
+
+    try:
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except (
+        Exception
+    ) as error:  # requests' many errors, a full disk, a hash mismatch: the user can do the same about each
+        raise InputError(
+            f"GPT-2's vocabulary can't be downloaded ({type(error).__name__}). Set TIKTOKEN_CACHE_DIR to a directory that "
+            "holds tiktoken's cache (filled by `tiktoken.get_encoding('gpt2')` on a machine with network), "
+            "or choose --tokenizer bpe or char, which need no download"
+        ) from error
+    symbols = _byte_symbols()
+    text = {token: "".join(symbols[byte] for byte in token) for token in ranks}
+    vocab = {text[token]: rank for token, rank in ranks.items()}
+    # A token is made by the merge of the two parts that the lower-ranked merges leave of it.
+    pairs = (_split_by_ranks(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1)
+    return _byte_level_tokenizer(vocab, [(text[left], text[right]) for left, right in pairs])
+
+
+def char_tokenizer(texts: Iterable[str]):
+    """One token per character that occurs in `texts`, in code point order as in nanoGPT; other characters are unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = set()
+    for text in texts:
+        characters.update(well_formed(text))
+    if not characters:
+        raise InputError("a character tokenizer needs text, and there is none")
+    vocab = {character: id for id, character in enumerate(sorted(characters))}
+    backend = Tokenizer(models.WordLevel({**vocab, EOT: len(vocab)}, unk_token=EOT))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=EOT, eos_token=EOT, unk_token=EOT, pad_token=EOT,
+        model_max_length=MODEL_MAX_LENGTH, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def bpe_tokenizer(texts: Iterable[str], vocab_size: int):
+    """Byte-level BPE with GPT-2's pre-tokenisation, trained on `texts`.
+
+    Every text can be encoded (all 256 bytes are tokens). A small corpus may run out of pairs before `vocab_size` is reached.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    if not 257 <= vocab_size <= 2**20:
+        raise InputError(
+            f"vocab_size={vocab_size}: a byte-level vocabulary has 257 (bytes and {EOT}) to 1,048,576 entries"
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,  # and <|endoftext|>
+        min_frequency=2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator((well_formed(text) for text in texts), trainer)
+    model = json.loads(backend.to_str())["model"]
+    if len(model["vocab"]) == 256:
+        raise InputError(
+            "a BPE tokenizer needs text to be trained on, and there is hardly any; choose --tokenizer char"
+        )
+    return _byte_level_tokenizer(model["vocab"], _merges(model))
+
+
+def load_tokenizer(source: str | Path):
+    """The tokenizer of a data set, a checkpoint, a directory or a Hub id. Raises InputError where there is none."""
+    from transformers import AutoTokenizer
+
+    source = Path(source) / TOKENIZER if (Path(source) / TOKENIZER).is_dir() else source
+    try:
+        # trust_remote_code=False: else transformers asks on stdin where a checkpoint carries the model's code.
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no tokenizer could be loaded from {source}: {str(error).splitlines()[0]}") from error
+
+
+def fingerprint(tokenizer) -> str:
+    """sha256 of what decides the ids: vocabulary, merges, `<|endoftext|>`; the same after saving and loading."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = content["model"]
+    decisive = [
+        model["type"],
+        sorted(model["vocab"].items()),
+        _merges(model) if model["type"] == "BPE" else [],
+        sorted((token["content"], token["id"]) for token in content["added_tokens"]),
+        tokenizer.eos_token_id,
+    ]
+    return hashlib.sha256(json.dumps(decisive, ensure_ascii=True).encode()).hexdigest()
+
+
+def kind(tokenizer) -> str:
+    """ "gpt2", "char" or "bpe"."""
+    if json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "WordLevel":
+        return "char"
+    return "gpt2" if fingerprint(tokenizer) == GPT2_FINGERPRINT else "bpe"
+
+
+def well_formed(text: str) -> str:
+    """`text` with lone surrogates, which UTF-8 can't hold, replaced by U+FFFD; tiktoken's own rule."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+class Encoder:
+    """A tokenizer for bulk work: `encode_batch(texts)` gives one array of ids per text.
+
+    No special token is added, and none is recognised: the characters `<|endoftext|>` in a document are text like any other.
+    Copies to a spawned process by pickling. `fast=True` takes the `gigatoken` package (GPT-2 only) where it proves to give
+    tiktoken's ids; `uses_gigatoken` says whether it did.
+    """
+
+    def __init__(self, tokenizer, *, fast: bool = False):
+        self.kind, self.sha256 = kind(tokenizer), fingerprint(tokenizer)
+        self.vocab_size, self.eot_id = len(tokenizer), tokenizer.eos_token_id
+        self.dtype = token_dtype(self.vocab_size)
+        self._vocab = tokenizer.get_vocab() if self.kind != "bpe" else None
+        self._json = tokenizer.backend_tokenizer.to_str() if self.kind == "bpe" else None
+        self.uses_gigatoken, self._strange = False, None
+        self._prepare()
+        if fast and self.kind == "gpt2":
+            self._strange = _gigatoken_disagreements(self._tiktoken)
+            self.uses_gigatoken = self._strange is not None
+            self._prepare()
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text, as arrays of `self.dtype`."""
+        return [ids.astype(self.dtype, copy=False) for ids in self._encode([well_formed(text) for text in texts])]
+
+    def encode_joined(self, texts: list[str], ends: list[bool]) -> np.ndarray:
+        """Ids of all texts in one array of `self.dtype`, `eot_id` after every text that ends a document."""
+        pieces = self._encode(texts)
+        out = np.empty(sum(map(len, pieces)) + sum(ends), self.dtype)
+        filled = 0
+        for ids, end in zip(pieces, ends, strict=True):
+            out[filled : filled + len(ids)] = ids
+            filled += len(ids)
+            if end:
+                out[filled] = self.eot_id
+                filled += 1
+        return out
+
+    def _prepare(self) -> None:
+        """What can't be pickled, or is quicker to build than to send."""
+        if self.kind == "gpt2":
+            import tiktoken
+
+            values = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+            ranks = {bytes(values[c] for c in token): id for token, id in self._vocab.items() if token != EOT}
+            self._tiktoken = tiktoken.Encoding(
+                "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOT: self.eot_id}
+            )
+            self._gigatoken = _gigatoken(ranks) if self.uses_gigatoken else None
+            self._encode = self._encode_gigatoken if self.uses_gigatoken else self._encode_tiktoken
+        elif self.kind == "char":
+            ids = {ord(token): id for token, id in self._vocab.items() if len(token) == 1}
+            self._table = np.full(max(ids) + 2, self.eot_id, self.dtype)  # the last entry stands for all above it
+            self._table[list(ids)] = list(ids.values())
+            self._encode = self._encode_characters
+        else:
+            from tokenizers import Tokenizer
+
+            self._backend = Tokenizer.from_str(self._json)
+            self._backend.encode_special_tokens = True
+            self._backend.no_truncation()
+            self._encode = self._encode_trained
+
+    def _encode_tiktoken(self, texts: list[str]) -> list[np.ndarray]:
+        return [self._tiktoken.encode_to_numpy(text, disallowed_special=()) for text in texts]
+
+    def _encode_gigatoken(self, texts: list[str]) -> list[np.ndarray]:
+        strange = [i for i, text in enumerate(texts) if not text.isascii() and self._strange.search(text)]
+        array = self._gigatoken.encode_batch(
+            texts, parallel=False
+        ).layout  # awkward's: all ids, and where each text begins
+        offsets, ids = array.offsets.data, array.content.data
+        pieces = [ids[offsets[i] : offsets[i + 1]] for i in range(len(texts))]
+        for i in strange:
+            pieces[i] = self._tiktoken.encode_to_numpy(texts[i], disallowed_special=())
+        return pieces
+
+    def _encode_characters(self, texts: list[str]) -> list[np.ndarray]:
+        points = (np.frombuffer(text.encode("utf-32-le"), "<u4") for text in texts)
+        return [self._table[np.minimum(codes, len(self._table) - 1)] for codes in points]
+
+    def _encode_trained(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    def __getstate__(self):
+        built = ("_tiktoken", "_gigatoken", "_table", "_backend", "_encode")
+        return {name: value for name, value in self.__dict__.items() if name not in built}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._prepare()
+
+
+def _byte_level_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]):
+    from transformers import GPT2TokenizerFast
+
+    return GPT2TokenizerFast(
+        vocab={**vocab, EOT: len(vocab)}, merges=merges, bos_token=EOT, eos_token=EOT, unk_token=EOT, pad_token=EOT,
+        model_max_length=MODEL_MAX_LENGTH, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def _byte_symbols() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary. Source: GPT-2's encoder.py."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = (chr(256 + n) for n in range(256))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+def _split_by_ranks(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts of `token` once every merge ranked below it is done."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        merged = [ranks.get(parts[i] + parts[i + 1], len(ranks)) for i in range(len(parts) - 1)]
+        first = merged.index(min(merged))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts[0], parts[1]
+
+
+def _merges(model: dict) -> list[tuple[str, str]]:
+    """Merges of a serialised BPE model; older versions of `tokenizers` write them as "left right"."""
+    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+
+
+def _gigatoken(ranks: dict[bytes, int]):
+    """A gigatoken tokenizer with tiktoken's ranks and no special tokens."""
+    import gigatoken
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "gpt2.tiktoken")
+        with open(path, "wb") as file:
+            file.writelines(
+                b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])
+            )
+        return gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2", special_tokens={})
+
+
+def _gigatoken_disagreements(encoding) -> re.Pattern | None:
+    """A pattern for the characters that send a text to tiktoken, or None where gigatoken is absent or not to be trusted.
+
+    The two carry different versions of Unicode and so disagree about letters that one of them does not know. Every code
+    point of the planes in use is tried in the company that shows its class (a letter, a digit, a space, a contraction),
+    which takes about two seconds; the empty and private planes go to tiktoken unseen.
+    """
+    try:
+        fast = _gigatoken(encoding._mergeable_ranks)
+    except ImportError:
+        return None
+
+    def differs(text: str) -> bool:
+        return not np.array_equal(fast.encode(text), encoding.encode_to_numpy(text, disallowed_special=()))
+
+    def probe(code: int) -> str:
+        c = chr(code)
+        return f"a{c}'s{c}1 {c}!{c}"
+
+    if differs("It's  10 o'clock\n\n\tIT'S <|endoftext|> naïve 你好 🙂🙂  \r\n" + "x" * 1000 + " " * 1000):
+        return None
+    codes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000)]
+    blocks = [codes[i : i + 512] for i in range(0, len(codes), 512)]
+    suspects = [code for block in blocks if differs("".join(map(probe, block))) for code in block]
+    strange = [code for code in suspects if differs(probe(code))]
+    if any(code < 128 for code in strange):
+        return None
+    return re.compile(r"[\U00040000-\U000dffff\U000e1000-\U0010ffff" + "".join(map(re.escape, map(chr, strange))) + "]")

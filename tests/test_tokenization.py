@@ -1,0 +1,188 @@
+"""Tokenizers: the ids are those of the reference, whichever way they are made."""
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gpt2repro.options import InputError
+from gpt2repro.tokenization import (
+    EOT,
+    Encoder,
+    bpe_tokenizer,
+    char_tokenizer,
+    fingerprint,
+    gpt2_tokenizer,
+    kind,
+    load_tokenizer,
+    well_formed,
+)
+
+PROSE = [
+    "The quick brown fox jumps over the lazy dog. It's the dog's day.\n\n",
+    "def f(x):\n    return x  # naïve é\n",
+] * 30
+
+PATHOLOGICAL = [
+    "",
+    EOT,
+    f"a{EOT}b{EOT}",
+    "x" * 200_000,
+    "ab1!" * 50_000,
+    " " * 100_000,
+    "\n" * 50_000 + "x",
+    "\x00\x01\x7f\r\n\t\x85\u2028 \ufeff",
+    "lone \ud800 surrogates \udfff, a pair \ud83d\ude42",
+    "你好，世界 🙂 e\u0301 \u200d ' 's 'S ʼs",
+]
+
+
+def fuzz(count, seed=0):
+    """Odd strings: letters, digits, spaces, apostrophes, controls and code points from all over Unicode."""
+    rng = random.Random(seed)
+    common = "etaoin 's'll \n\t 0123.,!?-_é你🙂\x00\u00a0" + EOT
+
+    def character():
+        if rng.random() < 0.8:
+            return rng.choice(common)
+        code = rng.randrange(0x110000)
+        return chr(code) if not 0xD800 <= code < 0xE000 else "\ufffd"
+
+    return ["".join(character() for _ in range(rng.randrange(40))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def gpt2(shared_data):
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(shared_data / "tiktoken")
+    return gpt2_tokenizer()
+
+
+def test_gpt2_ids_equal_tiktoken_s_on_odd_strings(gpt2):
+    import tiktoken
+
+    reference = tiktoken.get_encoding("gpt2")
+    texts = fuzz(3000) + [text for text in PATHOLOGICAL if len(text) < 200]
+    expected = [reference.encode_ordinary(text) for text in texts]
+    encoded = Encoder(gpt2).encode_batch(texts)
+    assert [ids.tolist() for ids in encoded] == expected
+    assert all(ids.dtype == np.uint16 for ids in encoded)
+    theirs = gpt2([well_formed(text) for text in texts], split_special_tokens=True)["input_ids"]
+    assert theirs == expected
+    assert [gpt2.decode(ids) for ids in expected] == [well_formed(text) for text in texts]
+    assert (len(gpt2), gpt2.eos_token_id, gpt2.pad_token_id, gpt2.model_max_length) == (50257, 50256, 50256, 1024)
+    assert gpt2(EOT)["input_ids"] == [50256]
+
+
+def test_pathological_documents_neither_hang_nor_crash(gpt2):
+    import tiktoken
+
+    reference = tiktoken.get_encoding("gpt2")
+    for fast in (False, True):
+        encoded = Encoder(gpt2, fast=fast).encode_batch(PATHOLOGICAL)
+        for text, ids in zip(PATHOLOGICAL, encoded, strict=True):
+            assert ids.tolist() == reference.encode_ordinary(text), (fast, text[:20])
+
+
+def test_fast_tokenizer_gives_tiktoken_s_ids_where_unicode_versions_differ(gpt2):
+    pytest.importorskip("gigatoken")
+    plain, fast = Encoder(gpt2), Encoder(gpt2, fast=True)
+    assert fast.uses_gigatoken and not plain.uses_gigatoken
+    rng = random.Random(1)
+    newer = [chr(code) for code in range(0x10FFFF) if fast._strange.match(chr(code)) and not 0xD800 <= code < 0xE000]
+    texts = fuzz(5000, seed=2) + [f"a{c}'s {c}1{c}'ll {c}" for c in rng.sample(newer, 500)]
+    copy = pickle.loads(pickle.dumps(fast))
+    for a, b, c in zip(plain.encode_batch(texts), fast.encode_batch(texts), copy.encode_batch(texts), strict=True):
+        assert np.array_equal(a, b) and np.array_equal(a, c)
+
+
+@pytest.mark.parametrize("make", [char_tokenizer, lambda texts: bpe_tokenizer(texts, 300)], ids=["char", "bpe"])
+def test_saved_tokenizer_loads_with_autotokenizer_and_gives_the_same_ids(tmp_path, make):
+    tokenizer = make(PROSE)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = load_tokenizer(tmp_path)
+    assert fingerprint(loaded) == fingerprint(tokenizer) and kind(loaded) == kind(tokenizer)
+    assert len(loaded) == len(tokenizer) == loaded.eos_token_id + 1
+    assert loaded.eos_token == loaded.bos_token == loaded.pad_token == loaded.unk_token == EOT
+    assert loaded.model_max_length == 1024
+    ids = Encoder(loaded).encode_batch(PROSE)
+    assert [i.tolist() for i in ids] == tokenizer(PROSE)["input_ids"]
+    assert [loaded.decode(i) for i in ids] == PROSE
+
+
+def test_characters_are_numbered_as_in_nanogpt():
+    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
+    stoi = {ch: i for i, ch in enumerate(sorted(set(text)))}
+    encoder = Encoder(char_tokenizer([text]))
+    assert encoder.encode_batch([text])[0].tolist() == [stoi[c] for c in text]
+    assert (encoder.vocab_size, encoder.eot_id) == (len(stoi) + 1, len(stoi))
+
+
+def test_unseen_characters_are_unknown_and_not_a_crash():
+    encoder = Encoder(char_tokenizer(["abc"]))
+    assert encoder.encode_batch(["aéb🙂\ud800c"])[0].tolist() == [0, 3, 1, 3, 3, 2]
+
+
+def test_trained_bpe_encodes_every_text_and_nothing_in_it_is_special():
+    tokenizer = bpe_tokenizer(PROSE, 300)
+    encoder = Encoder(tokenizer)
+    texts = fuzz(300) + PATHOLOGICAL
+    for text, ids in zip(texts, encoder.encode_batch(texts), strict=True):
+        assert encoder.eot_id not in ids
+        assert tokenizer.decode(ids) == well_formed(text)
+
+
+def test_bpe_training_is_deterministic():
+    script = f"from gpt2repro.tokenization import *; print(fingerprint(bpe_tokenizer({PROSE!r}, 320)))"
+    run = [sys.executable, "-c", script]
+    threads = [subprocess.run(run, env={**os.environ, "RAYON_NUM_THREADS": n}, capture_output=True) for n in "14"]
+    assert threads[0].stdout == threads[1].stdout != b""
+    assert threads[0].stdout.decode().strip() == fingerprint(bpe_tokenizer(PROSE, 320))
+
+
+def test_joined_ids_are_the_batch_with_end_of_text_where_documents_end():
+    encoder = Encoder(bpe_tokenizer(PROSE, 300))
+    a, b = encoder.encode_batch(["one", "two"])
+    joined = encoder.encode_joined(["one", "two", ""], [False, True, True])
+    assert joined.tolist() == [*a, *b, encoder.eot_id, encoder.eot_id] and joined.dtype == encoder.dtype
+
+
+def test_an_encoder_survives_the_trip_to_a_worker():
+    for tokenizer in (char_tokenizer(PROSE), bpe_tokenizer(PROSE, 300)):
+        encoder = Encoder(tokenizer)
+        copy = pickle.loads(pickle.dumps(encoder))
+        assert [i.tolist() for i in copy.encode_batch(PROSE)] == [i.tolist() for i in encoder.encode_batch(PROSE)]
+
+
+def test_unreachable_vocabulary_says_what_to_do(tmp_path):
+    script = "from gpt2repro.tokenization import gpt2_tokenizer; gpt2_tokenizer()"
+    closed = "http://127.0.0.1:9"  # nothing listens on the discard port
+    env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": closed, "https_proxy": closed}
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    last = result.stderr.strip().splitlines()[-1]
+    assert "InputError" in last and "TIKTOKEN_CACHE_DIR" in last and "--tokenizer bpe or char" in last
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: char_tokenizer([]), "needs text, and there is none"),
+        (lambda: bpe_tokenizer([], 300), "there is hardly any"),
+        (lambda: bpe_tokenizer(PROSE, 256), "vocab_size=256: a byte-level vocabulary has 257"),
+        (lambda: load_tokenizer("nowhere/at/all"), "no tokenizer could be loaded from nowhere"),
+    ],
+)
+def test_bad_input_gets_a_sentence(make, sentence, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=sentence):
+        make()
+
+
+def test_workers_start_without_torch_and_transformers():
+    script = (
+        "import sys, gpt2repro.tokenization; print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
