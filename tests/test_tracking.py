@@ -1,0 +1,321 @@
+"""The log of a run: whole after any death, continued on resume, read back from the trackers' files, free of secrets."""
+
+import json
+import math
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from gpt2repro import tracking
+from gpt2repro.tracking import RunLog, Throughput, cut_metrics, flops_per_token, peak_flops, read_metrics, scrub
+
+
+def run_log(run_dir, **changes) -> RunLog:
+    arguments = {"config": {}, "trackers": [], "project": "test", "run_ids": None, "resume_step": None, "is_main": True}
+    return RunLog(run_dir, **{**arguments, **changes})
+
+
+def steps(run_dir) -> list[int]:
+    train, _ = read_metrics(run_dir)
+    return [record["step"] for record in train]
+
+
+def test_records_come_back_as_they_were_given(tmp_path):
+    log = run_log(tmp_path)
+    log.log({"step": 1, "loss": 0.1 + 0.2, "lr": 6e-5})
+    log.log({"step": 1, "val_loss": 2.5, "note": "below the reference"})
+    log.log({"step": 2, "loss": math.nan, "grad_norm": math.inf})
+    log.close()
+    train, evaluations = read_metrics(tmp_path)
+    assert train == [{"step": 1, "loss": 0.1 + 0.2, "lr": 6e-5}, {"step": 2, "loss": None, "grad_norm": None}]
+    assert evaluations == [{"step": 1, "val_loss": 2.5, "note": "below the reference"}]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()  # every line is JSON for any reader
+
+
+def test_resume_cuts_the_log_back_to_the_checkpoint(tmp_path):
+    log = run_log(tmp_path)
+    for step in range(1, 8):
+        log.log({"step": step, "loss": 1 / step})
+        log.samples(step, ["text"])
+    log.log({"step": 4, "val_loss": 9.0})
+    log.close()
+    log = run_log(tmp_path, resume_step=4)
+    assert steps(tmp_path) == [1, 2, 3, 4] and len(read_metrics(tmp_path)[1]) == 1
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir())[-1] == "step_000004.md"
+    log.log({"step": 5, "loss": 0.5})
+    log.close()
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    run_log(tmp_path, resume_step=None).close()
+    assert steps(tmp_path) == []  # from the start: nothing of an earlier attempt stays
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 4, "lo', '{"step": 4, "loss": 1.0}', '{"step"\n', "\x00\x00\x00", "[4]\n", "\xff"]
+)
+def test_a_torn_last_line_is_left_out_by_the_reader_and_the_cut(tmp_path, torn):
+    whole = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes((whole + torn).encode("latin-1"))
+    assert steps(tmp_path) == [1, 2, 3]
+    cut_metrics(path, 9)
+    assert path.read_text() == whole
+
+
+def test_a_killed_process_leaves_every_line_it_logged(tmp_path):
+    code = (
+        "import sys; from gpt2repro.tracking import RunLog\n"
+        "log = RunLog(sys.argv[1], config={}, trackers=[], project='', run_ids=None, resume_step=None, is_main=True)\n"
+        "for step in range(1, 10**9): log.log({'step': step, 'loss': 1.0}); print(step, flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    for _ in range(200):
+        seen = int(process.stdout.readline())
+    process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+    seen = int((process.communicate(timeout=30)[0].splitlines() or [seen])[-1])
+    logged = steps(tmp_path)
+    assert logged == list(range(1, len(logged) + 1)) and len(logged) >= seen
+
+
+def test_processes_other_than_the_main_one_write_nothing(tmp_path):
+    log = run_log(tmp_path / "run", trackers=["tensorboard", "wandb"], is_main=False, run_ids={"wandb": "kept"})
+    log.log({"step": 1, "loss": 1.0})
+    log.samples(1, ["text"])
+    log.status("running", 1)
+    log.checkpoint_link(1, "x")
+    log.close()
+    assert not (tmp_path / "run").exists() and log.run_ids == {"wandb": "kept"}
+
+
+def test_status_is_replaced_whole_and_holds_no_secret(tmp_path):
+    log = run_log(tmp_path)
+    log.status("running", 5)
+    log.status("failed", 6, exit_code=4, message="upload with hf_abcdefghijklmnopqrstuvwx was refused")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status == {"state": "failed", "step": 6, "exit_code": 4, "message": "upload with [hidden] was refused"}
+    log.close()
+    log.close()
+
+
+class Faulty:
+    """A tracker that works once."""
+
+    def __init__(self, *arguments, **named):
+        self.calls = 0
+
+    def log(self, record):
+        self.calls += 1
+        if self.calls > 1:
+            raise RuntimeError("disk of hf_abcdefghijklmnopqrstuvwx on fire")
+
+    def close(self):
+        raise AssertionError("a dropped tracker is not called again")
+
+
+def test_a_tracker_that_raises_is_named_once_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Faulty)
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", lambda *a, **k: 1 / 0)
+    log = run_log(tmp_path, trackers=["tensorboard", "wandb"], run_ids={"wandb": "abc"})
+    for step in range(1, 6):
+        log.log({"step": step, "loss": 1.0})
+    log.close()
+    said = capsys.readouterr().err
+    assert said.count("tensorboard failed") == 1 and said.count("wandb failed") == 1 and "hf_" not in said
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    assert log.run_ids == {"wandb": "abc"}  # a later resume tries the same run again
+
+
+def test_secrets_are_hidden_by_name_by_look_and_by_the_environment(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    config = {
+        "hub_token": "anything",
+        "api_key": "short",
+        "nested": {
+            "password": "p",
+            "list": ["see https://me:secret@host/x", "key 0123456789abcdef0123456789abcdef01234567"],
+        },
+        "note": "hf_abcdefghijklmnopqrstuvwx and sk-abcdefghijklmnopqrstuvwx",
+        "batch_tokens": 524288,
+        "tokenizer": "gpt2",
+        "revision": "89abcdef0123456789abcdef0123456789abcdef",
+        "eos_token_id": 50256,
+        "none_token": None,
+    }
+    assert scrub(config) == {
+        "hub_token": "[hidden]",
+        "api_key": "[hidden]",
+        "nested": {"password": "[hidden]", "list": ["see https://[hidden]@host/x", "key [hidden]"]},
+        "note": "[hidden] and [hidden]",
+        "batch_tokens": 524288,
+        "tokenizer": "gpt2",
+        "revision": "89abcdef0123456789abcdef0123456789abcdef",
+        "eos_token_id": 50256,
+        "none_token": None,
+    }
+
+
+def test_tensorboard_files_read_back_as_one_run_after_a_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = run_log(tmp_path, trackers=["tensorboard"], config={"lr": 1e-3, "hub_token": "hidden-thing"})
+    for step in range(1, 7):
+        log.log({"step": step, "loss": 10.0 + step, "lr": 1e-3, "compiled": True, "note": "text"})
+    log.log({"step": 3, "val_loss": 2.0})
+    log.samples(3, ["# not a heading"])
+    log.checkpoint_link(3, "checkpoints/step_000003")
+    again = run_log(tmp_path, trackers=["tensorboard"], run_ids=log.run_ids, resume_step=3)
+    for step in range(4, 7):
+        again.log({"step": step, "loss": 20.0 + step, "lr": 1e-3})
+    again.close()
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert set(scalars) == {"loss", "lr", "val_loss"}
+    assert scalars["loss"] == [(1, 11.0), (2, 12.0), (3, 13.0), (4, 24.0), (5, 25.0), (6, 26.0)]
+    assert scalars["val_loss"] == [(3, 2.0)]
+    texts = {
+        tag.split("/")[0]: events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+        for tag in events.Tags()["tensors"]
+    }
+    assert texts["samples"] == "    # not a heading" and texts["checkpoint"] == "checkpoints/step_000003"
+    assert "lr: 0.001" in texts["config"] and "hidden-thing" not in texts["config"]
+
+
+def read_wandb_file(path) -> list:
+    """Records of an offline W&B run. wandb 0.31 ships no reader, so this is one.
+
+    The file is LevelDB's log format (32 KiB blocks of chunks: crc32, length, type) behind 7 bytes of W&B's own, each
+    record a protobuf message. Source: github.com/google/leveldb, doc/log_format.md.
+    """
+    record_type = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
+    data = path.read_bytes()
+    assert data[:4] == b":W&B", "another file format than that of wandb 0.31"
+    records, chunks, position = [], b"", 7
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:  # a block's end too short for a chunk header is padding
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        chunks += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a full record, or its last chunk
+            records.append(record_type.FromString(chunks))
+            chunks = b""
+    return records
+
+
+def test_an_offline_wandb_run_reads_back_and_a_resume_continues_it(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    arguments = []
+    real_init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **named: arguments.append(named) or real_init(**named))
+    run_dir = tmp_path / "my-run"
+
+    log = run_log(run_dir, trackers=["wandb"], project="p", config={"n_layer": 12, "hub_token": "hidden-thing"})
+    log.log({"step": 1, "loss": 3.5})
+    log.log({"step": 2, "loss": 3.25, "skipped": [[4, 8]]})
+    log.samples(2, ["once upon"])
+    log.checkpoint_link(2, "https://huggingface.co/me/model/tree/step-2")
+    log.close()
+    again = run_log(
+        run_dir, trackers=["wandb"], project="p", run_ids=json.loads(json.dumps(log.run_ids)), resume_step=2
+    )
+    again.log({"step": 3, "loss": 3.0})
+    again.close()
+
+    run_id = log.run_ids["wandb"]
+    assert [(named["id"], named["resume"], named["project"]) for named in arguments] == [(run_id, "allow", "p")] * 2
+    first, second = sorted(
+        run_dir.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"), key=lambda path: path.stat().st_mtime
+    )
+    assert b"hidden-thing" not in first.read_bytes()
+
+    def history(records):
+        rows = [
+            {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            for record in records
+            if record.WhichOneof("record_type") == "history"
+        ]
+        return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
+
+    records = read_wandb_file(first)
+    run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    config = {(update.key or "/".join(update.nested_key)): update.value_json for update in run.config.update}
+    assert (run.run_id, run.project, run.display_name) == (run_id, "p", "my-run")
+    assert config["n_layer"] == "12" and config["hub_token"] == '"[hidden]"'
+    metric = next(record.metric for record in records if record.WhichOneof("record_type") == "metric")
+    assert (metric.glob_name, metric.step_metric) == ("*", "step")
+    rows = history(records)
+    assert rows[:2] == [{"step": 1, "loss": 3.5}, {"step": 2, "loss": 3.25, "skipped": [[4, 8]]}]
+    assert rows[2]["step"] == 2 and rows[2]["samples/_type"] == "table-file"
+    artifacts = [record.artifact for record in records if record.WhichOneof("record_type") == "artifact"]
+    link = next(artifact for artifact in artifacts if artifact.type == "model")
+    assert json.loads(link.metadata) == {"step": 2, "location": "https://huggingface.co/me/model/tree/step-2"}
+    assert "step-2" in link.aliases
+
+    records = read_wandb_file(second)
+    assert next(r.run.run_id for r in records if r.WhichOneof("record_type") == "run") == run_id
+    assert history(records) == [{"step": 3, "loss": 3.0}]
+
+
+def test_links_from_the_writing_thread_do_not_disturb_the_log(tmp_path):
+    log = run_log(tmp_path, trackers=["tensorboard"])
+    thread = threading.Thread(target=lambda: [log.checkpoint_link(step, "x") for step in range(50)])
+    thread.start()
+    for step in range(1, 51):
+        log.log({"step": step, "loss": 1.0})
+    thread.join()
+    log.close()
+    assert steps(tmp_path) == list(range(1, 51))
+
+
+def test_flops_per_token_of_124m_are_those_of_the_formula():
+    # 6 x (124,439,808 - 1024 x 768) + 12 x 12 x 768 x 1024 = 741,920,256 + 113,246,208
+    assert flops_per_token(124_439_808 - 1024 * 768, 12, 768, 1024) == 855_166_464
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA GH200 480GB", 989.5),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla T4", 65),
+        ("AMD Instinct MI300X", 1307.4),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("Apple M3", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops_are_the_datasheets_or_unknown(name, tflops):
+    assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
+
+
+def test_throughput_counts_training_time_only(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    throughput = Throughput(flops_per_token=100.0, peak=1e4)
+    clock.now += 2
+    with throughput.pause():
+        clock.now += 50
+    assert throughput.measure(tokens=100, steps=4) == {"tokens_per_second": 50.0, "step_seconds": 0.5, "mfu": 0.5}
+    clock.now += 1
+    assert Throughput(flops_per_token=100.0, peak=None).measure(10, 1)["mfu"] is None
+    assert throughput.measure(tokens=100, steps=1)["tokens_per_second"] == 100.0
