@@ -48,7 +48,7 @@ class Sampling:
     def problems(self) -> list[str]:
         found = []
         if not 0 <= self.temperature < float("inf"):
-            found.append(f"temperature={self.temperature} must be a number of at least 0 (0 always takes the likeliest)")
+            found.append(f"temperature={self.temperature} must be a number of at least 0 (0 takes the likeliest token)")
         if self.top_k is not None and self.top_k < 1:
             found.append(f"top_k={self.top_k} must be at least 1; leave it out to keep every token")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -113,7 +113,7 @@ class Step(NamedTuple):
 
 
 def room_for(model, prompt_tokens: int) -> int | None:
-    """How many tokens fit behind a prompt; None where the architecture sets no limit. Raises InputError if none does."""
+    """How many tokens fit behind a prompt; None where the model sets no limit. Raises: InputError if none does."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and prompt_tokens >= limit:
         raise InputError(
@@ -150,8 +150,8 @@ class Decoder:
     ) -> Iterator[Step]:
         """Yield up to `max_new_tokens` steps; stops early once every row has ended.
 
-        prompts: one non-empty list of ids per row, of any lengths (padded on the left). rows: the number of each prompt's
-        stream of chance, its position by default.
+        prompts: one non-empty list of ids per row, of any lengths (padded on the left). rows: the number of each
+        prompt's stream of chance, its position by default.
         """
         longest = max(map(len, prompts))
         assert len(prompts) == self.batch_size, f"{len(prompts)} prompts in a decoder for {self.batch_size}"
@@ -296,7 +296,7 @@ def gpt2_logits(
     causal: bool = False,
     plain_attention: bool = False,
 ) -> torch.Tensor:
-    """Write (B, T) tokens into `slots` (T,) of the cache (layers, 2, B, H, L, D) and return the last one's logits (B, V).
+    """Write (B, T) tokens into `slots` (T,) of the cache (layers, 2, B, H, L, D); return the last one's logits (B, V).
 
     mask: (B, 1, T, L), True where a slot is seen; None sees all L. plain_attention: three matrix steps in place of the
     fused kernel, which has too few blocks to fill a GPU when T is 1; a compiler turns them into reductions that do.
@@ -396,7 +396,7 @@ class GPT2Decoder(Decoder):
         """The step as one call: compiled if asked for, captured as a CUDA graph where there is CUDA."""
         step = partial(self._fixed_step, sampling)
         if self.compiled:
-            # Coordinate descent tuning also turns a matrix times one vector into a reduction: full bandwidth at batch 1.
+            # Coordinate descent tuning also turns matrix times vector into a reduction: full bandwidth at batch 1.
             tuning = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else None
             step = torch.compile(step, fullgraph=True, dynamic=False, options=tuning)
         if self.device.type != "cuda":
@@ -488,8 +488,8 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 class TextStream:
     """Tokens one by one -> text as soon as it is certain; never half a UTF-8 character.
 
-    A token may end inside a character. Decoding then ends with U+FFFD, which is held back until the next tokens complete
-    it, or `flush` admits that nothing will.
+    A token may end inside a character. Decoding then ends with U+FFFD, which is held back until the next tokens
+    complete it, or `flush` admits that nothing will.
     """
 
     def __init__(self, tokenizer):

@@ -16,7 +16,7 @@ OUR_LAYOUT = ("gpt2repro", "gpt2")  # model types that GPT2ReproForCausalLM load
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or the best one here: CUDA, then MPS, then the CPU. Raises InputError for one that is absent."""
+    """The named device, or the best one here: CUDA, then MPS, then the CPU. Raises: InputError for an absent one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -35,8 +35,8 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype | None, tr
 
     `name` is a run, a checkpoint directory or a Hub id; `dtype=None` keeps the stored precision.
 
-    Raises: InputError, in one sentence, for what does not exist, cannot be reached, is damaged, is not a causal language
-    model, or would need remote code that was not allowed.
+    Raises: InputError, in one sentence, for what does not exist, cannot be reached, is damaged, is not a causal
+    language model, or would need remote code that was not allowed.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, PretrainedConfig

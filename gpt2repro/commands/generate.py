@@ -1,0 +1,272 @@
+"""Write text with a model: one prompt, a conversation, or a file of prompts.
+
+    gpt2repro generate --model runs/quickstart --prompt "The import statement" --num_samples 3
+    gpt2repro generate --model runs/quickstart --interactive
+    gpt2repro generate --model openai-community/gpt2 --prompts_file prompts.txt --out samples.jsonl
+
+A prompts file is .txt (one prompt a line, empty lines skipped) or .jsonl ({"prompt": "..."} a line). The text goes to
+stdout or --out, everything else to stderr. The same seed gives the same text, whatever the batch.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gpt2repro.options import InputError, parse_options
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+@dataclass
+class Options:
+    model: str
+    "A run, a checkpoint directory, or a Hub id."
+    prompt: str | None = None
+    'The text to continue; "" begins a new document.'
+    interactive: bool = False
+    "Read one prompt a line from the keyboard and stream what follows."
+    prompts_file: Path | None = field(default=None, metadata={"config": False})
+    "Continue every prompt of this .txt or .jsonl file; needs --out."
+    out: Path | None = field(default=None, metadata={"config": False})
+    "Where the samples of a prompts file go, one JSON object a line."
+    max_new_tokens: AtLeastOne = 200
+    "Stop after this many tokens, or at the end-of-text token."
+    temperature: float = 0.8
+    "Below 1 bolder, above 1 wilder; 0 always takes the likeliest token."
+    top_k: int | None = 50
+    "Choose among the k likeliest tokens; none: among all."
+    top_p: float | None = None
+    "Choose among the likeliest tokens that together have this probability; none: no such cut."
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 1337
+    "The same seed, prompt and options give the same text."
+    num_samples: AtLeastOne = 1
+    "How many continuations of each prompt."
+    batch_size: AtLeastOne = 64
+    "Sequences decoded at a time."
+    device: str | None = None
+    "cuda, cuda:1, mps or cpu; none: the best one here."
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    "Precision of the weights; none: bf16 on CUDA, fp32 elsewhere."
+    compile: bool = False
+    "Fuse the decode step with torch.compile: slower to start, faster for many tokens on a GPU."
+    trust_remote_code: bool = False
+    "Run the Python code that a Hub repo of another architecture brings along."
+
+    def problems(self) -> list[str]:
+        from gpt2repro.generation import Sampling
+
+        found = Sampling(self.temperature, self.top_k, self.top_p).problems()
+        sources = [self.prompt is not None, self.interactive, self.prompts_file is not None]
+        if sum(sources) != 1:
+            found.append("give exactly one of --prompt TEXT, --interactive and --prompts_file FILE")
+        if self.prompts_file is not None and self.out is None:
+            found.append("--prompts_file needs --out FILE.jsonl for the samples")
+        if self.prompts_file is None and self.out is not None:
+            found.append("--out belongs to --prompts_file; redirect the output of --prompt with > FILE")
+        if self.interactive and self.num_samples > 1:
+            found.append(f"--interactive streams one text at a time; num_samples={self.num_samples} needs --prompt")
+        return found
+
+
+def main(argv: list[str]) -> int:
+    options = parse_options(Options, argv, prog="gpt2repro generate", description=__doc__)
+    prompts = read_prompts(options.prompts_file) if options.prompts_file else []  # before a model is loaded
+
+    import torch
+
+    from gpt2repro.commands.loading import load_model, pick_device, pick_dtype
+
+    device = pick_device(options.device)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: pick_dtype(device)}
+    model, tokenizer = load_model(
+        options.model, device=device, dtype=dtypes[options.dtype], trust_remote_code=options.trust_remote_code
+    )
+    if options.interactive:
+        return converse(model, tokenizer, options)
+    if options.prompts_file:
+        return write_samples(model, tokenizer, prompts, options)
+    return print_samples(model, tokenizer, options)
+
+
+def print_samples(model, tokenizer, options: Options) -> int:
+    """`--prompt`: one sample streams as it is made; several are made together and printed one after the other."""
+    from gpt2repro.generation import complete, decoder_for, encode_prompt
+
+    ids = encode_prompt(tokenizer, options.prompt)
+    limit = shorten(model, len(ids), options.max_new_tokens)
+    if options.num_samples == 1:
+        decoder = decoder_for(model, batch_size=1, length=len(ids) + limit, compiled=options.compile)
+        print(options.prompt, end="", flush=True)
+        stream(decoder, tokenizer, ids, limit, options, row=0)
+        return 0
+    start = time.perf_counter()
+    samples = dict(
+        complete(
+            model,
+            [ids] * options.num_samples,
+            max_new_tokens=limit,
+            batch_size=options.batch_size,
+            **chance(tokenizer, options),
+        )
+    )
+    for number in range(options.num_samples):
+        print(f"--- sample {number + 1} of {options.num_samples}")
+        print(options.prompt + tokenizer.decode(samples[number], skip_special_tokens=True))
+    report(sum(map(len, samples.values())), time.perf_counter() - start)
+    return 0
+
+
+def converse(model, tokenizer, options: Options) -> int:
+    """`--interactive`: every line is a prompt of its own; an empty line or end of input ends the program."""
+    from gpt2repro.generation import decoder_for, encode_prompt
+
+    with contextlib.suppress(ImportError):  # arrow keys and history, where Python has them
+        import readline  # noqa: F401
+
+    decoder = None
+    row = 0
+    print("Write the beginning of a text; an empty line ends the program.", file=sys.stderr)
+    while prompt := read_line("\n> "):
+        try:
+            ids = encode_prompt(tokenizer, prompt)
+            limit = shorten(model, len(ids), options.max_new_tokens)
+            if decoder is None or decoder.length < len(ids) + limit:
+                decoder = decoder_for(model, batch_size=1, length=len(ids) + limit, compiled=options.compile)
+            print(prompt, end="", flush=True)
+            stream(decoder, tokenizer, ids, limit, options, row=row)
+        except InputError as error:  # a prompt that is too long is no reason to lose the model
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n(stopped; an empty line ends the program)", file=sys.stderr)
+        row += 1
+    return 0
+
+
+def read_line(question: str) -> str:
+    """A line from the keyboard; empty at the end of input or Ctrl-C."""
+    print(question, end="", file=sys.stderr, flush=True)
+    try:
+        return input()
+    except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)
+        return ""
+
+
+def write_samples(model, tokenizer, prompts: list[str], options: Options) -> int:
+    """`--prompts_file`: all samples of all prompts in left-padded batches -> JSON lines, in the prompts' order."""
+    from tqdm import tqdm
+
+    from gpt2repro.generation import complete, encode_prompt, room_for
+
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for number, ids in enumerate(encoded, 1):
+        room = room_for(model, len(ids))
+        if room is not None and room < options.max_new_tokens:
+            raise InputError(
+                f"prompt {number} of {options.prompts_file} has {len(ids)} tokens, which leaves room for {room} new "
+                f"ones, not {options.max_new_tokens}; shorten it or lower --max_new_tokens"
+            )
+    jobs = [number for number in range(len(prompts)) for _ in range(options.num_samples)]
+    samples: dict[int, list[int]] = {}
+    start = time.perf_counter()
+    with tqdm(total=len(jobs), unit="sample", disable=None) as bar:
+        for index, tokens in complete(
+            model,
+            [encoded[number] for number in jobs],
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            compiled=options.compile,
+            **chance(tokenizer, options),
+        ):
+            samples[index] = tokens
+            bar.update()
+    seconds = time.perf_counter() - start
+
+    temporary = options.out.with_name(options.out.name + ".tmp")
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for index, number in enumerate(jobs):
+                text = tokenizer.decode(samples[index], skip_special_tokens=True)
+                record = {"index": number, "sample": index % options.num_samples, "prompt": prompts[number]}
+                record |= {"text": text, "tokens": len(samples[index]), "seed": options.seed}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        os.replace(temporary, options.out)
+    except OSError as error:
+        raise InputError(f"cannot write {options.out}: {error}") from None
+    report(sum(map(len, samples.values())), seconds)
+    print(f"{len(jobs)} samples in {options.out}", file=sys.stderr)
+    return 0
+
+
+def stream(decoder, tokenizer, ids: list[int], limit: int, options: Options, *, row: int) -> None:
+    """Print one continuation while it is made, then its speed."""
+    from gpt2repro.generation import TextStream
+
+    text = TextStream(tokenizer)
+    count, start = 0, time.perf_counter()
+    try:
+        for step in decoder.tokens([ids], max_new_tokens=limit, rows=[row], **chance(tokenizer, options)):
+            token = step.tokens.item()
+            if token == tokenizer.eos_token_id:
+                break
+            count += 1
+            print(text.push(token), end="", flush=True)
+    finally:
+        print(text.flush(), flush=True)
+    report(count, time.perf_counter() - start)
+
+
+def chance(tokenizer, options: Options) -> dict:
+    """How tokens are chosen, as the decode engine takes it."""
+    from gpt2repro.generation import Sampling
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    return {"sampling": sampling, "end_token": tokenizer.eos_token_id, "seed": options.seed}
+
+
+def shorten(model, prompt_tokens: int, wanted: int) -> int:
+    """`wanted` tokens, or as many as fit behind the prompt, saying so."""
+    from gpt2repro.generation import room_for
+
+    room = room_for(model, prompt_tokens)
+    if room is None or room >= wanted:
+        return wanted
+    print(
+        f"note: behind {prompt_tokens} prompt tokens there is room for {room} new ones, not {wanted}", file=sys.stderr
+    )
+    return room
+
+
+def report(tokens: int, seconds: float) -> None:
+    print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a .txt or .jsonl file. Raises InputError naming the line that is wrong."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read prompts from {path}: {error}") from None
+    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not lines:
+        raise InputError(f"{path} holds no prompts")
+    if path.suffix.lower() != ".jsonl":
+        return [line for _, line in lines]
+    prompts = []
+    for number, line in lines:
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise InputError(f'{path} line {number}: expected {{"prompt": "text"}}, found {line[:60]!r}')
+        prompts.append(prompt)
+    return prompts
