@@ -1,0 +1,91 @@
+"""A picture of one or more runs: loss, learning rate, tokens per second. Reads metrics.jsonl; knows no training."""
+
+import itertools
+import math
+import os
+from pathlib import Path
+
+from gpt2repro.options import InputError
+from gpt2repro.tracking import read_metrics
+
+
+def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
+    """Draw the runs into one PNG, which appears whole or not at all.
+
+    Raises: InputError for a run without a logged loss.
+    """
+    # Without pyplot: no window system, no global state, and it may be called from any thread.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    run_dirs = [Path(run) for run in run_dirs]
+    runs = {name: read_metrics(run) for name, run in zip(run_names(run_dirs), run_dirs, strict=True)}
+    for name, (train, evaluations) in runs.items():
+        if not series(train, "loss")[0] and not series(evaluations, "val_loss")[0]:
+            raise InputError(
+                f"{name} has no metrics.jsonl with a loss in it; give the directory of a run that has trained"
+            )
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=[2.2, 1])
+    loss_axes = figure.add_subplot(grid[0, :])
+    lr_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
+    speed_axes = figure.add_subplot(grid[1, 1], sharex=loss_axes)
+
+    for number, (name, (train, evaluations)) in enumerate(runs.items()):
+        colour = f"C{number % 10}"
+        steps, losses = series(train, "loss")
+        loss_axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+        loss_axes.plot(steps, smooth(losses), color=colour, linewidth=1.4, label=f"{name}: training, smoothed")
+        steps, losses = series(evaluations, "val_loss")
+        if steps:
+            label = f"{name}: validation, last {losses[-1]:.4f}"
+            loss_axes.plot(steps, losses, "o--", color=colour, markersize=4, linewidth=1, label=label)
+        lr_axes.plot(*series(train, "lr"), color=colour)
+        steps, rates = series(train, "tokens_per_second")
+        speed_axes.plot(steps, rates, color=colour, alpha=0.25, linewidth=0.8)
+        speed_axes.plot(steps, smooth(rates), color=colour, linewidth=1.4)
+
+    loss_axes.set(title="Loss", ylabel="nats per token")
+    loss_axes.legend(fontsize="small")
+    lr_axes.set(title="Learning rate", xlabel="step")
+    lr_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    lr_axes.set_ylim(bottom=0)
+    speed_axes.set(title="Tokens per second", xlabel="step")
+    speed_axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    speed_axes.set_ylim(bottom=0)
+    for axes in (loss_axes, lr_axes, speed_axes):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    out_png = Path(out_png)
+    out_png.parent.mkdir(parents=True, exist_ok=True)
+    rest = out_png.with_name(out_png.name + ".tmp")
+    figure.savefig(rest, dpi=120, format="png")
+    os.replace(rest, out_png)
+    return out_png
+
+
+def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the records that have a number under `name`; a loss that was not a number is left out."""
+    points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float)) and math.isfinite(r[name])]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Mean over about a fiftieth of the run around each point: unlike a running average it does not lag behind a fall."""
+    half = len(values) // 100
+    sums = [0.0, *itertools.accumulate(values)]
+    borders = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in borders]
+
+
+def run_names(run_dirs: list[Path]) -> list[str]:
+    """The directories' names, with as much of the path in front as it takes to tell them apart."""
+    paths = [run.resolve() for run in run_dirs]
+    longest = max(len(path.parts) for path in paths)
+    for depth in range(1, longest + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(path) for path in paths]
