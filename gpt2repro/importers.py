@@ -1,0 +1,277 @@
+"""Checkpoints of nanoGPT, build-nanogpt and llm.c -> the tensors and config fields of transformers' GPT-2.
+
+    ckpt.pt | model_19072.pt | gpt2_124M.bin  --read_*-->  Imported(config, tensors, notes)
+
+Knows the foreign formats, and no model class: the command builds the model and looks whether it predicts anything.
+Nothing in a file is executed: pickles are read with `weights_only=True`, and in place of build-nanogpt's own class of
+configurations there is a stand-in that only holds numbers.
+
+Sources: nanoGPT `train.py` and `model.py`; build-nanogpt `train_gpt2.py`, whose format ShallowU/Reproduce-GPT2-124M
+keeps; llm.c `train_gpt2.py` (`write_model`) and `train_gpt2.cu` (`gpt2_write_to_checkpoint`).
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpt2repro.options import InputError
+
+GPT2_VOCAB_SIZE = 50257
+# nn.Linear keeps (out, in), GPT-2's Conv1D (in, out): https://github.com/karpathy/nanoGPT/blob/master/model.py
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
+
+LLMC_MAGIC = 20240326
+LLMC_OTHER_MAGICS = {
+    20240327: "a debug or optimizer state",
+    20240328: "a tokenizer",
+    20240520: "training tokens",
+    20240801: "training tokens",
+    20240803: "a Llama 3 model",
+}
+LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}
+LLMC_HEADER_BYTES = 256 * 4
+
+
+@dataclass
+class Imported:
+    """A GPT-2 in transformers' names and layout. `notes` say what was not simply copied."""
+
+    config: dict
+    tensors: dict[str, torch.Tensor]
+    notes: list[str] = field(default_factory=list)
+
+
+class _Numbers:
+    """Stands in for a checkpoint's own GPTConfig: holds the attributes that the pickle sets, runs nothing."""
+
+
+def read_checkpoint(kind: str, path: str | Path) -> Imported:
+    """The checkpoint at `path`, which `kind` (nanogpt, build-nanogpt or llm.c) wrote.
+
+    Raises: InputError naming what is wrong with the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--input {path}: no such file")
+    return {"nanogpt": read_nanogpt, "build-nanogpt": read_build_nanogpt, "llm.c": read_llmc}[kind](path)
+
+
+def read_nanogpt(path: Path) -> Imported:
+    """nanoGPT's `ckpt.pt`: GELU with erf, biases optional, vocabulary padded to 50304 or a character set's."""
+    checkpoint = _load_pickle(path, "nanoGPT's ckpt.pt has 'model' and 'model_args'", ("model", "model_args"))
+    return _from_linear_layout(path, checkpoint["model"], _plain_dict(path, checkpoint["model_args"]), "gelu")
+
+
+def read_build_nanogpt(path: Path) -> Imported:
+    """build-nanogpt's and ShallowU's `log/model_NNNNN.pt`: GELU with tanh, `_orig_mod.` names, vocabulary 50304."""
+    checkpoint = _load_pickle(path, "build-nanogpt's model_NNNNN.pt has 'model' and 'config'", ("model", "config"))
+    imported = _from_linear_layout(path, checkpoint["model"], _plain_dict(path, checkpoint["config"]), "gelu_new")
+    if isinstance(checkpoint.get("step"), int) and checkpoint.get("val_loss") is not None:
+        imported.notes.append(f"the file says: step {checkpoint['step']}, val_loss {float(checkpoint['val_loss']):.4f}")
+    return imported
+
+
+def read_llmc(path: Path) -> Imported:
+    """llm.c's `model_NNNNNNNN.bin`: 256 int32 of header, then each tensor of all layers; fp32 (v3) or bf16 (v5)."""
+    size = path.stat().st_size
+    if size < LLMC_HEADER_BYTES:
+        raise InputError(f"{path} has {size} bytes, less than llm.c's header of {LLMC_HEADER_BYTES}")
+    magic, version, T, V, L, H, C, padded_V = np.fromfile(path, dtype="<i4", count=8).tolist()
+    if magic != LLMC_MAGIC:
+        what = f"llm.c marks {LLMC_OTHER_MAGICS[magic]} so" if magic in LLMC_OTHER_MAGICS else "not llm.c's"
+        raise InputError(f"{path} begins with {magic} ({what}); a GPT-2 of llm.c begins with {LLMC_MAGIC}")
+    if version not in LLMC_DTYPES:
+        raise InputError(
+            f"{path} is llm.c's version {version}; 3 (fp32) and 5 (bf16) can be read: write it again with them"
+        )
+    if min(T, V, L, H, C) < 1 or padded_V < V:
+        raise InputError(
+            f"{path}: impossible sizes in the header: {T=} {V=} {L=} {H=} {C=} padded_vocab_size={padded_V}"
+        )
+
+    block = {  # one layer, in the file's order; llm.c multiplies by (out, in) matrices
+        "ln_1.weight": (C,), "ln_1.bias": (C,),
+        "attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,),
+        "ln_2.weight": (C,), "ln_2.bias": (C,),
+        "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,),
+        "mlp.c_proj.weight": (C, 4 * C), "mlp.c_proj.bias": (C,),
+    }  # fmt: skip
+    dtype = LLMC_DTYPES[version]
+    numbers = (padded_V + T + 2) * C + L * sum(math.prod(shape) for shape in block.values())
+    expected = LLMC_HEADER_BYTES + numbers * dtype.itemsize
+    if size != expected:
+        raise InputError(f"{path} has {size:,} bytes, its header promises {expected:,}: cut off, or not a GPT-2 model")
+
+    shapes = {"wte.weight": (padded_V, C), "wpe.weight": (T, C)}
+    shapes |= {f"h.{layer}.{name}": shape for name, shape in block.items() for layer in range(L)}
+    shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    integers = np.memmap(path, dtype=f"<i{dtype.itemsize}", mode="r", offset=LLMC_HEADER_BYTES)
+    state, start = {}, 0
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape)
+        state[f"transformer.{name}"] = torch.from_numpy(integers[start:stop].copy()).view(dtype).view(shape)
+        start = stop
+    sizes = {"block_size": T, "vocab_size": V, "n_layer": L, "n_head": H, "n_embd": C}
+    return _from_linear_layout(path, state, sizes, "gelu_new")
+
+
+def read_nanogpt_characters(path: Path) -> list[str]:
+    """The characters of nanoGPT's `meta.pkl` in the order of their ids. Raises: InputError."""
+    try:
+        with path.open("rb") as file:
+            itos = _DataOnly(file).load()["itos"]
+        characters = [itos[id] for id in range(len(itos))]
+    except FileNotFoundError:
+        raise InputError(f"--meta {path}: no such file") from None
+    except Exception as error:  # a hostile pickle can raise anything
+        raise InputError(f"--meta {path} is not nanoGPT's meta.pkl: {type(error).__name__}: {error}") from None
+    if not all(isinstance(character, str) and len(character) == 1 for character in characters):
+        raise InputError(f"--meta {path}: 'itos' should map each id to one character")
+    return characters
+
+
+class _DataOnly(pickle.Unpickler):
+    """Reads dicts, lists, text and numbers; refuses every class and function."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain data is read")
+
+
+def _load_pickle(path: Path, expected: str, keys: tuple[str, ...]) -> dict:
+    """The dict in a file of torch.save, without executing anything. Raises: InputError."""
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a zip file, or a damaged one: torch.load says it better
+        named = []
+    configs = [name for name in named if name.rpartition(".")[2] == "GPTConfig"]
+    if refused := sorted(set(named) - set(configs)):
+        raise _would_run(path, refused)
+    try:
+        with torch.serialization.safe_globals([(_Numbers, name) for name in configs]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # unpickling a damaged or hostile file can raise anything
+        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # a file from before torch 1.6
+            raise _would_run(path, [refused[1]]) from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is not a readable PyTorch checkpoint: {reason}") from None
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in keys):
+        found = (
+            f"a dict with {sorted(map(str, checkpoint))}" if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        )
+        raise InputError(f"{path}: {expected}, found {found}")
+    if not isinstance(checkpoint["model"], dict):
+        raise InputError(f"{path}: 'model' should be a state dict, found {type(checkpoint['model']).__name__}")
+    return checkpoint
+
+
+def _would_run(path: Path, names: list[str]) -> InputError:
+    return InputError(
+        f"{path} would run {', '.join(names)} while being unpickled, so it is not read; a GPT checkpoint names nothing "
+        "but its GPTConfig"
+    )
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _plain_dict(path: Path, config: object) -> dict:
+    values = config if isinstance(config, dict) else vars(config) if isinstance(config, _Numbers) else None
+    if values is None:
+        raise InputError(f"{path}: expected the model's sizes in a dict or a GPTConfig, found {type(config).__name__}")
+    return values
+
+
+def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -> Imported:
+    """A state dict of nanoGPT's family -> GPT-2's names, (in, out) matrices, biases, and no padded vocabulary rows."""
+    notes: list[str] = []
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    wrong = [name for name in names if not isinstance(sizes.get(name), int) or sizes[name] < 1]
+    if wrong:
+        raise InputError(f"{path}: the model's sizes lack a positive {', '.join(wrong)}")
+    T, V, L, H, C = (sizes[name] for name in names)
+    if len(state) < L:
+        raise InputError(f"{path} has {len(state)} tensors, too few for its n_layer={L}")
+    state = {_unwrapped(str(name)): tensor for name, tensor in state.items()}
+    state = {name: tensor for name, tensor in state.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
+
+    if odd := [
+        name for name, value in state.items() if not isinstance(value, torch.Tensor) or not value.is_floating_point()
+    ]:
+        raise InputError(f"{path}: {odd[0]} is not a tensor of floating-point numbers")
+
+    head = state.pop("lm_head.weight", None)
+    if (
+        head is not None
+        and "transformer.wte.weight" in state
+        and not torch.equal(head, state["transformer.wte.weight"])
+    ):
+        raise InputError(
+            f"{path}: lm_head differs from the token embeddings; GPT-2 ties them, so this is another model"
+        )
+    if head is not None:
+        state.setdefault("transformer.wte.weight", head)
+
+    shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for layer in range(L):
+        for name, outs, ins in (
+            ("attn.c_attn", 3 * C, C),
+            ("attn.c_proj", C, C),
+            ("mlp.c_fc", 4 * C, C),
+            ("mlp.c_proj", C, 4 * C),
+        ):
+            shapes |= {f"h.{layer}.{name}.weight": (outs, ins), f"h.{layer}.{name}.bias": (outs,)}
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"h.{layer}.{name}.weight": (C,), f"h.{layer}.{name}.bias": (C,)}
+    shapes = {f"transformer.{name}": shape for name, shape in shapes.items()}
+
+    if missing := [name for name in shapes if name not in state and not name.endswith(".bias")]:
+        raise InputError(f"{path} lacks {missing[0]}{_and_more(missing)}")
+    if unknown := [name for name in state if name not in shapes]:
+        raise InputError(f"{path} has {unknown[0]}{_and_more(unknown)}, which a GPT-2 of these sizes has not")
+    dtype = state["transformer.wte.weight"].dtype
+    if absent := [name for name in shapes if name not in state]:
+        notes.append(f"{len(absent)} biases are absent (bias=False) and become zeros: the same function")
+        state |= {name: torch.zeros(shapes[name], dtype=dtype) for name in absent}
+
+    rows = state["transformer.wte.weight"].shape[0]
+    if rows > V and rows - V < 128:  # llm.c states the true size and pads the tensor
+        shapes["transformer.wte.weight"] = (rows, C)
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise InputError(f"{path}: {name} has shape {tuple(state[name].shape)}, its sizes promise {shape}")
+    vocab_size = GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < V <= 50304 else V
+    if rows > vocab_size:
+        notes.append(f"{rows - vocab_size} padding rows of the vocabulary were dropped: {rows} -> {vocab_size}")
+        state["transformer.wte.weight"] = state["transformer.wte.weight"][:vocab_size]
+
+    tensors = {}
+    for name in shapes:
+        tensor = state[name].t() if name.endswith(TRANSPOSED) else state[name]
+        tensors[name] = tensor.contiguous().clone()  # a copy of its own: the file's memory map can go
+    dropout = float(sizes.get("dropout") or 0.0)
+    config = {"vocab_size": vocab_size, "n_positions": T, "n_embd": C, "n_layer": L, "n_head": H}
+    config |= {"activation_function": activation, "embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
+    if vocab_size != GPT2_VOCAB_SIZE:
+        config |= {"bos_token_id": None, "eos_token_id": None}
+    return Imported(config, tensors, notes)
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
