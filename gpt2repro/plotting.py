@@ -73,7 +73,7 @@ def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean over about a fiftieth of the run around each point: unlike a running average it does not lag behind a fall."""
+    """Mean over about a fiftieth of the run around each point: it does not lag behind a fall as a running one does."""
     half = len(values) // 100
     sums = [0.0, *itertools.accumulate(values)]
     borders = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
