@@ -252,7 +252,7 @@ def test_damaged_and_foreign_files_are_refused_in_a_sentence(tmp_path):
     refused("nanogpt", "no such file")
     path.write_bytes(b"GIF89a" + bytes(2000))
     refused("nanogpt", "not a readable PyTorch checkpoint")
-    refused("llm.c", "begins with .* not llm.c's")
+    refused("llm.c", "begins with .*not llm.c's")
     path.write_bytes(b"short")
     refused("llm.c", "less than llm.c's header")
     torch.save({"state_dict": {}}, path)
