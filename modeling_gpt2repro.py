@@ -217,7 +217,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         T = inputs_embeds.shape[1]
-        if T > self.config.n_positions:
+        if self.config.n_positions < T:
             raise ValueError(f"{T} tokens, but this model has n_positions={self.config.n_positions}; pass fewer")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

@@ -174,8 +174,8 @@ class TrainConfig:
         world = int(os.environ.get("WORLD_SIZE", 1))
         at_least_one = [
             "max_steps", "n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size", "batch_tokens",
-            "seq_len", "micro_batch_size", "eval_steps", "val_tokens", "hellaswag_limit", "log_steps", "save_steps", "keep_last",
-            "milestone_steps", "loss_chunk_tokens", "profile",
+            "seq_len", "micro_batch_size", "eval_steps", "val_tokens", "hellaswag_limit", "log_steps", "save_steps",
+            "keep_last", "milestone_steps", "loss_chunk_tokens", "profile",
         ]  # fmt: skip
         not_negative = ["warmup_steps", "min_lr", "weight_decay", "sample_tokens"]
         positive = ["lr", "eps", "grad_clip", "muon_lr_scale", "assumed_mfu", "gpu_memory_gib", "dollars_per_gpu_hour"]
@@ -261,6 +261,7 @@ def train(config: TrainConfig) -> int:
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # --- a new run, or the one that run_dir holds
+    run_lock = lock_run(config.run_dir) if accelerator.is_main_process else None  # held until the process ends
     writer = checkpoint.CheckpointWriter(
         config.run_dir / "checkpoints", keep_last=config.keep_last, milestone_steps=config.milestone_steps
     )
@@ -437,9 +438,11 @@ def train(config: TrainConfig) -> int:
         log.status("stopped", step, EXIT_STOPPED, f"stopped by {stop.name}, checkpoint saved")
     else:
         if accelerator.is_main_process:
-            print_result(config, source, evaluated)
+            print_result(config, source)
         log.status("done", step, EXIT_DONE)
     log.close()
+    if run_lock is not None:
+        run_lock.release()
     accelerator.end_training()
     return EXIT_STOPPED if stopped else EXIT_DONE
 
@@ -532,6 +535,21 @@ def compile_model(model, how: str, device_type: str, world: int) -> None:
             block.compile(fullgraph=True, dynamic=False)
 
 
+def lock_run(run_dir: Path):
+    """A lock that dies with its process. Raises InputError where another process already trains this run."""
+    from filelock import FileLock, Timeout
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another process is training in {run_dir}; wait for it, or choose another --run_dir"
+        ) from None
+    return lock
+
+
 def find_resume(config: TrainConfig) -> Path | None:
     """The checkpoint to continue from; None for a new run. Every rank calls it."""
     from gpt2repro import checkpoint
@@ -568,8 +586,8 @@ def refuse_another_run(saved: dict, now: dict, path: Path) -> None:
     changed = [f"{name} was {before} and is now {after}" for name, (before, after) in pairs.items() if before != after]
     if changed:
         raise InputError(
-            f"cannot continue {path} with other settings: {'; '.join(changed)}. Set them back, or start a new --run_dir "
-            "(with --init_from to begin from these weights)"
+            f"cannot continue {path} with other settings: {'; '.join(changed)}. Set them back, or start a new "
+            "--run_dir (with --init_from to begin from these weights)"
         )
 
 
@@ -734,7 +752,7 @@ def print_run(accelerator, config: TrainConfig, source, model_config, n_params: 
         f"model    {n_params:,} parameters, {sizes}, vocabulary {model_config.vocab_size:,}\n"
         f"data     {config.data}" + (f", {epochs:.2f} epochs" if epochs else "") + "\n"
         f"batch    {config.batch_tokens:,} tokens = {per_pass} x {passes} passes\n"
-        f"machine  {world} x {device}, precision {config.precision if config.precision == 'fp64' else accelerator.mixed_precision}\n"
+        f"machine  {world} x {device}, mixed precision {accelerator.mixed_precision}\n"
         f"run      {config.run_dir}{start}"
     )
 
@@ -754,18 +772,18 @@ def evaluation_line(record: dict) -> str:
     return " | ".join(parts)
 
 
-def print_result(config: TrainConfig, source, evaluated: dict) -> None:
+def print_result(config: TrainConfig, source) -> None:
     """The end of a finished run: losses before and after, xz beside bits per byte, samples, where everything is."""
     from gpt2repro.tracking import read_metrics
 
     _, evaluations = read_metrics(config.run_dir)
-    untrained = next((record for record in evaluations if record["step"] == 0), None)
     lines = []
-    if "val_loss" in evaluated:
-        before = f" (untrained: {untrained['val_loss']:.4f})" if untrained and "val_loss" in untrained else ""
-        lines.append(f"validation loss  {evaluated['val_loss']:.4f} nats per token{before}")
-        if evaluated["bits_per_byte"] is not None:
-            lines.append(f"bits per byte    {evaluated['bits_per_byte']:.3f}{compressed_size(source)}")
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        before = f" (untrained: {first['val_loss']:.4f})" if first["step"] == 0 else ""
+        lines.append(f"validation loss  {last['val_loss']:.4f} nats per token{before}")
+        if last["bits_per_byte"] is not None:
+            lines.append(f"bits per byte    {last['bits_per_byte']:.3f}{compressed_size(source)}")
     samples = config.run_dir / "samples" / f"step_{config.max_steps:06d}.md"
     lines += [
         f"curve            {config.run_dir / 'loss.png'}",
