@@ -25,8 +25,9 @@ import torch
 
 from gpt2repro.options import InputError
 from gpt2repro.ordering import Permutation, derive_seed, next_positions, skip_ahead
+from gpt2repro.shards import has_split, open_split, verify_dataset
 
-__all__ = ["Permutation", "Prefetch", "ShardSource", "open_source", "prefetch", "skip_ahead"]
+__all__ = ["Permutation", "Prefetch", "ShardSource", "merge_states", "open_source", "prefetch", "skip_ahead"]
 
 SHARD_ORDER_VERSION = 1  # raise it when the same (data, seed, position) would give another window
 
@@ -34,11 +35,15 @@ SHARD_ORDER_VERSION = 1  # raise it when the same (data, seed, position) would g
 class ShardSource:
     """Batches from the shards of one split; see the module's drawing.
 
-    `split` has .tokens, .vocab_size, .sha256 and .read(start, count). `vocab_size` is the model's where that is
-    known, otherwise the split's own. `validation` is handed through for the training loop.
+    `split` has .tokens, .vocab_size, .sha256 and .read(start, count). `vocab_size` is the model's, where it is known:
+    a smaller one than the data's is refused. `validation` and `directory` are kept for the training loop.
     """
 
-    def __init__(self, split, *, seq_len: int, seed: int, vocab_size: int | None = None, validation=None):
+    directory: Path | None = None  # where the shards lie, with their tokenizer and manifest
+
+    def __init__(
+        self, split, *, seq_len: int, seed: int, vocab_size: int | None = None, validation=None, directory=None
+    ):
         self.windows = (split.tokens - 1) // seq_len
         if self.windows < 1:
             raise InputError(
@@ -46,12 +51,8 @@ class ShardSource:
                 "prepare more text or lower --seq_len"
             )
         self.split, self.seq_len, self.seed = split, seq_len, seed
-        self.vocab_size = vocab_size if vocab_size is not None else split.vocab_size
-        if split.vocab_size is not None and split.vocab_size > self.vocab_size:
-            raise InputError(
-                f"the data was tokenised with a vocabulary of {split.vocab_size}, but the model has "
-                f"vocab_size={vocab_size}; set --vocab_size {split.vocab_size} or prepare the data with the model's tokenizer"
-            )
+        self.vocab_size, self.directory = split.vocab_size, directory
+        check_vocabulary(split.vocab_size, vocab_size)
         self.validation = validation
         self.tokens_per_epoch = self.windows * seq_len
         self._permutations: dict[int, Permutation] = {}
@@ -87,7 +88,7 @@ class ShardSource:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
         """Endless (x, y, state_after): this rank's rows of each global batch, int64 (sequences / world, T) each.
 
-        Raises InputError as `check_batch` does, and where a token is not in the vocabulary.
+        Raises InputError as `check_batch` does; `split.read` raises it for a token outside the vocabulary.
         """
         self.check_batch(sequences, world)
         return self._batches(state, rank, sequences // world, sequences)
@@ -116,12 +117,6 @@ class ShardSource:
         tokens = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
         for row, window in zip(tokens, windows.tolist(), strict=True):
             row[:] = self.split.read(window * self.seq_len, self.seq_len + 1)
-        if int(tokens.max()) >= self.vocab_size:
-            row, column = map(int, np.argwhere(tokens >= self.vocab_size)[0])
-            raise InputError(
-                f"token {tokens[row, column]} at position {int(windows[row]) * self.seq_len + column} of the data is "
-                f"not in the vocabulary of {self.vocab_size}; prepare the data again or set --vocab_size"
-            )
         return tokens
 
 
@@ -195,8 +190,6 @@ def download_shards(repository: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from gpt2repro.shards import verify_dataset
-
     name, _, revision = repository.partition("@")
     try:
         directory = Path(snapshot_download(name, repo_type="dataset", revision=revision or None))
@@ -214,23 +207,60 @@ def is_hub_id(data: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", data) is not None and not Path(data.split("/")[0]).exists()
 
 
-def open_source(data: str, *, seq_len: int, seed: int, sequences: int, vocab_size: int | None = None):
+def check_vocabulary(data_vocab_size: int, vocab_size: int | None) -> None:
+    """Raises InputError where the data may hold ids that the model, if its vocabulary is known, does not have."""
+    if vocab_size is not None and data_vocab_size > vocab_size:
+        raise InputError(
+            f"the data has a vocabulary of {data_vocab_size}, but the model has vocab_size={vocab_size}; "
+            f"set --vocab_size {data_vocab_size}, or prepare the data with the model's tokenizer"
+        )
+
+
+def merge_states(states: list[dict]) -> dict:
+    """One state for all ranks from each rank's own: what a checkpoint holds, and `batches` of any world size takes.
+
+    The states of shards are all the same; those of a stream hold each rank's own lanes.
+    """
+    position = {state["position"] for state in states}
+    assert len(position) == 1, f"the ranks' states are of different steps: positions {sorted(position)}"
+    if "lanes" not in states[0]:
+        return states[0]
+    return {**states[0], "lanes": {lane: where for state in states for lane, where in state["lanes"].items()}}
+
+
+def open_source(
+    data: str,
+    *,
+    seq_len: int,
+    seed: int,
+    sequences: int,
+    vocab_size: int | None = None,
+    tokenizer=None,
+    **stream_options,
+):
     """The training data that `--data` names: a directory of shards, hf://user/name[@revision] or stream:….
 
+    `tokenizer` (None: GPT-2's) and `stream_options`, which are `streaming.open_stream`'s, are for streams only.
     Raises InputError where the data is missing, damaged, of another vocabulary, or shorter than one batch.
     """
-    from gpt2repro.shards import open_split
+    if data.startswith("stream:"):
+        from gpt2repro.streaming import open_stream
+        from gpt2repro.tokenization import gpt2_tokenizer
 
+        tokenizer = gpt2_tokenizer() if tokenizer is None else tokenizer
+        check_vocabulary(len(tokenizer), vocab_size)
+        return open_stream(
+            data.removeprefix("stream:"),
+            tokenizer=tokenizer, seq_len=seq_len, seed=seed, sequences=sequences, **stream_options,
+        )  # fmt: skip
     if data.startswith("hf://") or is_hub_id(data):
         directory = download_shards(data.removeprefix("hf://"))
     else:
         directory = Path(data)
+    train = open_split(directory, "train")
+    validation = open_split(directory, "val") if has_split(directory, "val") else None
     source = ShardSource(
-        open_split(directory, "train"),
-        seq_len=seq_len,
-        seed=seed,
-        vocab_size=vocab_size,
-        validation=open_split(directory, "val"),
+        train, seq_len=seq_len, seed=seed, vocab_size=vocab_size, validation=validation, directory=directory
     )
     source.check_batch(sequences)
     return source

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2repro.data import Permutation, ShardSource, prefetch, skip_ahead
+from gpt2repro.data import Permutation, ShardSource, merge_states, open_source, prefetch, skip_ahead
 from gpt2repro.options import InputError
 from gpt2repro.ordering import mix64, next_positions
 
@@ -177,10 +177,33 @@ def test_bad_data_and_impossible_batches_are_sentences():
         take(counting_source(330), 1, world=3, sequences=16)
     with pytest.raises(InputError, match="--vocab_size 1048576"):
         counting_source(330, vocab_size=50)
-    with pytest.raises(InputError, match="token 9 at position 37 of the data"):
-        damaged = np.zeros(101, dtype=np.uint16)
-        damaged[37] = 9
-        take(ShardSource(ArraySplit(damaged, vocab_size=None), seq_len=4, seed=0, vocab_size=9), 25)
+
+
+def test_nanogpt_shards_are_trained_on_in_place(tmp_path):
+    np.arange(4 * 40 + 1, dtype="<u2").tofile(tmp_path / "train.bin")
+    source = open_source(str(tmp_path), seq_len=4, seed=7, sequences=4)
+    assert first_tokens(take(source, 10)) == first_tokens(take(counting_source(4 * 40 + 1), 10))
+    assert source.validation is None and source.vocab_size == 50257
+
+
+def test_a_token_outside_the_vocabulary_is_named_before_training(tmp_path):
+    tokens = np.zeros(200, dtype="<u2")
+    tokens[150] = 60000
+    tokens.tofile(tmp_path / "train.bin")
+    with pytest.raises(InputError, match=r"train.bin holds token 60000"):
+        open_source(str(tmp_path), seq_len=4, seed=7, sequences=4)
+
+
+def test_a_missing_directory_is_a_sentence(tmp_path):
+    with pytest.raises(InputError, match="no directory"):
+        open_source(str(tmp_path / "nothing"), seq_len=4, seed=7, sequences=4)
+
+
+def test_merged_states_of_shards_are_the_state_of_one_rank():
+    state = {"position": 12, "skipped": [[1, 2]]}
+    assert merge_states([state, dict(state)]) == state
+    with pytest.raises(AssertionError, match="different steps"):
+        merge_states([state, {"position": 8, "skipped": []}])
 
 
 def test_indices_of_a_batch_at_a_trillion_tokens_take_less_than_a_millisecond():
