@@ -7,6 +7,9 @@ repo is executed only when the person who starts the program says so.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 
 from gpt2repro.checkpoint import resolve_model
@@ -39,17 +42,16 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype | None, tr
     language model, or would need remote code that was not allowed.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, PretrainedConfig
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import cached_file, logging
 
     from gpt2repro.tokenization import load_tokenizer
 
     source = str(resolve_model(name))
     logging.disable_progress_bar()  # a second of weights needs no bar
     try:
-        settings, _ = PretrainedConfig.get_config_dict(source)
-        model_type = settings.get("model_type")
-        if model_type in OUR_LAYOUT:
+        config_file = Path(cached_file(source, "config.json"))  # from the directory, the cache or the Hub
+        if json.loads(config_file.read_text(encoding="utf-8")).get("model_type") in OUR_LAYOUT:
             from modeling_gpt2repro import GPT2ReproForCausalLM
 
             model = GPT2ReproForCausalLM.from_pretrained(source, dtype=dtype or "auto")
