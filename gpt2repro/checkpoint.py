@@ -397,11 +397,11 @@ def _save_error(failure: Exception | None, failed: list[int], step: int, directo
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(place: str | Path, *, all_ranks: bool = False) -> Path | None:
+def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int | None = None) -> Path | None:
     """The newest whole checkpoint of a run (or of its checkpoints directory), or `place` itself where it is one.
 
     Damaged ones are named on stderr and skipped. None where there is no checkpoint yet. With `all_ranks` every rank
-    has to call it: rank 0 looks and verifies, the others take its answer.
+    has to call it: rank 0 looks and verifies, the others take its answer. `at_most` leaves out later steps.
 
     Raises: InputError where `place` is a damaged checkpoint, or a run with nothing but damaged ones.
     """
@@ -410,7 +410,7 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False) -> Path | Non
         answer: list = [None, None]
         if rank == 0:
             try:
-                answer[0] = find_checkpoint(place)
+                answer[0] = find_checkpoint(place, at_most=at_most)
             except InputError as error:
                 answer[1] = str(error)
         dist.broadcast_object_list(answer, src=0)
@@ -425,7 +425,7 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False) -> Path | Non
     if (directory / "trainer_state").is_dir() or (directory / "checksums.json").is_file():
         verify_checkpoint(directory)
         return directory
-    steps = list_steps(directory)
+    steps = [(step, path) for step, path in list_steps(directory) if at_most is None or step <= at_most]
     for _, path in reversed(steps):
         try:
             verify_checkpoint(path)

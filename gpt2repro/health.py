@@ -1,0 +1,197 @@
+"""When a run's numbers go bad: noticing without making a step wait, and saying what to do.
+
+Bad is a loss or gradient norm that is not finite, or one that lies more than `z_threshold` standard deviations above
+the mean of the last `window` good ones (the gradient norm by its logarithm, since its tail is long). The mean and the
+deviation are taken on the host, in bulk, when the loop fetches its numbers anyway; in between they are two constants,
+so that the device can compare each step with them by itself.
+
+    per step            ok = monitor.allow(loss, grad_norm)            only for policy "skip"; a tensor, nothing waits
+                        step_unless_bad(optimizer, ok, scaler)
+    logging, saving     verdict = monitor.judge(records)               before anything is saved
+        stop            name the steps, save nothing, exit code 4
+        skip            the steps were left out; go on
+        rewind          restore the newest checkpoint before verdict.first_step and skip the windows
+                        [verdict.start, verdict.stop) of the data on purpose
+
+Knows no model, no data, no checkpoint.
+"""
+
+import math
+from collections import deque
+from dataclasses import asdict, dataclass
+from statistics import fmean, pstdev
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+# A loss that hardly moves has a deviation near zero, and every flutter would be an outlier: count at least this
+# part of the mean as one deviation (of the logarithm, for the gradient norm: this much absolutely).
+SMALLEST_DEVIATION = 0.01
+SCALER_PATIENCE = 50  # skipped steps in a row: from 2^16 downwards the scale has then passed every useful value
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What went bad: steps first_step to last_step, windows [start, stop) of the data; and what to do about it."""
+
+    action: Literal["stop", "skip", "rewind"]
+    first_step: int
+    last_step: int
+    start: int
+    stop: int
+    reason: str
+
+    def record(self) -> dict:
+        """For metrics.jsonl. Its step is the first bad one: a resume before it forgets the record and meets it again."""
+        event = {name: value for name, value in asdict(self).items() if name != "action"}
+        return {"step": self.first_step, "event": self.action, **event}
+
+
+class HealthMonitor:
+    """Judges every step of a run; alike on all ranks, as long as they hand in the same (reduced) numbers.
+
+    `z_threshold=None` looks only for numbers that are not finite. Spikes are looked for once `window` good steps
+    are known. More than `max_in_a_row` skipped steps in a row or `max_rewinds` rewinds stop the run.
+    """
+
+    def __init__(
+        self,
+        policy: Literal["stop", "skip", "rewind"],
+        *,
+        window: int = 100,
+        z_threshold: float | None = 10.0,
+        max_in_a_row: int = 10,
+        max_rewinds: int = 3,
+    ):
+        self.policy, self.window, self.z_threshold = policy, window, z_threshold
+        self.max_in_a_row, self.max_rewinds = max_in_a_row, max_rewinds
+        self.losses: deque[float] = deque(maxlen=window)
+        self.grad_norms: deque[float] = deque(maxlen=window)
+        self.skipped = self.in_a_row = self.rewinds = self.scaler_skips = self.scaler_in_a_row = 0
+        self._set_limits()
+
+    def allow(self, loss: Tensor, grad_norm: Tensor, *, scaled: bool = False) -> Tensor:
+        """Whether the step may be taken: a 0-dim bool tensor on the device, with no wait for it.
+
+        `loss` has to be the mean over all ranks. With `scaled` (fp16) gradients that overflow are left to the scaler.
+        """
+        ok = torch.isfinite(loss) & (loss <= self.loss_limit)
+        ok_norm = grad_norm <= self.grad_norm_limit  # also false for NaN
+        return ok & (ok_norm | ~torch.isfinite(grad_norm) if scaled else ok_norm & torch.isfinite(grad_norm))
+
+    def judge(self, records: list[dict]) -> Verdict | None:
+        """Look at the steps since the last call; None where all were good.
+
+        A record has "step", "loss", "grad_norm" (floats), "positions" (start, stop) of its windows in the data and,
+        with fp16, "scaler_skipped".
+        """
+        bad, reasons, too_many = [], [], None
+        for record in records:
+            reason = self._reason(record)
+            if reason is not None:
+                bad.append(record)
+                reasons.append(reason)
+                self.in_a_row += 1
+                if self.policy == "skip" and self.in_a_row > self.max_in_a_row:
+                    too_many = f"; {self.in_a_row} steps in a row were bad, skipping does not help"
+            elif not record.get("scaler_skipped"):
+                self.in_a_row = 0
+                self.losses.append(record["loss"])
+                self.grad_norms.append(max(record["grad_norm"], 1e-30))
+            if record.get("scaler_skipped"):
+                self.scaler_skips += 1
+                self.scaler_in_a_row += 1
+            else:
+                self.scaler_in_a_row = 0
+        self._set_limits()
+        if not bad:
+            return None
+
+        action = self.policy
+        if action == "rewind" and self.rewinds >= self.max_rewinds:
+            too_many = f"; {self.rewinds} rewinds have not helped"
+        if too_many:
+            action = "stop"
+        self.rewinds += action == "rewind"
+        self.skipped += len(bad) if action == "skip" else 0
+        return Verdict(
+            action=action,
+            first_step=bad[0]["step"],
+            last_step=bad[-1]["step"],
+            start=bad[0]["positions"][0],
+            stop=bad[-1]["positions"][1],
+            reason=reasons[0] + (too_many or ""),
+        )
+
+    def state(self) -> dict:
+        """JSON for the checkpoint."""
+        names = ("skipped", "in_a_row", "rewinds", "scaler_skips", "scaler_in_a_row")
+        return {"losses": list(self.losses), "grad_norms": list(self.grad_norms)} | {n: getattr(self, n) for n in names}
+
+    def load_state(self, state: dict, *, rewinding: bool = False) -> None:
+        """Take over a checkpoint's state; when `rewinding`, the rewinds counted since then stay counted."""
+        rewinds = self.rewinds
+        for name, value in state.items():
+            setattr(self, name, deque(value, maxlen=self.window) if isinstance(value, list) else value)
+        if rewinding:
+            self.rewinds = rewinds
+        self._set_limits()
+
+    def _reason(self, record: dict) -> str | None:
+        loss, grad_norm = record["loss"], record["grad_norm"]
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(grad_norm):
+            if record.get("scaler_skipped"):
+                if self.scaler_in_a_row >= SCALER_PATIENCE:
+                    return f"the gradient overflowed fp16 at {self.scaler_in_a_row + 1} steps in a row"
+                return None
+            return f"the gradient norm is {grad_norm}"
+        if loss > self.loss_limit:
+            return f"the loss {loss:.4g} is above {self.loss_limit:.4g}, {self.z_threshold:g} deviations over its mean"
+        if grad_norm > self.grad_norm_limit:
+            limit = f"{self.grad_norm_limit:.4g}, {self.z_threshold:g} deviations over its mean"
+            return f"the gradient norm {grad_norm:.4g} is above {limit}"
+        return None
+
+    def _set_limits(self) -> None:
+        """From the window to the two numbers that a good step stays below."""
+        self.loss_limit = self.grad_norm_limit = math.inf
+        if self.z_threshold is None or len(self.losses) < self.window:
+            return
+        mean = fmean(self.losses)
+        deviation = max(pstdev(self.losses, mean), SMALLEST_DEVIATION * abs(mean))
+        self.loss_limit = mean + self.z_threshold * deviation
+        logs = [math.log(norm) for norm in self.grad_norms]
+        mean = fmean(logs)
+        self.grad_norm_limit = math.exp(
+            min(mean + self.z_threshold * max(pstdev(logs, mean), SMALLEST_DEVIATION), 700.0)
+        )
+
+
+def step_unless_bad(optimizer: torch.optim.Optimizer, ok: Tensor, scaler=None) -> None:
+    """`optimizer.step()` where `ok`, nothing at all where not: neither weights nor moments nor step counts change.
+
+    torch's fused AdamW takes the decision on the device (its `found_inf`, made for fp16); any other optimizer, sharded
+    parameters and fp16 need the answer on the host, which makes this step wait.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    on_device = (
+        scaler is None
+        and isinstance(inner, torch.optim.AdamW)
+        and all(group.get("fused") for group in inner.param_groups)
+        and not any(isinstance(parameter, DTensor) for parameter in parameters)
+    )
+    if on_device:
+        inner.found_inf = (~ok).to(torch.float32)
+        try:
+            optimizer.step()
+        finally:
+            del inner.found_inf
+    elif ok.item():
+        optimizer.step()
+    elif scaler is not None:
+        scaler.update()  # closes the step that clipping opened by unscaling
