@@ -40,7 +40,7 @@ def test_accelerate_accepts_the_file(path, monkeypatch):
     arguments = launch_arguments(path)
     assert arguments.multi_gpu == (kind == "MULTI_GPU") and arguments.use_fsdp == (kind == "FSDP")
     assert arguments.use_cpu == (path.stem == "cpu")
-    assert arguments.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
+    assert arguments.mixed_precision == ("no" if path.stem in ("cpu", "single_gpu") else "bf16")
 
 
 def test_fsdp2_wraps_the_block_of_our_model(root, monkeypatch):

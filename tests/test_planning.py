@@ -1,4 +1,4 @@
-"""The plan against hand arithmetic, published counts, and the tensors that the real model saves for its backward pass."""
+"""The plan against hand arithmetic, published counts, and the tensors that the real model saves for backward."""
 
 import contextlib
 import shutil
@@ -16,6 +16,11 @@ SIZES = {
     "774M": (36, 20, 1280, 774_030_080),
     "1558M": (48, 25, 1600, 1_557_611_200),
 }
+
+
+@pytest.fixture(autouse=True)
+def roomy_disk(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1024 * GIB))
 
 
 def plan_of(size: str = "124M", run_dir=".", **changes) -> planning.Plan:
@@ -97,11 +102,8 @@ def saved_bytes(
     def keep(tensor):
         storage = tensor.untyped_storage()
         # A copy of a weight in bf16 is counted with the weights: it does not grow with the batch.
-        if (
-            storage.data_ptr() not in weights
-            and sequences in tensor.shape[:1]
-            or sequences * seq_len in tensor.shape[:1]
-        ):
+        grows = tensor.dim() > 0 and tensor.shape[0] in (sequences, sequences * seq_len)
+        if grows and storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
@@ -141,14 +143,13 @@ def test_sharding_divides_the_states_and_muon_keeps_one_moment_of_the_matrices()
 
 
 def test_1558m_on_one_80_gb_card_says_what_would_fit(tmp_path):
-    found = plan_of("1558M", tmp_path, processes=1)
+    # 16 bytes x 1.56e9 of states alone are 23 GiB; 32 x 1024 x 48 x 1600 x 36 of activations are 84 GiB.
+    found = plan_of("1558M", tmp_path, processes=1, micro_batch_size=32)
     (problem,) = [text for text in found.problems if "do not fit" in text]
-    assert (
-        "do not fit into 80 GiB; these would: micro_batch_size=8; or gradient_checkpointing with micro_batch_size=16"
-        in problem
-    )
+    assert "do not fit into 80 GiB" in problem
+    assert "these would: micro_batch_size=16; or gradient_checkpointing with micro_batch_size=32" in problem
     assert problem in found.report()
-    for change in ({"micro_batch_size": 8}, {"gradient_checkpointing": True}):
+    for change in ({"micro_batch_size": 16}, {"micro_batch_size": 32, "gradient_checkpointing": True}):
         assert not [text for text in plan_of("1558M", tmp_path, processes=1, **change).problems if "fit" in text]
     on_24 = plan_of("1558M", tmp_path, processes=8, gpu_memory_gib=24)
     assert "sharding (fsdp2.yaml) with micro_batch_size=" in on_24.problems[0]
