@@ -16,6 +16,7 @@ This module knows nothing of text, tokenizers or batches; it never writes anythi
 import hashlib
 import json
 import os
+import threading
 from bisect import bisect_right
 from pathlib import Path
 
@@ -49,13 +50,13 @@ class ShardWriter:
     """Writes one shard piece by piece; it appears under its name, whole and on the disk, at `close()`.
 
     A file made by `np.memmap(mode="w+")` and interrupted is full-sized, full of zeros and loads without complaint. Here
-    the tokens go into `NAME.tmp-<process>`, and only a synced file is renamed.
+    the tokens go into `NAME.tmp-<process>-<thread>`, and only a synced file is renamed.
     """
 
     def __init__(self, path: str | Path, vocab_size: int):
         self.path, self.vocab_size, self.dtype = Path(path), vocab_size, token_dtype(vocab_size)
         self.tokens = 0
-        self._temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        self._temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
         self._file = self._temporary.open("wb")
         self._file.write(bytes(HEADER_BYTES))
 

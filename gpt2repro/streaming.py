@@ -30,6 +30,7 @@ Legend: T seq_len, S sequences per batch, V lanes, P parts, W world. Knows no mo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -65,6 +66,7 @@ GROUPS_TO_HOLD_OUT_WHOLE, MOST_HELD_OUT, HELD_OUT_ROWS = 20, 10, 20
 
 RETRY_SECONDS, LONGEST_RETRY_SECONDS, RETRIES = 1.0, 300.0, 15  # in all about an hour
 PASSING_STATUS = {408, 425, 429}  # and every 5xx
+DAY_SECONDS = 86400
 NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
 
 Result = TypeVar("Result")
@@ -189,22 +191,25 @@ class StreamSource:
                     return unit, index, token + len(piece) - 1
                 token = 0
             if empty_units > self.units:
-                raise InputError(
-                    f"{self.source.name} has too few documents for {self.lanes} lanes; lower --stream_lanes, "
-                    "or prepare the text as shards with `gpt2repro prepare-text`"
-                )
+                raise InputError(f"{self.source.name} holds no document to train on")
             unit, document, token = unit + self.lanes, 0, 0
 
     def unit_location(self, unit: int) -> tuple[int, int, int]:
-        """(epoch, group, part) of a unit; P neighbouring units, and so lanes, share a group."""
+        """(epoch, group, part) of a unit; P neighbouring units, and so lanes, share a group.
+
+        The parts rotate, or a lane would have the same one of every group, and none where a group has few documents.
+        """
         epoch, index = divmod(unit, self.units)
+        place, part = divmod(index, self.parts)
         order = Permutation(len(self._train_groups), derive_seed(self.seed, GROUP_ORDER, epoch))
-        return epoch, self._train_groups[order(index // self.parts)], index % self.parts
+        return epoch, self._train_groups[order(place)], (part + place + epoch) % self.parts
 
     def unit_documents(self, unit: int, ends: np.ndarray) -> np.ndarray:
         """The documents of a unit, shuffled: (start, stop) in its group's tokens, whose documents end at `ends`."""
         epoch, group, part = self.unit_location(unit)
-        spans = _trained(np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1), self._held_out_groups)
+        spans = np.stack([np.append(0, ends[:-1])[: len(ends)], ends], axis=1)
+        if not self._held_out_groups:
+            spans = spans[~_held_out(np.arange(len(spans)))]
         first, last = part * len(spans) // self.parts, (part + 1) * len(spans) // self.parts
         if first == last:
             return spans[:0]
@@ -215,8 +220,14 @@ class StreamSource:
         path = self.cache.directory / "validation.bin"
         facts = path.with_suffix(".json")
         if not facts.exists():
-            write_json(facts, self.cache.write_shard(path, self._held_out_documents))
+            shard = self.cache.write_shard(path, self._held_out_documents)
+            write_json(facts, {**shard, "documents_seen": self._documents_seen})
         found = json.loads(facts.read_text(encoding="utf-8"))
+        if not self._held_out_groups and found["documents_seen"] - found["documents"] < self.lanes:
+            raise InputError(
+                f"{self.source.name} has {found['documents_seen']} documents, too few for {self.lanes} lanes; "
+                "lower --batch_tokens, or prepare the text as shards with `gpt2repro prepare-text`"
+            )
         if found["tokens"] <= self.seq_len:
             return None
         return TokenSplit(
@@ -226,17 +237,18 @@ class StreamSource:
         )  # fmt: skip
 
     def _held_out_documents(self) -> Iterator[list[str]]:
-        for group in self._held_out_groups:
-            yield from self.source.read(group)
-        if not self._held_out_groups:
-            for group in range(len(self.source.groups)):
-                documents = (text for some in self.source.read(group) for text in some)
-                yield [text for row, text in enumerate(documents) if row % HELD_OUT_ROWS == HELD_OUT_ROWS - 1]
+        self._documents_seen = 0
+        for group in self._held_out_groups or range(len(self.source.groups)):
+            row = 0
+            for some in self.source.read(group):
+                rows = range(row, row := row + len(some))
+                self._documents_seen += len(some)
+                yield [text for row, text in zip(rows, some, strict=True) if self._held_out_groups or _held_out(row)]
 
 
-def _trained(spans: np.ndarray, held_out_groups: list[int]) -> np.ndarray:
-    """Without the documents that a small source, which holds out no whole groups, keeps for validation."""
-    return spans if held_out_groups else spans[np.arange(len(spans)) % HELD_OUT_ROWS != HELD_OUT_ROWS - 1]
+def _held_out(row):
+    """Whether a small source, which holds out no whole groups, keeps this row (or these) of a group for validation."""
+    return row % HELD_OUT_ROWS == HELD_OUT_ROWS - 1
 
 
 class _Units:
@@ -300,6 +312,10 @@ class TokenCache:
         key = hashlib.sha256(f"{source.sha256} {encoder.sha256}".encode()).hexdigest()[:16]
         self.directory = root / key
         self.directory.mkdir(parents=True, exist_ok=True)
+        for left_behind in self.directory.glob("*.tmp-*"):  # by a process that was killed, unless it is being written
+            with contextlib.suppress(OSError):
+                if left_behind.stat().st_mtime < time.time() - DAY_SECONDS:
+                    left_behind.unlink()
 
     def path(self, group: int) -> Path:
         return self.directory / f"group_{group:06d}.bin"

@@ -1,0 +1,336 @@
+"""Text tokenised while training: which window comes when, from every format, at every world size, after stops."""
+
+import gzip
+import json
+import threading
+
+import pytest
+import torch
+
+from gpt2repro import streaming
+from gpt2repro.data import merge_states, open_source, prefetch, skip_ahead
+from gpt2repro.options import InputError
+from gpt2repro.text_sources import TextSource, resolve
+
+SEQ_LEN, SEQUENCES = 16, 4
+FORMATS = ["parquet", "jsonl", "txt", "jsonl.gz", "csv"]
+
+
+def documents(count):
+    """Documents of 5 to 60 characters, each one recognisable."""
+    return [f"[{number}]" + "abcdefghij klmnop"[number % 7 :] * (1 + number * 37 % 5) for number in range(count)]
+
+
+def write(path, texts, rows_per_group=20):
+    if path.name.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet as parquet
+
+        parquet.write_table(
+            pyarrow.table({"id": range(len(texts)), "text": texts}), path, row_group_size=rows_per_group
+        )
+    elif path.name.endswith(".csv"):
+        path.write_text("id,text\n" + "".join(f"{i},{text}\n" for i, text in enumerate(texts)))
+    elif path.name.endswith(".txt"):
+        path.write_text("".join(text + "\n" for text in texts))
+    else:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        path.write_bytes(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from gpt2repro.tokenization import char_tokenizer
+
+    return char_tokenizer(["".join(map(chr, range(32, 127))) + "\n"])
+
+
+@pytest.fixture
+def open_stream(tokenizer, tmp_path, monkeypatch):
+    """open_stream(spec, …) with small groups, a cache of its own, and short pauses; collects what is reported."""
+    monkeypatch.setattr("gpt2repro.text_sources.LINES_GROUP_BYTES", 1024)
+    monkeypatch.setattr("gpt2repro.text_sources.TEXT_DOCUMENT_BYTES", 64)
+    monkeypatch.setattr(streaming, "FEWEST_LANES", 8)
+    monkeypatch.setattr(streaming, "RETRY_SECONDS", 0.01)
+    reports = []
+
+    def open_stream(spec, cache="cache", sequences=SEQUENCES, **options):
+        options = {"seq_len": SEQ_LEN, "seed": 3, "workers": 1, "report": reports.append, **options}
+        return open_source(
+            f"stream:{spec}", tokenizer=tokenizer, sequences=sequences, cache_dir=tmp_path / cache, **options
+        )
+
+    open_stream.reports = reports
+    return open_stream
+
+
+@pytest.fixture(params=FORMATS)
+def local_source(request, tmp_path):
+    """Five files of one format, 300 documents."""
+    texts, folder = documents(300), tmp_path / "text"
+    folder.mkdir()
+    for number in range(5):
+        write(folder / f"part-{number}.{request.param}", texts[number * 60 : (number + 1) * 60])
+    return folder
+
+
+@pytest.fixture
+def parquet_file(tmp_path):
+    return write(tmp_path / "text.parquet", documents(300))
+
+
+def take(source, count, state=None, world=1, sequences=SEQUENCES):
+    """`count` global batches as (x, y, merged state), put together from `world` ranks with an iterator each."""
+    state = json.loads(json.dumps(state or source.initial_state()))  # as a checkpoint keeps it
+    ranks = [source.batches(state, rank=r, world=world, sequences=sequences) for r in range(world)]
+    batches = []
+    for _ in range(count):
+        xs, ys, states = zip(*(next(rank) for rank in ranks), strict=True)
+        batches.append((torch.cat(xs), torch.cat(ys), merge_states(list(states))))
+    for rank in ranks:
+        rank.close()
+    return batches
+
+
+def assert_same(some, others):
+    assert len(some) == len(others)
+    for (x, y, state), (other_x, other_y, other_state) in zip(some, others, strict=True):
+        assert torch.equal(x, other_x) and torch.equal(y, other_y) and state == other_state
+
+
+def lane_texts(source, batches, tokenizer):
+    """What each lane said, from the batches alone."""
+    rows = torch.cat([x for x, _, _ in batches])
+    return [tokenizer.decode(rows[lane :: source.lanes].flatten().tolist()) for lane in range(source.lanes)]
+
+
+def split_documents(text):
+    """The documents that are complete in a lane's text."""
+    return text.split("<|endoftext|>")[:-1]
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_document_comes_once_per_epoch_and_never_a_held_out_one(open_stream, parquet_file, tokenizer):
+    source = open_stream(parquet_file)
+    held_out = split_documents(tokenizer.decode(source.validation.read(0, source.validation.tokens).tolist()))
+    assert held_out == [text for row, text in enumerate(documents(300)) if row % 20 == 19]
+    assert source.validation.documents == 15 and source.validation.bytes == sum(map(len, held_out))
+
+    texts = lane_texts(source, take(source, 520), tokenizer)
+    units_per_lane = source.units // source.lanes
+    assert source.units % source.lanes == 0  # so that every lane has as many units in each epoch
+    expected = set(documents(300)) - set(held_out)
+    lanes = [split_documents(text) for text in texts]
+    assert {document for lane in lanes for document in lane} == expected
+    for epoch in range(2):
+        seen = []
+        for lane in range(source.lanes):
+            units = [lane + source.lanes * (epoch * units_per_lane + i) for i in range(units_per_lane)]
+            count = sum(len(source.unit_documents(u, ends_of(source, u))) for u in units)
+            seen += lanes[lane][:count]
+            del lanes[lane][:count]
+        assert sorted(seen) == sorted(expected)
+
+
+def ends_of(source, unit):
+    return source.cache.read(source.unit_location(unit)[1], threading.Event())[1]
+
+
+def test_documents_of_a_group_are_spread_over_lanes_and_shuffled(open_stream, parquet_file, tokenizer):
+    source = open_stream(parquet_file)
+    first = [text.split("<|endoftext|>")[0] for text in lane_texts(source, take(source, 8), tokenizer)]
+    numbers = [int(text[1 : text.index("]")]) for text in first]
+    assert len({number // 20 for number in numbers}) == 1  # 8 lanes share the first row group
+    assert numbers != sorted(numbers)
+    other_seed = open_stream(parquet_file, seed=4)
+    assert not torch.equal(take(source, 1)[0][0], take(other_seed, 1)[0][0])
+
+
+def test_targets_are_the_next_token_of_the_lane(open_stream, parquet_file):
+    source = open_stream(parquet_file)
+    batches = take(source, 30)
+    inputs, targets = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+    for lane in range(source.lanes):
+        x, y = inputs[lane :: source.lanes].flatten(), targets[lane :: source.lanes].flatten()
+        assert torch.equal(x[1:], y[:-1])
+
+
+# -- exact resume, for every format ------------------------------------------------------------------------------------
+
+
+def test_resumed_stream_equals_the_uninterrupted_one_at_every_world_size(open_stream, local_source):
+    plain = take(open_stream(local_source), 60)  # more than one epoch
+    state = plain[6][2]
+    first = take(open_stream(local_source), 7, world=4)
+    assert_same(first, plain[:7])
+    for world in (1, 2, 4):  # an empty cache: everything is tokenised again
+        resumed = take(open_stream(local_source, cache=f"cache-{world}"), 8, state, world=world)
+        assert_same(resumed, plain[7:15])
+        again = take(open_stream(local_source), 5, resumed[-1][2], world=4 // world)
+        assert_same(again, plain[15:20])
+    assert_same(take(open_stream(local_source), 10, plain[49][2], world=2), plain[50:])
+
+
+def test_identity_follows_the_text_the_seed_and_the_lanes_but_not_the_place(open_stream, parquet_file, tmp_path):
+    identity = open_stream(parquet_file).identity()
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    (moved / parquet_file.name).write_bytes(parquet_file.read_bytes())
+    assert json.loads(json.dumps(identity)) == identity
+    assert open_stream(moved / parquet_file.name).identity() | {"source": identity["source"]} == identity
+    assert open_stream(parquet_file, seed=9).identity() != identity
+    assert open_stream(parquet_file, lanes=16).identity() != identity
+    write(parquet_file, documents(299))
+    assert open_stream(parquet_file).identity() != identity
+
+
+def test_a_rank_reads_only_the_groups_of_its_lanes(open_stream, tmp_path, monkeypatch):
+    path = write(tmp_path / "large.parquet", documents(1200), rows_per_group=20)
+    read = []
+    original = TextSource.read
+    monkeypatch.setattr(TextSource, "read", lambda self, group: read.append(group) or original(self, group))
+    source = open_stream(path, lanes=16, sequences=16)  # lanes 0-7 share a group, lanes 8-15 another
+    read.clear()
+    batches = source.batches(source.initial_state(), rank=0, world=2, sequences=16)
+    next(batches)
+    batches.close()
+    assert len(read) == 2  # the group of the rank's first units and that of its next ones
+
+
+def test_skipped_batches_are_left_out_and_the_others_stay(open_stream, parquet_file):
+    source = open_stream(parquet_file)
+    plain = take(source, 12)
+    state = skip_ahead(plain[1][2], 4 * SEQUENCES, 6 * SEQUENCES + 1)  # touches a third batch
+    rest = take(source, 7, state)
+    expected = plain[2:4] + plain[7:12]
+    for (x, _, after), (plain_x, _, plain_after) in zip(rest, expected, strict=True):
+        assert torch.equal(x, plain_x) and after["position"] == plain_after["position"]
+        assert after["lanes"] == plain_after["lanes"]
+
+
+def test_prefetched_stream_publishes_the_state_of_the_last_consumed_batch(open_stream, parquet_file):
+    source = open_stream(parquet_file)
+    plain = take(source, 6)
+    ahead = prefetch(source.batches(source.initial_state(), rank=0, world=1, sequences=SEQUENCES), depth=3)
+    assert_same([next(ahead) for _ in range(6)], plain)
+    ahead.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tokenise")]
+
+
+def test_a_source_of_many_groups_holds_out_whole_ones(open_stream, tmp_path, tokenizer):
+    path = write(tmp_path / "many.parquet", documents(500), rows_per_group=5)
+    source = open_stream(path)
+    assert source.validation.documents == 5
+    held_out = split_documents(tokenizer.decode(source.validation.read(0, source.validation.tokens).tolist()))
+    lanes = lane_texts(source, take(source, 600), tokenizer)
+    seen = {document for lane in lanes for document in split_documents(lane)}
+    assert seen == set(documents(500)) - set(held_out)
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def test_second_run_reads_the_cache_and_not_the_source(open_stream, parquet_file, monkeypatch):
+    plain = take(open_stream(parquet_file), 40)
+
+    def unreachable(self, group):
+        raise AssertionError("the source was read")
+
+    monkeypatch.setattr(TextSource, "read", unreachable)
+    assert_same(take(open_stream(parquet_file), 40), plain)
+
+
+def test_damaged_cache_is_made_again_and_said_aloud(open_stream, parquet_file):
+    source = open_stream(parquet_file)
+    plain = take(source, 10)
+    for number, path in enumerate(sorted(source.cache.directory.glob("group_*.bin"))):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] if number % 2 else content[:-20] + b"\xff" * 20)
+    assert_same(take(open_stream(parquet_file), 10), plain)
+    assert any("is damaged" in report for report in open_stream.reports)
+
+
+def test_bounded_cache_gives_the_same_batches(open_stream, parquet_file):
+    plain = take(open_stream(parquet_file), 40)
+    source = open_stream(parquet_file, cache="small", cache_gib=8e3 / 2**30)
+    assert_same(take(source, 40), plain)
+    assert sum(path.stat().st_size for path in source.cache.directory.glob("group_*.bin")) <= 8e3
+
+
+def test_full_disk_is_a_sentence(open_stream, parquet_file, monkeypatch):
+    def full(self, tokens):
+        raise OSError(28, "No space left on device")
+
+    source = open_stream(parquet_file)
+    monkeypatch.setattr("gpt2repro.shards.ShardWriter.append", full)
+    with pytest.raises(InputError, match="no space is left for the token cache"):
+        take(source, 1)
+    assert not list(source.cache.directory.glob("*.tmp*"))
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_sources_are_sentences(open_stream, tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(InputError, match="damaged or not parquet"):
+        open_stream(tmp_path / "broken.parquet")
+    with pytest.raises(InputError, match="names no file here"):
+        open_stream(tmp_path / "missing.jsonl")
+    with pytest.raises(InputError, match="has no column 'body'; set --text_column to one of id, text"):
+        open_stream(write(tmp_path / "text.parquet", documents(50)), text_column="body")
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    with pytest.raises(InputError, match="the line at byte 17, is not JSON"):
+        open_stream(tmp_path / "bad.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(InputError, match="holds no text"):
+        open_stream(tmp_path / "empty.jsonl")
+    with pytest.raises(InputError, match="has 5 documents, too few for 8 lanes"):
+        open_stream(write(tmp_path / "few.jsonl", documents(5)))
+    with pytest.raises(InputError, match="several formats"):
+        open_stream(tmp_path)
+
+
+def test_impossible_batches_and_foreign_states_are_sentences(open_stream, parquet_file):
+    with pytest.raises(
+        InputError, match="10 lanes are not a multiple of the batch's 4 sequences; set --stream_lanes 8"
+    ):
+        open_stream(parquet_file, lanes=10)
+    source = open_stream(parquet_file)
+    with pytest.raises(InputError, match="does not divide among 3 processes"):
+        source.batches(source.initial_state(), rank=0, world=3, sequences=SEQUENCES)
+    half = next(source.batches(source.initial_state(), rank=0, world=2, sequences=SEQUENCES))[2]
+    with pytest.raises(InputError, match="does not belong to"):
+        source.batches(half, rank=0, world=1, sequences=SEQUENCES)
+    with pytest.raises(InputError, match="set --vocab_size"):
+        open_stream(parquet_file, vocab_size=50)
+
+
+def test_empty_documents_and_null_rows_do_not_count(open_stream, tmp_path):
+    texts = documents(100)
+    write(tmp_path / "plain.jsonl", texts)
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines[10:10] = ["", '{"text": ""}', '{"text": null}']
+    (tmp_path / "holes.jsonl").write_text("\n".join(lines))
+    plain, holes = (
+        [text for g in range(len(s.groups)) for some in s.read(g) for text in some]
+        for s in (resolve(str(tmp_path / name)) for name in ("plain.jsonl", "holes.jsonl"))
+    )
+    assert plain == holes == texts
+
+
+def test_lines_are_cut_into_groups_without_loss_at_any_border(tmp_path, monkeypatch):
+    texts = [*documents(50), "x" * 500, "ü" * 40]
+    path = write(tmp_path / "text.jsonl", texts)
+    for size in (1, 7, 64, 65, 1000, 100_000):
+        monkeypatch.setattr("gpt2repro.text_sources.LINES_GROUP_BYTES", size)
+        source = resolve(str(path))
+        assert [text for g in range(len(source.groups)) for some in source.read(g) for text in some] == texts
+    text_file = write(tmp_path / "text.txt", texts)
+    whole = resolve(str(text_file))
+    assert "".join(text for g in range(len(whole.groups)) for some in whole.read(g) for text in some) == (
+        text_file.read_text(encoding="utf-8")
+    )
