@@ -44,7 +44,7 @@ class Verdict:
     reason: str
 
     def record(self) -> dict:
-        """For metrics.jsonl. Its step is the first bad one: a resume before it forgets the record and meets it again."""
+        """For metrics.jsonl, at the first bad step: a resume before it forgets the record and meets the step again."""
         event = {name: value for name, value in asdict(self).items() if name != "action"}
         return {"step": self.first_step, "event": self.action, **event}
 
