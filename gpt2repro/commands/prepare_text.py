@@ -1,0 +1,188 @@
+"""Make a data set of tokens from text: an embedded corpus, tiny shakespeare, or your own files.
+
+    gpt2repro prepare-text --corpus python-docs --out data/python-docs
+    gpt2repro prepare-text --corpus shakespeare --tokenizer char --out data/shakespeare
+    gpt2repro prepare-text --input my/texts 'more/*.jsonl' --text_column content --out data/mine
+    gpt2repro prepare-text --input user/dataset --tokenizer gpt2 --out data/theirs
+
+Reads .txt and .md (a file is a document), .jsonl and .parquet (a row is a document), from files, directories, globs
+or a dataset on the Hub. Seconds for a few megabytes; for gigabytes `prepare_fineweb.py` has the same engine and more
+options.
+"""
+
+import atexit
+import hashlib
+import lzma
+import platform
+import shutil
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gpt2repro import text_files
+from gpt2repro.options import InputError, parse_options
+from gpt2repro.preparation import pieces_of, prepare, split_of, tokenizer_of_plan
+from gpt2repro.python_docs import python_docs
+from gpt2repro.shards import Manifest
+from gpt2repro.tokenization import bpe_tokenizer, char_tokenizer, gpt2_tokenizer
+
+# Source: the corpus of nanoGPT's shakespeare examples, public domain.
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+# A vocabulary is learned from at most so much text; more changes it little and takes minutes.
+TOKENIZER_TRAINING_BYTES = 2**28
+# xz takes about a second per megabyte.
+XZ_BYTES = 2**25
+
+
+@dataclass
+class Options:
+    out: Path
+    "Directory of the data set."
+    corpus: Literal["python-docs", "shakespeare"] | None = None
+    "A corpus this program knows."
+    input: list[str] = field(default_factory=list)
+    "Your own text: files, directories, globs, or one dataset id of the Hub (ID[:config][@revision])."
+    text_column: str = "text"
+    "The field of jsonl and parquet rows that holds the text."
+    tokenizer: Literal["gpt2", "char", "bpe"] = "bpe"
+    "GPT-2's own (50,257 tokens), one token per character, or byte-level BPE trained on the train split."
+    vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 4096
+    "Entries of the vocabulary that bpe learns."
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    "Part of the text kept for validation."
+    split: Literal["auto", "document", "position"] = "auto"
+    "Whole documents chosen by hash, or the end of every document; auto: by position below 100 documents."
+    shard_tokens: Annotated[int, Field(gt=0, lt=2**31)] = 100_000_000
+    "About how many tokens go into one shard."
+    workers: Annotated[int, Field(gt=0)] | None = None
+    "Tokenising processes; none: one per core."
+    overwrite: bool = False
+    "Replace another data set in --out."
+
+    def problems(self) -> list[str]:
+        if not self.input and self.corpus is None:
+            return ["say what to read: --corpus python-docs, --corpus shakespeare, or --input PATH…"]
+        if self.input and self.corpus == "python-docs":
+            return ["--corpus python-docs reads nothing else; drop --input or --corpus"]
+        return []
+
+
+def main(argv: list[str]) -> int:
+    options = parse_options(Options, argv, prog="gpt2repro prepare-text", description=__doc__)
+    start = time.perf_counter()
+    corpus = _open_corpus(options)
+    settings = {"split": corpus.split, "text_column": options.text_column, "tokenizer": options.tokenizer}
+    if options.tokenizer == "bpe":
+        settings["vocab_size"] = options.vocab_size
+
+    def text_of(split: str) -> Iterator[str]:
+        """The text of one split in pieces, divided as `prepare` will divide it."""
+        for unit in corpus.units:
+            if unit["split"] in (None, split):
+                for document in corpus.read(unit):
+                    belongs = unit["split"]
+                    for text, _ in document:
+                        belongs = belongs or split_of(text, options.val_fraction)
+                        if belongs != split:
+                            break
+                        yield text
+
+    tokenizer = tokenizer_of_plan(options.out, corpus.source, settings)
+    if tokenizer is None:
+        tokenizer = _make_tokenizer(options, text_of)
+
+    def compressed_sizes() -> dict:
+        """What xz -9 makes of the validation text, alone and once it knows the training text: a model's yardstick."""
+        if sum(unit["bytes"] for unit in corpus.units) > XZ_BYTES:
+            return {}
+        train, val = ("".join(text_of(split)).encode("utf-8", "replace") for split in ("train", "val"))
+        size = {name: len(lzma.compress(text, preset=9)) for name, text in (("val", val), ("train", train))}
+        given_train = len(lzma.compress(train + val, preset=9)) - size["train"]
+        return {"xz_bytes": size["val"], "xz_bytes_given_train": given_train}
+
+    manifest = prepare(
+        options.out, tokenizer, corpus.units, corpus.read, source=corpus.source, settings=settings,
+        val_fraction=options.val_fraction, workers=options.workers, overwrite=options.overwrite,
+        describe_val=compressed_sizes,
+    )  # fmt: skip
+    _report(options.out, manifest, time.perf_counter() - start)
+    return 0
+
+
+@dataclass
+class Corpus:
+    """What `prepare` needs to know of a source."""
+
+    units: list[dict]
+    read: object  # unit -> iterable of documents, each an iterable of pieces
+    source: dict
+    split: str
+    "document or position"
+
+
+def _open_corpus(options: Options) -> Corpus:
+    if options.corpus == "python-docs":
+        texts = list(python_docs())
+        if not texts:
+            raise InputError("this Python has neither help topics nor the standard library's sources; use --input")
+        unit = {"split": None, "bytes": sum(map(len, texts))}
+        digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+        source = {"corpus": "python-docs", "python": platform.python_version(), "sha256": digest}
+        return Corpus([unit], lambda unit: map(pieces_of, texts), source, "document")
+    inputs = options.input or [str(_shakespeare())]
+    files = text_files.find(inputs, text_column=options.text_column)
+    split = options.split
+    if split == "auto":
+        split = "position" if files.few_documents(100) else "document"
+    units = files.units(options.shard_tokens, val_fraction=options.val_fraction if split == "position" else None)
+    return Corpus(units, files.read, files.source, split)
+
+
+def _make_tokenizer(options: Options, text_of):
+    if options.tokenizer == "gpt2":
+        return gpt2_tokenizer()
+    if options.tokenizer == "char":  # of both splits, as nanoGPT does: a character of val must have an id
+        return char_tokenizer(text for split in ("train", "val") for text in text_of(split))
+    return bpe_tokenizer(_first_bytes(text_of("train"), TOKENIZER_TRAINING_BYTES), options.vocab_size)
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        limit -= len(text)
+        if limit <= 0:
+            return
+
+
+def _shakespeare() -> Path:
+    """Tiny shakespeare, downloaded (1.1 MB) and compared with its checksum."""
+    try:
+        with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
+            content = response.read()
+    except OSError as error:
+        raise InputError(f"{SHAKESPEARE} can't be downloaded ({error}); give a copy of it with --input FILE") from error
+    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+        raise InputError(f"{SHAKESPEARE} is not the text it was; give a copy of it with --input FILE")
+    path = Path(tempfile.mkdtemp(prefix="gpt2repro-")) / "tiny_shakespeare.txt"
+    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    path.write_bytes(content)
+    return path
+
+
+def _report(out: Path, manifest: Manifest, seconds: float) -> None:
+    print(
+        f"{out}: {manifest['tokenizer']['kind']} tokenizer, {manifest['tokenizer']['vocab_size']:,} entries, {seconds:.1f} s"
+    )
+    for name, split in manifest["splits"].items():
+        xz = f", xz -9: {8 * split['xz_bytes'] / split['bytes']:.3f} bits per byte" if "xz_bytes" in split else ""
+        print(
+            f"  {name:5} {split['tokens']:>13,} tokens {split['documents']:>9,} documents {split['bytes']:>13,} bytes{xz}"
+        )

@@ -1,0 +1,444 @@
+"""Documents -> tokens -> shards: parallel, bounded in memory, and whole or continuable after any interruption.
+
+    files ──plan──▶ units ──read──▶ pieces of text ──batches──▶ pool of tokenisers ──in order──▶ shards + a note per unit
+                                                                                                  └──all notes──▶ manifest
+
+A *unit* is a stretch of the input (row groups of parquet, bytes of text) that becomes one shard of each split. It is what an
+interruption can cost: its shard appears by a rename, then a note about it (`units/000012.json`), and `manifest.json` is
+written last and from the notes alone. So a run killed anywhere and started again, on one machine or on several that share
+the units, ends in the same bytes; and once the manifest is there, running again does nothing.
+
+Nothing is held but the batches on their way: a unit stops reading while its oldest batches wait to be written. This module
+does not know where the text comes from (`text_sources`, `python_docs` and the commands do) nor what is trained on it.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from gpt2repro.options import InputError
+from gpt2repro.shards import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    VERSION,
+    Manifest,
+    ShardWriter,
+    load_manifest,
+    write_json,
+)
+from gpt2repro.tokenization import Encoder, load_tokenizer, well_formed
+
+PLAN = "plan.json"
+UNITS = "units"
+
+# One batch is one message to a worker: large enough to make its cost (0.3 ms) vanish, small enough to keep many workers busy.
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20
+# A longer document is cut where GPT-2's pre-tokeniser cuts anyway, so that one book is many messages and gives the same ids.
+PIECE_CHARACTERS = 2**20
+# Reads of several units overlap: while one waits for the network or the disk, the tokenisers work for the others.
+UNITS_AT_ONCE = 4
+# Below this a process pool costs more than it brings (each process takes about a second to start).
+PROCESSES_FROM_BYTES = 30_000_000
+# A newline between visible characters: the pre-tokeniser of GPT-2 always ends a token behind it.
+SEAM = re.compile(r"(?<=\S)\n(?=\S)")
+BYTES_PER_TOKEN = 4.5  # of English under GPT-2's tokenizer; only used to guess sizes beforehand
+
+# A piece of a document, and whether the document ends with it.
+Piece = tuple[str, bool]
+
+
+def prepare(
+    out: str | Path,
+    tokenizer,
+    units: list[dict],
+    read: Callable[[dict], Iterable[Iterable[Piece]]],
+    *,
+    source: dict,
+    settings: dict,
+    val_fraction: float = 0.0,
+    workers: int | None = None,
+    fast_tokenizer: bool = False,
+    token_limit: int | None = None,
+    node: tuple[int, int] = (0, 1),
+    overwrite: bool = False,
+    describe_val: Callable[[], dict] = dict,
+    show_progress: bool = True,
+) -> Manifest | None:
+    """Turn `units` into a data set in `out`. Returns its manifest, or None while units of other nodes are missing.
+
+    units: JSON objects with "bytes" (about how much text) and "split" ("train", "val", or None: by document); `read(unit)`
+        gives its documents, each as pieces of text. `source` and `settings` (JSON) name the data set: a directory that was
+        begun with others is refused. `describe_val()` adds keys to the manifest's val split.
+    val_fraction: of the documents of a unit with split None, chosen by a hash of their text.
+    token_limit: the data set ends with the unit that reaches it.
+    node: (index, number of nodes); this process does the units with `unit % number == index`.
+
+    Raises InputError for another data set in `out`, text that can't be read, or no text at all.
+    """
+    out, encoder = Path(out), Encoder(tokenizer, fast=fast_tokenizer)
+    identity = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": str(encoder.dtype),
+        "tokenizer": {
+            "kind": encoder.kind, "vocab_size": encoder.vocab_size, "eot_id": encoder.eot_id, "sha256": encoder.sha256
+        },
+        "source": source,
+        "settings": {**settings, "val_fraction": val_fraction, "token_limit": token_limit},
+    }  # fmt: skip
+    claim(out, identity, units, tokenizer, overwrite=overwrite)
+    notes = {index: note for index in range(len(units)) if (note := _read_note(out, index))}
+    if (out / MANIFEST).exists() and len(notes) >= len(_kept(notes, token_limit, len(units)) or units):
+        print(f"{out} is already prepared; nothing to do")
+        return load_manifest(out)
+    mine = [index for index in range(len(units)) if index % node[1] == node[0] and index not in notes]
+    if notes:
+        print(f"{out}: {len(notes)} of {len(units)} units are finished, continuing with the others")
+    work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, show_progress)
+    work.run(mine, workers or os.cpu_count() or 1)
+
+    kept = _kept(notes, token_limit, len(units))
+    if kept is None:
+        print(f"{out}: {len(notes)} of {len(units)} units are finished; the other nodes' are still to come")
+        return None
+    return _finish(out, identity, [notes[index] for index in kept], describe_val)
+
+
+def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite: bool) -> None:
+    """Make `out` the place of this data set, or refuse it as the place of another."""
+    plan = {**identity, "units": units}
+    if overwrite and out.is_dir():
+        _remove_dataset(out)
+    if (found := _read_json(out / PLAN)) is not None:
+        if different := [key for key in plan if json.loads(json.dumps(plan[key])) != found.get(key)]:
+            raise InputError(
+                f"{out} holds another data set (it differs in {_differences(plan, found, different)}); "
+                "choose another --out, or --overwrite to replace it"
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        # A run killed before its plan was written leaves the tokenizer's files and nothing else.
+        strangers = (
+            sorted(path.name for path in out.iterdir() if path.name != TOKENIZER) if out.is_dir() else [out.name]
+        )
+        strangers = [name for name in strangers if not name.startswith(f"{PLAN}.tmp-")]
+        if strangers:
+            raise InputError(
+                f"{out} is not empty and was not made by this command (it holds {', '.join(strangers[:3])}); "
+                "choose another --out"
+            )
+    (out / UNITS).mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out / TOKENIZER)
+    write_json(out / PLAN, plan)
+
+
+def tokenizer_of_plan(out: str | Path, source: dict, settings: dict):
+    """The tokenizer of a data set begun in `out` from the same source with the same settings, else None.
+
+    Saves a continued run from training its tokenizer again.
+    """
+    plan = _read_json(Path(out) / PLAN)
+    if plan is None or plan.get("source") != source or any(plan["settings"].get(k) != v for k, v in settings.items()):
+        return None
+    return load_tokenizer(out)
+
+
+def split_of(text: str, val_fraction: float) -> str:
+    """The split of the document that begins with this piece: decided by its text alone, so copies stay together."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+
+
+def pieces_of(text: str) -> Iterator[Piece]:
+    """A document as pieces of about PIECE_CHARACTERS that give the same ids as the whole.
+
+    GPT-2's pre-tokeniser never joins across a single newline with something visible on both sides. A text without one
+    stays whole.
+    """
+    return pieces_of_stream([text])
+
+
+def pieces_of_stream(parts: Iterable[str]) -> Iterator[Piece]:
+    """The same for a document that arrives in parts, of which no more than a piece is held."""
+    text, searched = "", PIECE_CHARACTERS
+    for part in parts:
+        text += part
+        start = 0
+        while len(text) - start > PIECE_CHARACTERS and (cut := SEAM.search(text, start + searched - 1)):
+            yield text[start : cut.end()], False
+            start, searched = cut.end(), PIECE_CHARACTERS
+        text = text[start:]
+        searched = max(PIECE_CHARACTERS, len(text) - 1)  # what has no seam is not searched again
+    yield text, True
+
+
+class _Work:
+    """The units of this process on their way through the pool."""
+
+    def __init__(self, out, units, read, encoder, val_fraction, token_limit, notes, show_progress):
+        self.out, self.units, self.read, self.encoder = out, units, read, encoder
+        self.val_fraction, self.token_limit, self.notes = val_fraction, token_limit, notes
+        self.show_progress, self.stop, self.lock = show_progress, threading.Event(), threading.Lock()
+
+    def run(self, indices: list[int], workers: int) -> None:
+        if not indices:
+            return
+        from tqdm import tqdm
+
+        total_bytes = sum(self.units[index]["bytes"] for index in indices)
+        small = total_bytes < PROCESSES_FROM_BYTES
+        self.pool = _threads(self.encoder, workers) if small else _processes(self.encoder, workers)
+        self.bytes_left, self.bytes_done = total_bytes, 0
+        self.bar = tqdm(
+            total=int(total_bytes / BYTES_PER_TOKEN), unit=" tokens", unit_scale=True, smoothing=0.05,
+            desc="tokenising", disable=not self.show_progress,
+        )  # fmt: skip
+        self.in_flight = max(2, 2 * workers // min(UNITS_AT_ONCE, len(indices)) + 1)  # batches per unit
+        with self.bar, self.pool, ThreadPoolExecutor(UNITS_AT_ONCE) as readers:
+            try:
+                futures = [readers.submit(self._unit, index) for index in indices]
+                for future in futures:
+                    future.result()
+            except BrokenProcessPool:
+                raise InputError(
+                    "a tokenising process was killed, most likely for want of memory; run the same command again with "
+                    "fewer --workers, finished units are kept"
+                ) from None
+            finally:
+                self.stop.set()
+                readers.shutdown(cancel_futures=True)
+
+    def _unit(self, index: int) -> None:
+        """Read, tokenise and write one unit, then its note."""
+        if self.stop.is_set() or self._enough():
+            return
+        writers = _UnitWriters(self.out, index, self.encoder.vocab_size)
+        waiting: deque[tuple[str, int, Future]] = deque()  # the unit's batches in order
+
+        def write_oldest():
+            split, documents, future = waiting.popleft()
+            tokens, text_bytes = future.result()
+            writers.append(split, tokens, documents, text_bytes)
+            self._show(len(tokens), text_bytes)
+
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(writers.abandon)
+            for split, texts, ends in self._batches(self.units[index]):
+                if self.stop.is_set():
+                    return
+                waiting.append((split, sum(ends), self.pool.submit(_tokenise, texts, ends)))
+                while len(waiting) >= self.in_flight or (waiting and waiting[0][2].done()):
+                    write_oldest()
+            while waiting:
+                if self.stop.is_set():
+                    return
+                write_oldest()
+            note = {"unit": index, "splits": writers.close()}
+            on_error.pop_all()
+        write_json(self.out / UNITS / f"{index:06d}.json", note)
+        with self.lock:
+            self.notes[index] = note
+
+    def _batches(self, unit: dict) -> Iterator[tuple[str, list[str], list[bool]]]:
+        """(split, texts, whether each ends its document) of a unit, cut only by what was read before."""
+        open_batches: dict[str, tuple[list[str], list[bool]]] = {}
+        characters = dict.fromkeys(SPLITS, 0)
+        for document in self.read(unit):
+            split = unit["split"]
+            for text, end in document:
+                if split is None:  # the first piece decides for its document
+                    split = split_of(text, self.val_fraction)
+                texts, ends = open_batches.setdefault(split, ([], []))
+                texts.append(text)
+                ends.append(end)
+                characters[split] += len(text)
+                if len(texts) >= BATCH_DOCUMENTS or characters[split] >= BATCH_CHARACTERS:
+                    yield split, *open_batches.pop(split)
+                    characters[split] = 0
+        for split in SPLITS:
+            if split in open_batches:
+                yield split, *open_batches[split]
+
+    def _enough(self) -> bool:
+        with self.lock:
+            done = sum(map(_note_tokens, self.notes.values()))
+        return self.token_limit is not None and done >= self.token_limit
+
+    def _show(self, tokens: int, text_bytes: int) -> None:
+        with self.lock:
+            self.bytes_done += text_bytes
+            if self.bytes_done and self.bytes_done < self.bytes_left:  # the guess becomes a measurement
+                self.bar.total = int((self.bar.n + tokens) * self.bytes_left / self.bytes_done)
+            self.bar.update(tokens)
+
+
+class _UnitWriters:
+    """The shards of one unit, one per split that has any text."""
+
+    def __init__(self, out: Path, index: int, vocab_size: int):
+        self.out, self.index, self.vocab_size = out, index, vocab_size
+        self.writers: dict[str, ShardWriter] = {}
+        self.counts: dict[str, list[int]] = {}
+
+    def append(self, split: str, tokens, documents: int, text_bytes: int) -> None:
+        if split not in self.writers:
+            self.writers[split] = ShardWriter(self.out / f"{split}_{self.index:06d}.bin", self.vocab_size)
+            self.counts[split] = [0, 0]
+        self.writers[split].append(tokens)
+        self.counts[split][0] += documents
+        self.counts[split][1] += text_bytes
+
+    def close(self) -> dict:
+        records = {}
+        for split in SPLITS:
+            if split in self.writers:
+                record = self.writers[split].close()
+                documents, text_bytes = self.counts[split]
+                records[split] = {
+                    "file": record["file"], "tokens": record["tokens"], "documents": documents, "bytes": text_bytes,
+                    "sha256": record["sha256"],
+                }  # fmt: skip
+        return records
+
+    def abandon(self) -> None:
+        for writer in self.writers.values():
+            writer.abandon()
+
+
+def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable[[], dict]) -> Manifest:
+    """Write the manifest from the notes, and remove what belongs to no kept unit."""
+    splits = {}
+    for split in SPLITS:
+        shards = [note["splits"][split] for note in notes if split in note["splits"]]
+        sums = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")}
+        splits[split] = {**sums, "shards": shards}
+    if not splits["train"]["bytes"] + splits["val"]["bytes"]:
+        raise InputError("the source holds no text: every document is empty")
+    for split, other in (("train", "val"), ("val", "train")):
+        if not splits[split]["bytes"]:
+            print(f"warning: the {split} split is empty, all {splits[other]['documents']} documents are in {other}")
+    if splits["val"]["tokens"]:
+        splits["val"].update(describe_val())
+    kept = {shard["file"] for split in splits.values() for shard in split["shards"]}
+    for path in out.iterdir():
+        unwanted = re.fullmatch(r"(train|val)_\d{6}\.bin", path.name) and path.name not in kept
+        if unwanted or re.search(r"\.tmp-\d+$", path.name):
+            path.unlink()
+    keep_notes = {f"{note['unit']:06d}.json" for note in notes}
+    for path in (out / UNITS).iterdir():
+        if path.name not in keep_notes:
+            path.unlink()
+    write_json(out / MANIFEST, {**identity, "splits": splits})
+    return load_manifest(out)
+
+
+def _kept(notes: dict[int, dict], token_limit: int | None, units: int) -> list[int] | None:
+    """The units of the finished data set: all, or the first ones that reach the limit. None while one is missing."""
+    kept, tokens = [], 0
+    for index in range(units):
+        if token_limit is not None and tokens >= token_limit:
+            break
+        if index not in notes:
+            return None
+        kept.append(index)
+        tokens += _note_tokens(notes[index])
+    return kept
+
+
+def _note_tokens(note: dict) -> int:
+    return sum(record["tokens"] for record in note["splits"].values())
+
+
+def _read_note(out: Path, index: int) -> dict | None:
+    """The note of a finished unit whose shards are there, whole in size; else None, and the unit is done again."""
+    note = _read_json(out / UNITS / f"{index:06d}.json")
+    if note is None:
+        return None
+    itemsizes = {2, 4}
+    for record in note["splits"].values():
+        path = out / record["file"]
+        if not path.exists() or path.stat().st_size not in {1024 + record["tokens"] * size for size in itemsizes}:
+            return None
+    return note
+
+
+def _read_json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _differences(plan: dict, found: dict, keys: list[str]) -> str:
+    """`tokenizer.kind: char, found gpt2` … for the first few that differ."""
+    texts = []
+    for key in keys:
+        ours, theirs = plan[key], found.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+            texts += [f"{key}.{name}: {_short(ours.get(name))}, there {_short(theirs.get(name))}" for name in names]
+        else:
+            texts.append(key)
+    return "; ".join(texts[:3])
+
+
+def _short(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _remove_dataset(out: Path) -> None:
+    """Remove what this module writes, and nothing else."""
+    (out / MANIFEST).unlink(missing_ok=True)  # first: from here on it is no data set
+    for path in [*out.glob(f"{UNITS}/*.json*"), *out.glob(f"{TOKENIZER}/*"), *out.iterdir()]:
+        ours = path.parent != out or re.fullmatch(
+            r"((train|val)_\d{6}\.bin|plan\.json|README\.md)(\.tmp-\d+)?", path.name
+        )
+        if path.is_file() and ours:
+            path.unlink()
+
+
+_encoder: Encoder | None = None  # of a worker process
+
+
+def _tokenise(texts: list[str], ends: list[bool], encoder: Encoder | None = None):
+    """(ids with `<|endoftext|>` after each document, UTF-8 bytes of the texts); runs in the pool."""
+    texts = [well_formed(text) for text in texts]
+    tokens = (encoder or _encoder).encode_joined(texts, ends)
+    return tokens, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+
+
+def _processes(encoder: Encoder, workers: int) -> Executor:
+    spawn = multiprocessing.get_context("spawn")  # fork and threads don't mix; and it is what Windows and macOS have
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(encoder,))
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process' to handle
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphans after kill -9
+
+
+class _threads(ThreadPoolExecutor):
+    """The same pool of threads in this process: tiktoken lets the others run while it works."""
+
+    def __init__(self, encoder: Encoder, workers: int):
+        super().__init__(workers)
+        self.encoder = encoder
+
+    def submit(self, function, *arguments):
+        return super().submit(function, *arguments, self.encoder)
