@@ -476,7 +476,7 @@ def until(tokens: list[int], end_token: int | None) -> list[int]:
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """A prompt's ids; the empty prompt is the end-of-text token, behind which GPT-2 begins a new document."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # too long is said by `room_for`
     if ids:
         return ids
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -1,0 +1,87 @@
+"""A web page to talk to a model: tokens stream as they come, each with how likely the model found it.
+
+    gpt2repro demo --model runs/quickstart
+    gpt2repro demo --model runs/a runs/b openai-community/gpt2 --port 7861
+
+Listens on this machine only unless --host says otherwise. Visitors choose among the models named here and set numbers;
+they name no files and no other models. Needs the extra `demo`: pip install "gpt2repro[demo]". A Hugging Face Space runs
+the same page from an `app.py` that calls `main(["--model", "user/name", "--host", "0.0.0.0"])`.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from gpt2repro.options import InputError, parse_options
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+@dataclass
+class Options:
+    model: list[str]
+    "Runs, checkpoint directories or Hub ids that visitors can choose from; the first is shown first."
+    host: str = "127.0.0.1"
+    "The address to listen on; 0.0.0.0 lets other machines in."
+    port: Port = 7860
+    "The port to listen on."
+    max_new_tokens: AtLeastOne = 400
+    "The longest text a visitor can ask for."
+    concurrency: AtLeastOne = 1
+    "Texts written at the same time; the others wait in line."
+    queue: AtLeastOne = 20
+    "Visitors that may wait in line; further ones are asked to come back later."
+    device: str | None = None
+    "cuda, cuda:1, mps or cpu; none: the best one here."
+    trust_remote_code: bool = False
+    "Run the Python code that a Hub repo of another architecture brings along."
+
+
+def main(argv: list[str]) -> int:
+    options = parse_options(Options, argv, prog="gpt2repro demo", description=__doc__)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: nothing is reported anywhere
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise InputError('the page needs Gradio; install it with: pip install "gpt2repro[demo]"') from None
+
+    from gpt2repro.commands.loading import load_model, pick_device, pick_dtype
+    from gpt2repro.demo_page import Served, build, launch_options
+
+    device = pick_device(options.device)
+    models = {}
+    for name, label in zip(options.model, labels(options.model), strict=True):
+        print(f"loading {name}", flush=True)
+        model, tokenizer = load_model(
+            name, device=device, dtype=pick_dtype(device), trust_remote_code=options.trust_remote_code
+        )
+        models[label] = Served(model, tokenizer, find_run(name))
+    page = build(models, most_new_tokens=options.max_new_tokens, concurrency=options.concurrency, queue=options.queue)
+    try:
+        page.launch(server_name=options.host, server_port=options.port, prevent_thread_lock=True, **launch_options())
+    except OSError as error:
+        raise InputError(f"cannot listen on {options.host}:{options.port} ({error}); try another --port") from None
+    print(f"the page is at http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+    return 0
+
+
+def labels(names: list[str]) -> list[str]:
+    """What visitors call the models: a directory's last parts, as few as tell them apart; a Hub id as it is."""
+    from gpt2repro.plotting import run_names
+
+    if len(set(names)) < len(names):
+        raise InputError(f"a model is named twice in --model {' '.join(names)}")
+    paths = [name for name in names if Path(name).exists()]
+    short = dict(zip(paths, run_names([Path(path) for path in paths]), strict=True)) if paths else {}
+    return [short.get(name, name) for name in names]
+
+
+def find_run(name: str) -> Path | None:
+    """The run that a model belongs to: the directory itself or the one around its checkpoints."""
+    path = Path(name).resolve()
+    return next((place for place in [path, *list(path.parents)[:2]] if (place / "metrics.jsonl").is_file()), None)
