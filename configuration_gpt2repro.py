@@ -69,11 +69,11 @@ class GPT2ReproConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        problems = [
-            f"{name}={kwargs[name]!r} (this architecture knows only {value!r})"
-            for name, value in FIXED_BY_THE_ARCHITECTURE.items()
-            if kwargs.pop(name, value) != value
-        ]
+        problems = []
+        for name, understood in FIXED_BY_THE_ARCHITECTURE.items():
+            value = kwargs.pop(name, understood)
+            if value != understood:
+                problems.append(f"{name}={value!r} (this architecture knows only {understood!r})")
         if self.activation_function not in TANH_GELU + ERF_GELU:
             known = ", ".join(TANH_GELU + ERF_GELU)
             problems.append(f"activation_function={self.activation_function!r} (known: {known})")

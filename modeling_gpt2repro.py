@@ -59,6 +59,14 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights  # (B, T, H, D), (B, H, T, S)
 
 
+class Projection(Conv1D):
+    """A linear layer with GPT-2's (in, out) weight, (…, in) -> (…, out); it knows whether its output is a residual."""
+
+    def __init__(self, n_out: int, n_in: int, *, feeds_the_residual_stream: bool = False):
+        super().__init__(n_out, n_in)
+        self.feeds_the_residual_stream = feeds_the_residual_stream
+
+
 class GPT2ReproAttention(nn.Module):
     """Causal multi-head self-attention through transformers' attention interface."""
 
@@ -69,8 +77,8 @@ class GPT2ReproAttention(nn.Module):
         self.head_dim = config.n_embd // config.n_head
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)  # query, key and value in one matmul
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_attn = Projection(3 * config.n_embd, config.n_embd)  # query, key and value in one matmul
+        self.c_proj = Projection(config.n_embd, config.n_embd, feeds_the_residual_stream=True)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -110,8 +118,8 @@ class GPT2ReproMLP(nn.Module):
     def __init__(self, config: GPT2ReproConfig):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = Conv1D(n_inner, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, n_inner)
+        self.c_fc = Projection(n_inner, config.n_embd)
+        self.c_proj = Projection(config.n_embd, n_inner, feeds_the_residual_stream=True)
         self.gelu_approximation = "tanh" if config.activation_function in TANH_GELU else "none"
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -163,12 +171,12 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
         residual layers" (GPT-2 paper, section 2.3); each block adds two.
         """
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, Conv1D):
+        if isinstance(module, Projection):
+            std = self.config.initializer_range
+            if module.feeds_the_residual_stream:
+                std /= math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
-        if isinstance(module, (GPT2ReproAttention, GPT2ReproMLP)):
-            init.normal_(module.c_proj.weight, mean=0.0, std=std / math.sqrt(2 * self.config.n_layer))
 
 
 class GPT2ReproModel(GPT2ReproPreTrainedModel):

@@ -121,6 +121,16 @@ class TrainConfig:
     deterministic: bool = False
     "Only deterministic kernels: bit-identical repeats on a GPU, slower."
 
+    # --- when the numbers go bad
+    on_bad_numbers: Literal["stop", "skip", "rewind"] = "stop"
+    "NaN, infinity or a spike: stop (exit code 4), leave the step out, or return to a checkpoint and skip the data."
+    spike_z: float | None = 10.0
+    "A spike is this many deviations above the mean of the last good steps; none: only NaN and infinity are bad."
+    spike_window: int = 100
+    "Good steps that the mean and the deviation are taken over."
+    max_rewinds: int = 3
+    "Stop when so many rewinds have not helped."
+
     # --- evaluation
     val_data: str | None = None
     "Directory of shards whose val split to use; none: the training data's own."
@@ -175,10 +185,19 @@ class TrainConfig:
         at_least_one = [
             "max_steps", "n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size", "batch_tokens",
             "seq_len", "micro_batch_size", "eval_steps", "val_tokens", "hellaswag_limit", "log_steps", "save_steps",
-            "keep_last", "milestone_steps", "loss_chunk_tokens", "profile",
+            "keep_last", "milestone_steps", "max_rewinds", "loss_chunk_tokens", "profile",
         ]  # fmt: skip
         not_negative = ["warmup_steps", "min_lr", "weight_decay", "sample_tokens"]
-        positive = ["lr", "eps", "grad_clip", "muon_lr_scale", "assumed_mfu", "gpu_memory_gib", "dollars_per_gpu_hour"]
+        positive = [
+            "spike_z",
+            "lr",
+            "eps",
+            "grad_clip",
+            "muon_lr_scale",
+            "assumed_mfu",
+            "gpu_memory_gib",
+            "dollars_per_gpu_hour",
+        ]
         value = {name: getattr(self, name) for name in at_least_one + not_negative + positive}
         found = [f"{n}={value[n]} must be at least 1" for n in at_least_one if value[n] is not None and value[n] < 1]
         found += [f"{name}={value[name]} must not be negative" for name in not_negative if value[name] < 0]
@@ -186,6 +205,8 @@ class TrainConfig:
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if self.spike_window < 2:
+            found.append(f"spike_window={self.spike_window} must be at least 2")
         if self.assumed_mfu > 1:
             found.append(f"assumed_mfu={self.assumed_mfu} is a fraction and must be at most 1")
         if self.n_head >= 1 and self.n_embd % self.n_head and self.init_from is None:
@@ -226,6 +247,7 @@ def train(config: TrainConfig) -> int:
 
     from gpt2repro import checkpoint, data, hellaswag
     from gpt2repro.evaluation import validation_loss
+    from gpt2repro.health import HealthMonitor, step_unless_bad
     from gpt2repro.optim import build_optimizer, learning_rate, set_learning_rate
     from gpt2repro.profiling import profiling
     from gpt2repro.shards import open_split
@@ -271,15 +293,27 @@ def train(config: TrainConfig) -> int:
         "optimizer": config.optimizer,
         "architecture": {name: getattr(model_config, name) for name in ARCHITECTURE},
     }
-    state = {"step": 0, "source": source.initial_state(), "best": None, "run_ids": None, "seconds": 0.0, "scaler": None}
-    resumed_from = find_resume(config)
-    if resumed_from is not None:
-        state = checkpoint.read_state(resumed_from)
-        refuse_another_run(state["identity"], identity, resumed_from)
-        checkpoint.restore(resumed_from, model, optimizer)
+    monitor = HealthMonitor(
+        config.on_bad_numbers, window=config.spike_window, z_threshold=config.spike_z, max_rewinds=config.max_rewinds
+    )
+    state = {"step": 0, "source": source.initial_state(), "best": None, "run_ids": None, "seconds": 0.0}
+
+    def restore(path: Path, *, rewinding: bool = False) -> dict:
+        """Put everything back to what it was when `path` was saved; checkpoints of later steps are abandoned."""
+        state = checkpoint.read_state(path)
+        refuse_another_run(state["identity"], identity, path)
+        checkpoint.restore(path, model, optimizer)
         if state["scaler"] is not None and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
+        monitor.load_state(state["health"], rewinding=rewinding)
         writer.discard_after(state["step"])
+        if state["best"] is not None:
+            writer.point("best", state["best"]["step"])
+        return state
+
+    resumed_from = find_resume(config)
+    if resumed_from is not None:
+        state = restore(resumed_from)
     log = RunLog(
         config.run_dir,
         config=flat_config(config) | {"n_params": n_params, "processes": world},
@@ -310,29 +344,30 @@ def train(config: TrainConfig) -> int:
     )
     log.status("running", step)
 
-    def flush(pending: list[dict]) -> None:
-        """Fetch what the last steps left on the device in one transfer, average it over the ranks and log it."""
+    def flush(pending: list[dict]):
+        """Fetch what the last steps left on the device in one transfer, average it over the ranks, log and judge it."""
         if not pending:
-            return
+            return None
         numbers = torch.stack([torch.stack([entry.pop("loss"), entry.pop("grad_norm")]) for entry in pending])
         numbers = accelerator.reduce(numbers, reduction="mean").tolist()  # the one moment that waits for the device
         rates = throughput.measure(config.batch_tokens * len(pending), len(pending))
         for entry, (loss, grad_norm) in zip(pending, numbers, strict=True):
+            entry |= {"loss": loss, "grad_norm": grad_norm}
+            shown = {
+                name: entry[name] for name in ("step", "loss", "grad_norm", "lr", "scaler_skipped") if name in entry
+            }
             log.log(
-                {
-                    "step": entry["step"],
-                    "loss": loss,
-                    "grad_norm": grad_norm,
-                    "lr": entry["lr"],
-                    "tokens": entry["step"] * config.batch_tokens,
-                    **rates,
-                    "memory_gib": peak_memory_gib(device),
-                }
+                shown | {"tokens": entry["step"] * config.batch_tokens, **rates, "memory_gib": peak_memory_gib(device)}
             )
+        verdict = monitor.judge(pending)
+        if verdict is not None:
+            log.log(verdict.record())
+            bar.write(f"{verdict.action}: {bad_steps(verdict)}", file=sys.stderr)
         state["seconds"] += rates["step_seconds"] * len(pending)
         bar.set_postfix_str(f"loss {loss:.3f}, {rates['tokens_per_second']:,.0f} tokens/s", refresh=False)
         bar.update(entry["step"] - bar.n)
         pending.clear()
+        return verdict
 
     def evaluate() -> dict:
         """Validation loss, HellaSwag and samples of the model as it is now, by all ranks together."""
@@ -354,7 +389,8 @@ def train(config: TrainConfig) -> int:
         """Start writing checkpoint `step`; what the loop itself must know again goes into its state."""
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         kept = {"step": step, "best": best, "run_ids": log.run_ids, "seconds": state["seconds"], "scaler": scaler}
-        kept |= {"source": state["source"], "identity": identity, "environment": environment(accelerator)}
+        kept |= {"source": state["source"], "health": monitor.state(), "identity": identity}
+        kept["environment"] = environment(accelerator)
         writer.save(
             step,
             model=model,
@@ -366,12 +402,31 @@ def train(config: TrainConfig) -> int:
         if best is not None and best["step"] == step:
             writer.point("best", step)
 
+    def open_batches():
+        """This rank's batches from the current position on, made ahead of time in a thread."""
+        batches = source.batches(state["source"], rank=rank, world=world, sequences=sequences)
+        return data.prefetch(batches, 4, pin_memory=device.type == "cuda")
+
+    def rewind(verdict) -> bool:
+        """Back to the newest checkpoint before the bad steps, their windows passed over; False if there is none."""
+        nonlocal state, step, best, batches
+        path = checkpoint.find_checkpoint(config.run_dir, all_ranks=True, at_most=verdict.first_step - 1)
+        if path is None:
+            return False
+        writer.wait()
+        state = restore(path, rewinding=True)
+        state["source"] = data.skip_ahead(state["source"], verdict.start, verdict.stop)
+        step, best = state["step"], state["best"]
+        batches.close()
+        batches = open_batches()
+        log.rewind(step)
+        log.log(verdict.record())
+        bar.n = step
+        return True
+
     # --- the loop
-    batches = data.prefetch(
-        source.batches(state["source"], rank=rank, world=world, sequences=sequences),
-        4,
-        pin_memory=device.type == "cuda",
-    )
+    batches = open_batches()
+    failure = None
     model.train()
     pending, evaluated = [], {"step": step}
     if step == 0:
@@ -379,12 +434,14 @@ def train(config: TrainConfig) -> int:
     throughput = Throughput(flops_per_token=token_flops, peak=peak * world if peak else None)
     micro_batch_logits = (config.micro_batch_size * config.seq_len, model_config.vocab_size)
     profiled_steps = config.profile if accelerator.is_main_process else None
-    with profiling(config.run_dir / "profile", profiled_steps, logits=micro_batch_logits) as profiler:
+    profiler_of_run = profiling(config.run_dir / "profile", profiled_steps, logits=micro_batch_logits)
+    with profiler_of_run as profiler, failures_noted(log, lambda: step):
         while step < config.max_steps and not stop.agreed():
             lr = learning_rate(
                 step, lr=config.lr, min_lr=config.min_lr, warmup_steps=config.warmup_steps, max_steps=config.max_steps
             )
             set_learning_rate(optimizer, lr)
+            start = state["source"]["position"]
             x, y, state["source"] = next(batches)  # this rank's rows of the global batch, (rows, T) each
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             torch.manual_seed(step_seed(config.seed, step, rank))
@@ -405,16 +462,30 @@ def train(config: TrainConfig) -> int:
                     accelerator.backward(micro_loss)
                 loss += micro_loss.detach()
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            optimizer.step()
+            if config.on_bad_numbers == "skip":
+                mean_loss = accelerator.reduce(loss, reduction="mean")
+                fine = monitor.allow(mean_loss, whole(grad_norm), scaled=accelerator.scaler is not None)
+                step_unless_bad(optimizer, fine, accelerator.scaler)
+            else:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             profiler.step()
             step += 1
-            pending.append({"step": step, "lr": lr, "loss": loss, "grad_norm": whole(grad_norm)})
+            entry = {"step": step, "lr": lr, "loss": loss, "grad_norm": whole(grad_norm)}
+            entry["positions"] = [start, state["source"]["position"]]
+            if accelerator.scaler is not None:
+                entry["scaler_skipped"] = optimizer.step_was_skipped
+            pending.append(entry)
 
             is_last = step == config.max_steps
             evaluating, saving = (step % every == 0 or is_last for every in (config.eval_steps, config.save_steps))
             if step % config.log_steps == 0 or evaluating or saving:
-                flush(pending)
+                verdict = flush(pending)
+                if verdict is not None and verdict.action != "skip":
+                    if verdict.action == "stop" or not rewind(verdict):
+                        failure = verdict
+                        break
+                    continue
             with throughput.pause():
                 if evaluating or saving:  # a saved checkpoint is always an evaluated one, or `best` would mean little
                     evaluated = evaluate()
@@ -423,28 +494,37 @@ def train(config: TrainConfig) -> int:
                         best = {"step": step, "val_loss": evaluated["val_loss"]}
                     save()
 
-    # --- the end: of the run, or of this process' part in it
-    flush(pending)
-    batches.close()
-    stopped = step < config.max_steps
-    if stopped:
-        save()
-    else:
-        writer.point("final", step)
-    writer.close()
+        # --- the end: of the run, or of this process' part in it
+        batches.close()
+        if failure is None and step < config.max_steps:
+            verdict = flush(pending)
+            if verdict is None or verdict.action == "skip":  # else the next start meets the bad steps again
+                save()
+        elif failure is None:
+            writer.point("final", step)
+        writer.close()
     bar.close()
-    if stopped:
-        accelerator.print(f"stopped by {stop.name} after step {step}; the same command continues from there")
-        log.status("stopped", step, EXIT_STOPPED, f"stopped by {stop.name}, checkpoint saved")
+    if failure is not None:
+        message = f"{bad_steps(failure)}; the checkpoints before are kept. Try a lower lr, or --on_bad_numbers rewind"
+        accelerator.print(message, file=sys.stderr)
+        code = EXIT_BAD_NUMBERS
+        log.status("failed", step, code, message)
+    elif step < config.max_steps:
+        message = f"stopped by {stop.name} after step {step}; the same command continues from there"
+        accelerator.print(message)
+        code = EXIT_STOPPED
+        log.status("stopped", step, code, message)
     else:
         if accelerator.is_main_process:
+            draw(config)
             print_result(config, source)
-        log.status("done", step, EXIT_DONE)
+        code = EXIT_DONE
+        log.status("done", step, code)
     log.close()
     if run_lock is not None:
         run_lock.release()
     accelerator.end_training()
-    return EXIT_STOPPED if stopped else EXIT_DONE
+    return code
 
 
 # --- the parts, in the order of their use
@@ -589,6 +669,21 @@ def refuse_another_run(saved: dict, now: dict, path: Path) -> None:
             f"cannot continue {path} with other settings: {'; '.join(changed)}. Set them back, or start a new "
             "--run_dir (with --init_from to begin from these weights)"
         )
+
+
+def bad_steps(verdict) -> str:
+    return f"{verdict.reason} (steps {verdict.first_step} to {verdict.last_step})"
+
+
+@contextlib.contextmanager
+def failures_noted(log, step):
+    """Whatever ends the loop early also ends up in status.json, since launchers hide exit codes."""
+    try:
+        yield
+    except BaseException as error:
+        code = 2 if isinstance(error, InputError) else 1
+        log.status("failed", step(), code, f"{type(error).__name__}: {error}" if code == 1 else str(error))
+        raise
 
 
 class StopSignal:

@@ -101,9 +101,7 @@ class RunLog:
         if not is_main:
             return
         (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
-        cut_metrics(self.run_dir / "metrics.jsonl", resume_step)
-        # Line-buffered: a killed process leaves every line it logged, and at worst one torn last line.
-        self._metrics = open(self.run_dir / "metrics.jsonl", "a", buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
+        self._open_metrics(resume_step)
         if "wandb" in trackers:
             self.run_ids.setdefault("wandb", uuid.uuid4().hex[:8])  # ours, so that it is known even while offline
         for name in trackers:
@@ -113,6 +111,17 @@ class RunLog:
                 )
             except Exception as error:
                 _say_dropped(name, error)
+
+    def _open_metrics(self, last_step: int | None) -> None:
+        cut_metrics(self.run_dir / "metrics.jsonl", last_step)
+        # Line-buffered: a killed process leaves every line it logged, and at worst one torn last line.
+        self._metrics = open(self.run_dir / "metrics.jsonl", "a", buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`, which the run goes through once more."""
+        if self.is_main:
+            self._metrics.close()
+            self._open_metrics(step)
 
     def log(self, record: dict) -> None:
         """Append one record; `record["step"]` = optimizer steps done. NaN and infinity become null in the file."""
@@ -231,7 +240,7 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
     """(training records, evaluation records) of a run, in the order they were logged; a torn last line is left out."""
     path = Path(run_dir) / "metrics.jsonl"
     records = [record for _, record in _whole_lines(path)] if path.is_file() else []
-    return [r for r in records if "val_loss" not in r], [r for r in records if "val_loss" in r]
+    return [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
 
 
 def cut_metrics(path: Path, last_step: int | None) -> None:
