@@ -100,7 +100,7 @@ def allocations(profiler: profile) -> list[int]:
 
 
 def logits_report(sizes: list[int], steps: int, logits: tuple[int, int]) -> str:
-    """Whether tensors as large as the logits (padded to 64 or not) were allocated in float32, and in 2-byte precision."""
+    """Whether tensors of the logits' size (also padded to 64) were allocated in float32, and in 2-byte precision."""
     rows, vocab_size = logits
 
     def count(bytes_each: int) -> float:

@@ -1,4 +1,4 @@
-"""The benchmarks' harness on made-up work of known duration, and their table on made-up records."""
+"""The harness on made-up work of known duration, the table on made-up records, the guard on a wrong model."""
 
 import json
 import time
@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2repro.commands.bench import harness, table
+from gpt2repro.commands.bench import harness, table, train
 from gpt2repro.commands.bench.harness import compare, figure, headline, peak_memory_gib, speedup, summary
 from gpt2repro.options import InputError
+from gpt2repro.shards import open_split
 
 
 def test_rounds_are_interleaved_in_alternating_order_after_the_warmup():
@@ -95,3 +96,35 @@ def test_table_says_not_run_where_no_record_comes_from_a_gpu():
 def test_readme_without_markers_is_told_what_to_add(tmp_path: Path):
     with pytest.raises(InputError, match="has no place for the table"):
         table.replace("no markers here", "table", where="README.md")
+
+
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 97, "n_positions": 64}
+
+
+def test_every_candidate_of_the_training_benchmark_has_the_references_loss_and_gradients():
+    x, y = torch.randint(0, 97, (2, 4, 16), generator=torch.Generator().manual_seed(0))
+    cpu = torch.device("cpu")
+    expected = train.reference(TINY, x, y, cpu)
+    for name in (train.OURS, train.TRANSFORMERS, train.BY_HAND):
+        loss_of, step, model = train.candidate(name, TINY, cpu, "fp32")
+        found = train.guard(name, loss_of, model, expected, x, y, {"loss": 1e-5, "gradients": 1e-5})
+        step(x, y)
+        assert loss_of(x, y).item() < expected[0]  # the step was one downhill
+
+
+def test_candidate_that_computes_something_else_is_not_timed():
+    x, y = torch.randint(0, 97, (2, 4, 16), generator=torch.Generator().manual_seed(0))
+    cpu = torch.device("cpu")
+    expected = train.reference(TINY, x, y, cpu)
+    loss_of, _, model = train.candidate(train.BY_HAND, TINY, cpu, "fp32")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.bias.zero_()
+    with pytest.raises(harness.NotEqual, match="hand-written"):
+        train.guard(train.BY_HAND, loss_of, model, expected, x, y, train.BOUNDS["fp32"])
+
+
+def test_random_data_of_the_loop_measurement_is_a_data_set(tmp_path: Path):
+    command = train.training_command(tmp_path, TINY, batch=2, seq_len=16, steps=3)
+    split = open_split(tmp_path / "data", "train")
+    assert split.vocab_size == 97 and split.tokens >= 3 * 2 * 16 + 1
+    assert command[command.index("--max_steps") + 1] == "3"

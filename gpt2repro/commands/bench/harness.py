@@ -40,21 +40,27 @@ def compare(
     """Time the candidates in interleaved rounds: each is called once per round, in alternating order.
 
     Returns per candidate `median_seconds`, `min`, `max`, `rounds` (seconds of every call) and, where `units` says how
-    much work one call does, `per_second` (units by the median).
+    much work one call does, `per_second` (units by the median). `median_cpu_seconds` is the processor time of this
+    process over all threads: where it is far below the seconds, something else kept the machine busy.
     """
     for _ in range(warmup):
         for call in candidates.values():
             call()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in candidates}
     gc.collect()
     for turn in range(rounds):
         for name in candidates if turn % 2 == 0 else reversed(candidates):
             synchronize()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             candidates[name]()
             synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: summary(times, units) for name, times in seconds.items()}
+            cpu_seconds[name].append(time.process_time() - cpu_start)
+    return {
+        name: {**summary(seconds[name], units), "median_cpu_seconds": statistics.median(cpu_seconds[name])}
+        for name in candidates
+    }
 
 
 def summary(seconds: list[float], units: float | None = None) -> dict:
