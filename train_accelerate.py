@@ -33,6 +33,9 @@ from typing import Literal
 from gpt2repro.options import InputError, parse_options, run_main, to_yaml
 
 EXIT_DONE, EXIT_STOPPED, EXIT_BAD_NUMBERS = 0, 3, 4
+UPLOAD_SECONDS_AT_EXIT = (
+    1800  # a finished run waits so long for its uploads; a stopped one leaves them to the next start
+)
 ARCHITECTURE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function")
 
 
@@ -327,6 +330,12 @@ def train(config: TrainConfig) -> int:
         (config.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     print_run(accelerator, config, source, model_config, n_params, resumed_from, state["step"])
 
+    uploader = None
+    if config.push_to_hub is not None and accelerator.is_main_process:
+        from gpt2repro.hub import Uploader
+
+        uploader = Uploader(config.push_to_hub, run_dir=config.run_dir, private=not config.hub_public)
+
     step, best = state["step"], state["best"]
     examples = prepare_hellaswag(config, model, tokenizer)
     stop = StopSignal(world)
@@ -397,10 +406,19 @@ def train(config: TrainConfig) -> int:
             optimizer=optimizer,
             tokenizer=tokenizer,
             state=kept,
-            on_written=lambda path: draw(config),
+            on_written=written,
         )
         if best is not None and best["step"] == step:
             writer.point("best", step)
+
+    def written(path: Path) -> None:
+        """What follows a checkpoint; called by the thread that wrote it, so that the loop does not wait for it."""
+        draw(config)
+        if uploader is not None:
+            uploader.checkpoint(path)
+            log.checkpoint_link(step_of(path), f"https://huggingface.co/{config.push_to_hub}/tree/step-{step_of(path)}")
+        else:
+            log.checkpoint_link(step_of(path), path)
 
     def open_batches():
         """This rank's batches from the current position on, made ahead of time in a thread."""
@@ -504,6 +522,8 @@ def train(config: TrainConfig) -> int:
             writer.point("final", step)
         writer.close()
     bar.close()
+    if uploader is not None:
+        uploader.close(timeout=UPLOAD_SECONDS_AT_EXIT if step == config.max_steps else 0)
     if failure is not None:
         message = f"{bad_steps(failure)}; the checkpoints before are kept. Try a lower lr, or --on_bad_numbers rewind"
         accelerator.print(message, file=sys.stderr)
@@ -828,8 +848,12 @@ def flat_config(config: TrainConfig) -> dict:
     return yaml.safe_load(to_yaml(config))
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def draw(config: TrainConfig) -> None:
-    """Refresh the run's picture; called from the checkpoint's writing thread, so that the loop does not wait for it."""
+    """Refresh the run's picture."""
     from gpt2repro.plotting import draw_runs
 
     draw_runs([config.run_dir], config.run_dir / "loss.png")
@@ -905,8 +929,55 @@ def compressed_size(source) -> str:
 
 
 def print_plan(config: TrainConfig) -> int:
-    """`--plan`: what the run would need, without training."""
-    raise NotImplementedError
+    """`--plan`: what the run would need and cost, without training. Raises InputError where something does not fit."""
+    import torch
+
+    from gpt2repro import planning
+    from gpt2repro.shards import has_split, open_split
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    directory = Path(config.data)
+    split = open_split(directory, "train") if directory.is_dir() and has_split(directory, "train") else None
+    vocab_size = config.vocab_size or (split.vocab_size if split else 50257)
+    names = ("n_positions", "n_embd", "n_layer", "n_inner")
+    n_params = planning.parameter_count(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
+    gpu_memory_gib = config.gpu_memory_gib
+    if gpu_memory_gib is None:
+        on_gpu = torch.cuda.is_available()
+        gpu_memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if on_gpu else 80.0
+    kept = None
+    if config.keep_last is not None:  # besides them: best, final and the milestones
+        kept = config.keep_last + 2 + (config.max_steps // config.milestone_steps if config.milestone_steps else 0)
+    plan = planning.plan(
+        n_params=n_params,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        vocab_size=vocab_size,
+        seq_len=config.seq_len,
+        batch_tokens=config.batch_tokens,
+        micro_batch_size=config.micro_batch_size,
+        processes=processes,
+        max_steps=config.max_steps,
+        epoch_tokens=(split.tokens - 1) // config.seq_len * config.seq_len if split else None,
+        precision="bf16" if config.precision == "auto" else config.precision,
+        gradient_checkpointing=config.gradient_checkpointing,
+        sharded=os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
+        optimizer=config.optimizer,
+        keep_checkpoints=kept,
+        run_dir=config.run_dir,
+        gpu_memory_gib=gpu_memory_gib,
+        mfu=config.assumed_mfu,
+        dollars_per_gpu_hour=config.dollars_per_gpu_hour,
+        push_to_hub=config.push_to_hub,
+        n_positions=config.n_positions,
+        loss_chunk_tokens=config.loss_chunk_tokens,
+        hub_revisions=math.ceil(config.max_steps / config.save_steps),
+    )
+    print(plan.report())
+    if plan.problems:
+        raise InputError("this run would not work as it is: " + "; ".join(plan.problems))
+    return EXIT_DONE
 
 
 if __name__ == "__main__":
