@@ -208,6 +208,11 @@ class LoopbackHub:
         with self.lock:
             self._faults.append(Fault(re.compile(pattern), status, times, drop_after, headers or {}))
 
+    def forgive(self) -> None:
+        """Forgets all faults."""
+        with self.lock:
+            self._faults.clear()
+
     def take_fault(self, request: str) -> Fault | None:
         with self.lock:
             for fault in self._faults:

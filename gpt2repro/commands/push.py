@@ -1,0 +1,211 @@
+"""Publishes a run or a model directory on the Hugging Face Hub, with its model card; private unless --public is given.
+
+    gpt2repro push --model runs/124M --repo user/gpt2-124M                  every kept checkpoint, `main` = the best
+    gpt2repro push --model runs/124M --repo user/gpt2-124M --native         and branch `native`: a plain gpt2
+    gpt2repro push --model imported/gpt2 --repo user/gpt2 --space --public  one directory, and a page to talk to it
+
+Each checkpoint of a run becomes a branch `step-N`; the newest one keeps the optimizer's state, so that
+`train_accelerate.py --resume hub:user/gpt2-124M` can go on from it. Log in with `hf auth login`, or set HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2repro.options import InputError, parse_options
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Options:
+    model: str
+    "A run's directory, or one directory with a model."
+    repo: str
+    "USER/NAME of the repository; created where it is missing."
+    native: bool = False
+    "Also publish the same weights as a plain gpt2, branch `native`, after comparing its logits with the model's."
+    space: bool = False
+    "Also publish a Space of the same name that shows `gpt2repro demo`."
+    public: bool = False
+    "Let everybody see it; only decides about repositories that this call creates."
+    revision: str | None = None
+    "Publish one model (of a run: the best) as this branch, and nothing else; none: see above."
+    license: str = "mit"
+    "Licence of the weights, as the Hub spells it."
+    cost_dollars: float | None = None
+    "What the training cost, for the card."
+    co2_kg: float | None = None
+    "CO2 equivalents of the training in kg, for the card."
+    timeout_minutes: float = 120
+    "Give up after so long; what has arrived stays, and the same command sends the rest."
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.repo.count("/") != 1:
+            found.append(f"repo={self.repo} should be USER/NAME")
+        for name in ("cost_dollars", "co2_kg"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                found.append(f"{name}={getattr(self, name)} must not be negative")
+        if self.timeout_minutes <= 0:
+            found.append(f"timeout_minutes={self.timeout_minutes} must be positive")
+        return found
+
+
+def main(argv: list[str]) -> int:
+    options = parse_options(Options, argv, prog="gpt2repro push", description=__doc__)
+    from gpt2repro import hub
+    from gpt2repro.checkpoint import resolve_model
+
+    model = Path(resolve_model(options.model))
+    if not model.is_dir():
+        raise InputError(f"--model {options.model} is not here: push sends a run's or a model's directory")
+    run_dir = find_run(model)
+    whole_run = options.revision is None and run_dir is not None and Path(options.model).resolve() == run_dir
+    card = {"license": options.license, "cost_dollars": options.cost_dollars, "co2_kg": options.co2_kg}
+
+    with tempfile.TemporaryDirectory() as work:
+        native = Path(work) / "native"
+        if options.native:  # first of all: where the two do not agree, nothing is sent
+            hub.export_native(model, native)
+            difference = hub.check_native(native, load_for_comparison(model))
+            print(f"the native export computes the same logits (largest difference {difference:.1e})")
+        api = hub.open_repo(options.repo, private=not options.public)
+        if whole_run:
+            revisions = send_run(run_dir, options, card)
+        else:
+            revisions = [options.revision or "main"]
+            send(api, options.repo, model, run_dir, card, revision=revisions[0], message=f"{model.name}")
+        if options.native:
+            revisions.append("native")
+            send(api, options.repo, native, run_dir, card, revision="native", message="A plain gpt2", described=model)
+    print(f"{api.endpoint}/{options.repo} ({', '.join(revisions)})")
+
+    if options.space:
+        api = hub.open_repo(options.repo, private=not options.public, kind="space", space_sdk="gradio")
+        publish(api, options.repo, space_files(options.repo), revision="main", message="The demo", kind="space")
+        print(f"{api.endpoint}/spaces/{options.repo}")
+        if not options.public:
+            print("the model is private: give the Space a secret HF_TOKEN that may read it, or it cannot load it")
+    return 0
+
+
+def send_run(run_dir: Path, options: Options, card: dict) -> list[str]:
+    """Every checkpoint of a run, by the same code that sends them during training. Returns the revisions."""
+    from gpt2repro.checkpoint import list_steps
+    from gpt2repro.hub import Uploader
+
+    uploader = Uploader(options.repo, run_dir=run_dir, private=not options.public, card=card, quiet=False)
+    for _, path in list_steps(run_dir / "checkpoints"):
+        uploader.checkpoint(path)
+    if missing := uploader.close(timeout=60 * options.timeout_minutes):
+        raise InputError(f"{len(missing)} of the run's checkpoints did not arrive: {missing[0]}")
+    return [*uploader.published, "main"]
+
+
+def send(
+    api,
+    repo: str,
+    directory: Path,
+    run_dir: Path | None,
+    card: dict,
+    *,
+    revision: str,
+    message: str,
+    described: Path | None = None,
+) -> None:
+    """One model directory with a card as one revision. `described`: the checkpoint that a native export was made of."""
+    from gpt2repro.hub import checkpoint_files
+    from gpt2repro.model_card import card_files
+
+    files = checkpoint_files(directory, with_trainer_state=False)
+    files |= card_files(described or directory, repo=repo, run_dir=run_dir, native=described is not None, **card)
+    publish(api, repo, files, revision=revision, message=message)
+
+
+def publish(api, repo: str, files: dict, *, revision: str, message: str, kind: str = "model") -> None:
+    """`hub.publish` for somebody who waits. Raises: InputError where it fails."""
+    from gpt2repro import hub
+
+    try:
+        hub.publish(api, repo, files, revision=revision, message=message, kind=kind)
+    except Exception as error:
+        raise InputError(hub.explain(error, repo)) from None
+
+
+def find_run(model: Path) -> Path | None:
+    """The run whose checkpoint `model` is: its log lies two levels above."""
+    return next((place for place in list(model.resolve().parents)[:2] if (place / "metrics.jsonl").is_file()), None)
+
+
+def load_for_comparison(model: Path):
+    """Our class with these weights, in fp32 on the CPU."""
+    import torch
+
+    from gpt2repro.commands.loading import load_model
+
+    return load_model(str(model), device=torch.device("cpu"), dtype=torch.float32)[0]
+
+
+def space_files(repo: str) -> dict[str, bytes | Path]:
+    """A Gradio Space that runs this very demo: the package itself travels along, the model comes from `repo`."""
+    files: dict[str, bytes | Path] = {
+        f"gpt2repro/{path.relative_to(PACKAGE).as_posix()}": path
+        for path in sorted(PACKAGE.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts and "bench" not in path.parts
+    }
+    for name in ("configuration_gpt2repro", "modeling_gpt2repro"):
+        files[f"{name}.py"] = Path(__import__(name).__file__)
+    title = repo.split("/")[-1]
+    files["README.md"] = SPACE_README.format(title=title, repo=repo, gradio=gradio_version()).encode()
+    files["app.py"] = SPACE_APP.format(repo=repo).encode()
+    files["requirements.txt"] = SPACE_REQUIREMENTS.encode()
+    return files
+
+
+def gradio_version() -> str:
+    """The version that the page was tried with here, else the oldest that it is written for."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("gradio")
+    except PackageNotFoundError:
+        return "5.0.0"
+
+
+SPACE_README = """---
+title: {title}
+emoji: 💬
+colorFrom: blue
+colorTo: gray
+sdk: gradio
+sdk_version: {gradio}
+app_file: app.py
+models:
+- {repo}
+---
+
+A page to talk to [{repo}](https://huggingface.co/{repo}), made by `gpt2repro push --space`.
+"""
+
+SPACE_APP = '''"""Started by the Space: the page of `gpt2repro demo` with one model."""
+
+from gpt2repro.commands.demo import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["--model", "{repo}", "--host", "0.0.0.0", "--port", "7860"]))
+'''
+
+# What the page imports; gradio itself is the Space's sdk. The bounds are setup.cfg's.
+SPACE_REQUIREMENTS = """torch>=2.11,<2.14
+transformers>=5.4
+huggingface_hub>=1.3
+matplotlib
+numpy
+pydantic>=2
+pyyaml
+safetensors
+tiktoken>=0.14
+"""

@@ -1,0 +1,416 @@
+"""Checkpoints to the Hub and back, against a Hub on the loopback that the real clients talk to."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from loopback_hub import TOKEN
+
+from gpt2repro.checkpoint import CheckpointWriter, find_checkpoint, read_state, verify_checkpoint
+from gpt2repro.commands import push
+from gpt2repro.hub import Uploader, fetch_checkpoint
+from gpt2repro.model_card import card_files
+from gpt2repro.options import InputError, run_main
+
+REPO = "user/tiny"
+STATE = {
+    "step": None,
+    "seconds": 7200.0,
+    "best": None,
+    "identity": {"data": {"kind": "shards", "sha256": "5eed" * 16, "seq_len": 16, "seed": 1}},
+    "environment": {
+        "command": "train_accelerate.py --data data/tiny --max_steps 4",
+        "device": "NVIDIA H200",
+        "processes": 8,
+        "precision": "bf16",
+        "versions": {"torch": "2.13.0"},
+    },
+}
+
+
+@pytest.fixture
+def hub(loopback_hub, monkeypatch, tmp_path):
+    loopback_hub.adopt_clients(monkeypatch, tmp_path / "home")
+    return loopback_hub
+
+
+@pytest.fixture
+def model(tiny_model):
+    from configuration_gpt2repro import GPT2ReproConfig
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    torch.manual_seed(0)
+    return GPT2ReproForCausalLM(GPT2ReproConfig(**tiny_model, bos_token_id=96, eos_token_id=96))
+
+
+class Run:
+    """A run's directory as the trainer leaves it, one checkpoint at a time."""
+
+    def __init__(self, directory: Path, model):
+        from gpt2repro.tokenization import char_tokenizer
+
+        self.dir, self.model = directory, model
+        self.writer = CheckpointWriter(directory / "checkpoints", keep_last=2)
+        self.tokenizer = char_tokenizer(["".join(map(chr, range(32, 127))) + "\n"])
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        (directory / "samples").mkdir()
+        options = {"data": "data/tiny", "batch_tokens": 4096, "max_steps": 4, "dollars_per_gpu_hour": 2.5}
+        (directory / "config.yaml").write_text(yaml.safe_dump(options))
+        (directory / "loss.png").write_bytes(b"\x89PNG picture")
+
+    def save(self, step: int, *, best: bool = False, on_written=None) -> Path:
+        self.model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with (self.dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "loss": 3.0, "lr": 1e-3}) + "\n")
+            evaluation = {"val_loss": 3.25, "perplexity": 25.79, "bits_per_byte": 1.1, "val_tokens": 512}
+            hellaswag = {"hellaswag_acc_norm_tokens": 0.2955, "hellaswag_acc_norm_tokens_stderr": 0.0046}
+            file.write(json.dumps({"step": step, **evaluation, **hellaswag, "hellaswag_examples": 500}) + "\n")
+        (self.dir / "samples" / f"step_{step:06d}.md").write_text(
+            f"# Samples at step {step}\n\n## 1\n\n    once {step}\n"
+        )
+        tools = {"model": self.model, "optimizer": self.optimizer, "tokenizer": self.tokenizer}
+        self.writer.save(step, **tools, state={**STATE, "step": step}, on_written=on_written)
+        if best:
+            self.writer.point("best", step)
+        self.writer.wait()
+        return self.dir / "checkpoints" / f"step_{step:06d}"
+
+
+@pytest.fixture
+def run(tmp_path, model):
+    (tmp_path / "run").mkdir()
+    return Run(tmp_path / "run", model)
+
+
+def uploader_of(run, **options) -> Uploader:
+    return Uploader(REPO, run_dir=run.dir, first_wait_seconds=0.01, **options)
+
+
+def test_each_checkpoint_becomes_a_revision_and_main_is_the_best(hub, run):
+    uploader = uploader_of(run)
+    first = run.save(1, best=True, on_written=uploader.checkpoint)
+    weights = (first / "model.safetensors").read_bytes()
+    run.save(2, on_written=uploader.checkpoint)
+    run.save(3, on_written=uploader.checkpoint)
+    assert uploader.close(timeout=60) == []
+    assert {"main", "step-1", "step-2", "step-3"} == set(hub.repo(REPO).branches)
+    assert hub.repo(REPO).private
+    assert hub.files(REPO, "main")["model.safetensors"] == hub.files(REPO, "step-1")["model.safetensors"] == weights
+    assert hub.files(REPO, "step-3")["model.safetensors"] != weights
+    for file in (
+        "README.md",
+        "loss.png",
+        "config.json",
+        "modeling_gpt2repro.py",
+        "tokenizer.json",
+        "training/config.yaml",
+    ):
+        assert file in hub.files(REPO, "main"), file
+    assert not (run.dir / "uploads" / "step_000003").exists()
+
+
+def test_only_the_newest_revision_keeps_the_optimizer_and_the_hub_forgets_the_others(hub, run):
+    uploader = uploader_of(run)
+    optimizers = []
+    for step in (1, 2, 3):
+        path = run.save(step)
+        uploader.checkpoint(path)
+        wait_for(lambda step=step: f"step-{step}" in uploader.published)
+        optimizers.append((path / "trainer_state" / "optimizer-00000-of-00001.safetensors").read_bytes())
+    assert uploader.close(timeout=60) == []
+    holders = [
+        branch for branch in hub.repo(REPO).branches if any("trainer_state" in f for f in hub.files(REPO, branch))
+    ]
+    assert holders == ["step-3"]
+    stored = hub.repo(REPO).lfs.values()
+    assert optimizers[2] in stored and optimizers[0] not in stored and optimizers[1] not in stored
+    assert "model.safetensors" in hub.files(REPO, "step-1")
+
+
+def test_a_checkpoint_may_be_deleted_while_it_waits(hub, run):
+    hub.fail(r"POST .*/commit/step-1", status=503, times=2)
+    uploader = uploader_of(run)
+    for step in (1, 2, 3, 4):  # keep_last=2: the first ones go
+        run.save(step, on_written=uploader.checkpoint)
+    assert not (run.dir / "checkpoints" / "step_000001").exists()
+    assert uploader.close(timeout=60) == []
+    assert uploader.published == ["step-1", "step-2", "step-3", "step-4"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"pattern": r"POST .*/commit/", "status": 503},
+        {"pattern": r"POST .*/commit/", "status": 429, "times": 2},
+        {"pattern": r"POST .*/commit/", "drop_after": 100},
+        {"pattern": r"POST .*/branch/", "status": 500},
+        {"pattern": r"PUT /lfs/", "drop_after": 1000},
+    ],
+    ids=str,
+)
+def test_faults_of_the_network_are_retried_until_everything_is_there(hub, run, fault):
+    hub.fail(**fault)
+    uploader = uploader_of(run)
+    run.save(1, on_written=uploader.checkpoint)
+    assert uploader.close(timeout=60) == []
+    assert "model.safetensors" in hub.files(REPO, "step-1") and "README.md" in hub.files(REPO)
+
+
+def test_a_hub_that_is_down_at_the_start_does_not_stop_training(hub, run, capfd):
+    hub.fail("GET /api/whoami-v2", status=503, times=1)
+    uploader = uploader_of(run)
+    assert "Training starts all the same" in capfd.readouterr().err
+    run.save(1, on_written=uploader.checkpoint)
+    assert uploader.close(timeout=60) == []
+    assert uploader.published == ["step-1"]
+
+
+def test_what_did_not_arrive_is_named_kept_and_sent_by_the_next_start(hub, run, capfd):
+    hub.fail(r"POST .*/commit/", status=503, times=10_000)
+    uploader = uploader_of(run)
+    run.save(1, on_written=uploader.checkpoint)
+    missing = uploader.close(timeout=1)
+    assert len(missing) == 1 and "step_000001" in missing[0] and "503" in missing[0]
+    assert f"gpt2repro push --model {run.dir} --repo {REPO}" in capfd.readouterr().err
+    hub.forgive()
+    assert uploader_of(run).close(timeout=60) == []
+    assert "model.safetensors" in hub.files(REPO, "step-1")
+
+
+def test_a_refusal_ends_the_attempts_and_says_what_to_do(hub, run, capfd):
+    uploader = uploader_of(run)
+    hub.fail(r"POST .*/preupload/", status=403, times=10_000)
+    run.save(1, on_written=uploader.checkpoint)
+    started = time.monotonic()
+    missing = uploader.close(timeout=60)
+    assert time.monotonic() - started < 10
+    assert "the token may not write to user/tiny" in missing[0]
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "sentence"),
+    [
+        (None, REPO, "nobody is logged in"),
+        ("hf_wrongwrongwrongwrong", REPO, "does not accept the token"),
+        (TOKEN, "someone-else/model", "the token may not write to someone-else/model"),
+        (TOKEN, "no-slash", "expected USER/NAME"),
+    ],
+)
+def test_a_wrong_login_or_name_is_refused_before_the_first_step(hub, monkeypatch, tmp_path, run, token, repo, sentence):
+    hub.adopt_clients(monkeypatch, tmp_path / "home", token=token)
+    with pytest.raises(InputError, match=sentence):
+        Uploader(repo, run_dir=run.dir)
+
+
+def test_the_token_never_appears_in_messages(hub, run, capfd):
+    hub.fail(r"POST .*/commit/", status=500, headers={"X-Error-Message": f"bad thing with {TOKEN} in it"}, times=10_000)
+    uploader = uploader_of(run)
+    run.save(1, on_written=uploader.checkpoint)
+    missing = uploader.close(timeout=1)
+    output = capfd.readouterr()
+    assert TOKEN not in output.out + output.err + "".join(missing)
+    assert "bad thing" in missing[0]
+
+
+def test_uploading_does_not_hold_up_the_training(hub, run):
+    hub.fail(r"POST .*/commit/", status=503, times=10_000)
+    uploader = uploader_of(run)
+    path = run.save(1)
+    started = time.perf_counter()
+    uploader.checkpoint(path)
+    assert time.perf_counter() - started < 0.5
+    uploader.close(timeout=0.1)
+
+
+def test_a_run_is_resumed_from_the_newest_revision_that_has_its_optimizer(hub, run, tmp_path):
+    uploader = uploader_of(run)
+    for step in (1, 2):
+        path = run.save(step, on_written=uploader.checkpoint)
+    assert uploader.close(timeout=60) == []
+    fetched = fetch_checkpoint(f"hub:{REPO}", tmp_path / "elsewhere")
+    verify_checkpoint(fetched)
+    assert find_checkpoint(fetched) == fetched
+    assert read_state(fetched)["step"] == 2
+    optimizer = "trainer_state/optimizer-00000-of-00001.safetensors"
+    assert (fetched / optimizer).read_bytes() == (path / optimizer).read_bytes()
+    requests = len(hub.requests)
+    assert fetch_checkpoint(f"hub:{REPO}@step-2", tmp_path / "elsewhere") == fetched  # a restart fetches nothing again
+    assert len(hub.requests) - requests < 5
+
+
+def test_resuming_from_a_revision_without_the_optimizer_is_refused_with_advice(hub, run, tmp_path):
+    uploader = uploader_of(run)
+    for step in (1, 2):
+        run.save(step, on_written=uploader.checkpoint)
+    uploader.close(timeout=60)
+    with pytest.raises(InputError, match=r"no optimizer state.*step-1, step-2.*--init_from user/tiny"):
+        fetch_checkpoint(f"hub:{REPO}@step-1", tmp_path / "a")
+    with pytest.raises(InputError, match="has no user/none"):
+        fetch_checkpoint("hub:user/none", tmp_path / "b")
+    with pytest.raises(InputError, match=r"has no user/tiny@step-9|holds no optimizer state"):
+        fetch_checkpoint(f"hub:{REPO}@step-9", tmp_path / "c")
+    with pytest.raises(InputError, match="hub:user/name"):
+        fetch_checkpoint("hub:nonsense", tmp_path / "d")
+
+
+def test_a_tampered_revision_is_not_resumed_from(hub, run, tmp_path):
+    uploader = uploader_of(run)
+    run.save(1, on_written=uploader.checkpoint)
+    uploader.close(timeout=60)
+    hub.add_file(REPO, "trainer_state/payload.bin", b"pickle", revision="step-1")
+    with pytest.raises(InputError):
+        find_checkpoint(fetch_checkpoint(f"hub:{REPO}", tmp_path / "elsewhere"))
+
+
+def test_the_card_is_valid_for_the_librarys_own_parser_and_says_what_the_run_knows(run):
+    from huggingface_hub import ModelCard
+
+    path = run.save(3)
+    (run.dir / "metrics.jsonl").open("a").write('{"step": 4, "loss": 2.0}\n{"step": 4, "val')  # it goes on meanwhile
+    files = card_files(path, repo=REPO, run_dir=run.dir, co2_kg=12.5)
+    card = ModelCard(files["README.md"].decode())
+    card.validate = None  # the rest of validation is the Hub's own, online
+    assert card.data.model_name == "tiny" and card.data.license == "mit" and card.data.library_name == "transformers"
+    results = {(r.dataset_type, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert results == {
+        ("tiny", "loss"): 3.25,
+        ("tiny", "perplexity"): 25.79,
+        ("tiny", "bits_per_byte"): 1.1,
+        ("Rowan/hellaswag", "acc_norm"): 0.2955,
+    }
+    assert card.data.co2_eq_emissions["emissions"] == 12_500
+    text = card.text
+    for said in (
+        "train_accelerate.py --data data/tiny --max_steps 4",
+        "8 x NVIDIA H200, precision bf16",
+        "12,288 (3 steps of 4,096)",
+        "2.00 hours of training steps, 16.00 device hours",
+        "$40.00 at the $2.50 per GPU hour",
+        "5eed" * 16,
+        "batch_tokens: 4096",
+        "![loss, learning rate and tokens per second](loss.png)",
+        "once 3",
+        "trust_remote_code=True)\n",
+        "## Limitations",
+        "| HellaSwag | accuracy normalised by tokens, build-nanogpt's protocol | 0.2955 ± 0.0046 |",
+    ):
+        assert said in text, said
+    assert json.loads(files["training/metrics.jsonl"].splitlines()[-1])["step"] == 3
+
+
+def test_a_bare_directory_gets_a_card_that_claims_nothing(tmp_path, model):
+    from huggingface_hub import ModelCard
+
+    model.save_pretrained(tmp_path / "bare")
+    files = card_files(tmp_path / "bare", repo=REPO)
+    assert list(files) == ["README.md"]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.eval_results is None
+    assert (
+        "2 layers, 4 heads, width 32" in card.text and "## Training" not in card.text and "## Results" not in card.text
+    )
+
+
+def test_the_push_command_sends_a_whole_run_with_its_native_twin(hub, run, capsys):
+    run.save(1, best=True)
+    run.save(2)
+    assert run_main(push.main, ["--model", str(run.dir), "--repo", REPO, "--native", "--cost_dollars", "20"]) == 0
+    said = capsys.readouterr().out
+    assert f"{hub.url}/{REPO} (step-1, step-2, main, native)" in said
+    native = hub.files(REPO, "native")
+    config = json.loads(native["config.json"])
+    assert (config["model_type"], config["architectures"]) == ("gpt2", ["GPT2LMHeadModel"])
+    assert not [name for name in native if name.endswith(".py") or "trainer_state" in name]
+    assert native["model.safetensors"] == hub.files(REPO, "main")["model.safetensors"]
+    assert 'revision="native"' in native["README.md"].decode() and "$20.00" in native["README.md"].decode()
+
+
+def test_the_push_command_sends_one_directory_to_a_revision(hub, run, model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "bare")
+    arguments = ["--model", str(tmp_path / "bare"), "--repo", REPO, "--revision", "imported", "--public"]
+    assert run_main(push.main, arguments) == 0
+    assert not hub.repo(REPO).private
+    assert "model.safetensors" in hub.files(REPO, "imported") and not hub.files(REPO, "main")
+    assert run_main(push.main, ["--model", "user/elsewhere", "--repo", REPO]) == 2
+    assert "is not here" in capsys.readouterr().err
+
+
+def test_a_model_whose_native_twin_differs_is_not_published(hub, run, monkeypatch, capsys):
+    path = run.save(1)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 0.1}))
+    real = push.load_for_comparison
+
+    def with_the_right_epsilon(model):
+        loaded = real(model)
+        for module in loaded.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-5
+        return loaded
+
+    monkeypatch.setattr(push, "load_for_comparison", with_the_right_epsilon)
+    assert run_main(push.main, ["--model", str(path), "--repo", REPO, "--native"]) == 2
+    assert "does not compute what the model computes" in capsys.readouterr().err
+    assert not hub.repos
+
+
+def test_a_space_carries_the_demo_and_names_the_model(hub, run, capsys):
+    path = run.save(1)
+    assert run_main(push.main, ["--model", str(path), "--repo", REPO, "--space"]) == 0
+    files = hub.files(REPO, kind="space")
+    front = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert (front["sdk"], front["app_file"], front["models"]) == ("gradio", "app.py", [REPO])
+    assert '["--model", "user/tiny", "--host", "0.0.0.0"' in files["app.py"].decode()
+    for name in ("modeling_gpt2repro.py", "gpt2repro/commands/demo.py", "gpt2repro/options.py", "requirements.txt"):
+        assert name in files
+    assert hub.repo(REPO, "space").settings["sdk"] == "gradio" and hub.repo(REPO, "space").private
+    assert "secret HF_TOKEN" in capsys.readouterr().out
+
+
+def test_a_fresh_process_with_an_empty_cache_loads_what_was_pushed(hub, run, tmp_path):
+    """Every revision, by transformers alone: our class with remote code, the native twin without."""
+    path = run.save(1)
+    assert run_main(push.main, ["--model", str(run.dir), "--repo", REPO, "--native"]) == 0
+    code = f"""
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+ids = torch.arange(20)[None]
+model = AutoModelForCausalLM.from_pretrained("{REPO}", trust_remote_code=True)
+print(type(model).__name__, model(ids).logits.double().abs().sum().item())
+model = AutoModelForCausalLM.from_pretrained("{REPO}", revision="native")
+print(type(model).__name__, model(ids).logits.double().abs().sum().item())
+write = pipeline("text-generation", model="{REPO}", trust_remote_code=True, revision="step-1")
+print(write("Once", max_new_tokens=8, do_sample=False)[0]["generated_text"].encode())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=hub.environment(tmp_path / "empty"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, native, text = done.stdout.splitlines()
+    with torch.inference_mode():
+        total = run.model.eval()(torch.arange(20)[None]).logits.double().abs().sum().item()
+        prompt = torch.tensor([run.tokenizer("Once").input_ids])
+        expected = run.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    assert (ours.split()[0], native.split()[0]) == ("GPT2ReproForCausalLM", "GPT2LMHeadModel")
+    assert float(ours.split()[1]) == pytest.approx(total, rel=1e-5) == pytest.approx(float(native.split()[1]), rel=1e-5)
+    assert text == str(run.tokenizer.decode(expected[0], skip_special_tokens=True).encode())
+    assert path.exists()
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
