@@ -1,7 +1,8 @@
 """Numbers about a trained model on plain text: validation loss, perplexity, bits per byte, last-word accuracy.
 
-Owns how token losses are summed, over windows and over processes. Knows no checkpoint, no run and no file format: models,
-tokenizers and token splits come in as arguments. The same numbers as `evaluate` modules are in `gpt2repro.metrics`.
+Owns how token losses are summed, over windows and over processes. Knows no checkpoint, no run and no file format:
+models, tokenizers and token splits come in as arguments. `gpt2repro.metrics` has the same numbers as `evaluate`
+modules.
 
 **The validation set behind "3.28 on FineWeb".** llm.c, build-nanogpt and modded-nanogpt all score the first 10,485,760
 predictions (20 batches of 8 processes x 64 sequences x 1024 tokens) of the first shard:
@@ -11,11 +12,12 @@ predictions (20 batches of 8 processes x 64 sequences x 1024 tokens) of the firs
   (`fineweb_val_000000.bin`, the only one) and everything after it is training data;
 * windows of 1024 tokens, back to back from the first token on, no overlap, documents not separated; mean over tokens.
 
-`validation_loss(..., seq_len=1024, tokens=FINEWEB_VALIDATION_TOKENS)` is that number when the shard is that shard: llm.c's
-files are read in place. Shards written by `prepare_fineweb.py` put `<|endoftext|>` behind each document and llm.c in front
-of it, so there the same windows start one token later: one prediction in 10,485,760 is another one and the others see a context
-that is shifted by one. And the dataset on the Hub may change: compare only across files with the same sha256. The FineWeb-Edu figure of
-build-nanogpt (3.2924 for OpenAI's 124M) is defined likewise on `HuggingFaceFW/fineweb-edu`.
+`validation_loss(..., seq_len=1024, tokens=FINEWEB_VALIDATION_TOKENS)` is that number when the shard is that shard;
+llm.c's files are read in place. Shards written by `prepare_fineweb.py` put `<|endoftext|>` behind each document and
+llm.c in front of it, so there the same windows start one token later: one prediction in 10,485,760 is another one,
+and the others see a context that is shifted by one. The dataset on the Hub may change, so compare only across files
+with the same sha256. build-nanogpt's FineWeb-Edu figure (3.2924 for OpenAI's 124M) is the same on
+`HuggingFaceFW/fineweb-edu`.
 Source: llm.c dev/data/fineweb.py and train_gpt2.cu (val_max_steps), modded-nanogpt train_gpt.py (val_tokens).
 """
 
@@ -29,7 +31,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gpt2repro.options import InputError
+
 FINEWEB_VALIDATION_TOKENS = 10_485_760  # 20 batches x 8 processes x 64 sequences x 1024 tokens
+LOSS_CHUNK_TOKENS = 8192  # 1.6 GB of fp32 logits for GPT-2's vocabulary
 IGNORED = -100  # a target that counts for nothing: cross_entropy's default ignore_index
 
 Forward = Callable[..., object]
@@ -38,11 +43,12 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 @contextlib.contextmanager
 def inference(model: torch.nn.Module) -> Iterator[Forward]:
-    """Put `model` in evaluation mode and yield the function to call, which is neither compiled nor recorded for gradients.
+    """Put `model` in evaluation mode and yield the function to call: not compiled, not recorded for gradients.
 
     Evaluation has other shapes than training, so a compiled model would recompile again and again: `model.forward` is
-    what an in-place `model.compile()` leaves as it was, and blocks that were compiled one by one run eagerly here. Under FSDP the hooks
-    that gather the parameters belong to the call, so there the module itself is called; on every process equally often.
+    what an in-place `model.compile()` leaves as it was, and blocks that were compiled one by one run eagerly here.
+    Under FSDP the hooks that gather the parameters belong to the call, so there the module itself is called, and every
+    process must call it equally often.
     """
     unwrapped = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
     unwrapped = getattr(unwrapped, "_orig_mod", unwrapped)  # torch.compile(model) instead of model.compile()
@@ -70,7 +76,7 @@ def is_fsdp(model: torch.nn.Module) -> bool:
 def sum_over_ranks(
     values: torch.Tensor, *, device: torch.device | str, world: int, reduce: Reduce | None = None
 ) -> torch.Tensor:
-    """Sum float64 `values` over ranks with `reduce`, or else with an all-reduce of the default group that every rank must join."""
+    """Sum float64 `values` over ranks by `reduce`, or else an all-reduce of the default group; every rank joins."""
     if reduce is None and world == 1:
         return values
     values = values.to(device, torch.float32 if torch.device(device).type == "mps" else torch.float64)
@@ -84,13 +90,15 @@ def sum_over_ranks(
 def loss_sum(forward: Forward, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Total nats of `targets` (B, T), already shifted, -100 counts for nothing. Returns a scalar.
 
-    Models that take `shift_labels` compute it themselves, without handing out (B, T, V) logits, so an evaluation batch
-    needs no more memory than a training batch.
+    Models that take `shift_labels` compute it themselves, a chunk of (B, T, V) logits at a time, so an evaluation batch
+    never needs more memory than a training batch.
     """
     owner = getattr(forward, "__self__", forward)  # the module behind a bound method, or the module itself
-    if "shift_labels" in inspect.signature(type(owner).forward).parameters:
+    accepted = inspect.signature(type(owner).forward).parameters
+    if "shift_labels" in accepted:
         counted = (targets != IGNORED).sum()
-        mean = forward(input_ids=inputs, shift_labels=targets, use_cache=False, output_logits=False).loss
+        chunked = {"loss_chunk_tokens": LOSS_CHUNK_TOKENS} if "loss_chunk_tokens" in accepted else {}
+        mean = forward(input_ids=inputs, shift_labels=targets, use_cache=False, output_logits=False, **chunked).loss
         return torch.where(counted > 0, mean * counted, 0.0)  # the mean of nothing is NaN
     logits = forward(input_ids=inputs, use_cache=False).logits  # (B, T, V)
     return -target_log_probs(logits, targets).sum()
@@ -125,7 +133,7 @@ def token_byte_lengths(tokenizer) -> torch.Tensor:
 def loss_metrics(total_nats: float, predicted_tokens: int, predicted_bytes: float | None) -> dict:
     """The three spellings of one number: nats per token, its exponential, and bits per UTF-8 byte of the same text.
 
-    The nats of `<|endoftext|>` count and its zero bytes don't: a reader of the bits must also learn where documents end.
+    The nats of `<|endoftext|>` count although it has no bytes: who reads the bits must also learn where documents end.
     """
     loss = total_nats / predicted_tokens
     bits_per_byte = total_nats / math.log(2) / predicted_bytes if predicted_bytes else None
@@ -147,17 +155,18 @@ def validation_loss(
     reduce: Reduce | None = None,
     token_bytes: torch.Tensor | None = None,
 ) -> dict:
-    """Mean loss over the first `tokens` predictions of `split` (all of them if None), windows of `seq_len` back to back.
+    """Mean loss over the first `tokens` predictions of `split` (None: all), in windows of `seq_len` back to back.
 
-    split: anything with `.tokens`, `.bytes` and `.read(start, count)`. Each rank scores its own windows; the sums meet in
-    one all-reduce (`reduce(tensor) -> tensor`, default torch's) that every rank joins, and every rank makes the same number of
-    forward passes. token_bytes: see `token_byte_lengths`; without it the bytes are the split's average per token.
+    split: anything with `.tokens`, `.bytes` and `.read(start, count)`. Each rank scores its own windows; the sums meet
+    in one all-reduce (`reduce(tensor) -> tensor`, default torch's) that every rank joins, and every rank makes the same
+    number of forward passes. token_bytes: see `token_byte_lengths`; without it the bytes are the split's average per
+    token.
 
     Returns {"val_loss", "perplexity", "bits_per_byte" (None if the split knows no bytes), "val_tokens"}.
     """
     predicted = split.tokens - 1 if tokens is None else min(tokens, split.tokens - 1)
     if predicted < 1:
-        raise ValueError(f"the validation split has {split.tokens} tokens and needs at least 2; prepare more validation text")
+        raise InputError(f"the validation split has {split.tokens} tokens and needs 2; prepare more validation text")
     windows = math.ceil(predicted / seq_len)  # the last one may be shorter
     passes = math.ceil(windows / (batch_size * world))
     nats, scored_bytes = [], 0

@@ -1,19 +1,19 @@
-"""HellaSwag under both protocols that people quote: reading, rendering, scoring, counting. Takes a model and a tokenizer.
+"""HellaSwag under both protocols that people quote: reading, rendering, scoring, counting.
 
-The two differ in what the model sees and in what an ending's score is divided by, so their numbers can't be compared:
+The two differ in what the model sees and in what an ending's score is divided by; their numbers can't be compared.
 
-| protocol | context | ending | `acc` picks | `acc_norm` picks |
-|---|---|---|---|---|
-| `tokens`: build-nanogpt's hellaswag.py | `ctx` as it is | " " + ending, encoded by itself | the largest sum of log p | … per token |
-| `chars`: lm-evaluation-harness' `hellaswag` | activity label: ctx_a Ctx_b, brackets stripped | encoded together with its context,
-then cut at the context's token count | the largest sum of log p | … per character of the ending |
+`tokens`, build-nanogpt's hellaswag.py: the context is `ctx` as it is and " " + ending is encoded by itself. `acc` picks
+    the ending with the largest sum of log p, `acc_norm` the one with the largest mean per token.
+`chars`, lm-evaluation-harness' task `hellaswag`: the context is `activity label: ctx_a Ctx_b` with WikiHow's brackets
+    stripped, encoded together with the ending and cut at the context's token count. `acc` picks the ending with the
+    largest sum of log p, `acc_norm` the one with the largest sum per character.
 
-Cost: the four endings of an example share their context's computation. One row holds `context | ending 1 | … | ending 4`, a mask
-hides the endings from each other and every ending continues the context's positions (the model must take a 4-D attention
-mask and position ids; one that doesn't is recognised by a check on the first examples and gets a row per ending). Only
-positions that predict an ending go through the vocabulary matrix.
+Cost: the four endings of an example share their context's computation. A row holds `context | ending 1 | … | ending 4`,
+a mask hides the endings from each other, and every ending continues the context's positions. The model must take a 4-D
+attention mask and position ids; one that doesn't is recognised by a check on a few examples and gets a row per ending.
+Only positions that predict an ending go through the vocabulary matrix.
 
-Knows no checkpoint, no run, no accelerator.
+Takes a model and a tokenizer; knows no checkpoint, no run, no accelerator.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt2repro.evaluation import IGNORED, Forward, Reduce, inference, sum_over_ranks, target_log_probs
+from gpt2repro.evaluation import Forward, Reduce, inference, sum_over_ranks, target_log_probs
 from gpt2repro.options import InputError
 
 PROTOCOLS = ("tokens", "chars")
@@ -39,8 +39,8 @@ PROTOCOL_NAMES = {
     "chars": "lm-evaluation-harness (activity label, brackets stripped, per character)",
 }
 
-# OpenAI's sizes on the 10,042 validation examples. Source: build-nanogpt's hellaswag.py, which quotes both protocols for
-# 124M and 1558M; nobody has published the other two sizes under a named protocol.
+# OpenAI's sizes on the 10,042 validation examples. Source: build-nanogpt's hellaswag.py, which quotes both protocols
+# for 124M and 1558M; nobody has published the other two sizes under a named protocol.
 PUBLISHED = {
     "124M": {"tokens": {"acc": 0.2859, "acc_norm": 0.2955}, "chars": {"acc": 0.2892, "acc_norm": 0.3114}},
     "350M": {},
@@ -53,7 +53,7 @@ SHARING_TOLERANCE = 0.01  # relative, between shared-context and plain rows: bf1
 NEEDED_FIELDS = ("ctx", "ctx_a", "ctx_b", "activity_label", "endings")
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_examples(data: str | Path, *, split: str = "val", limit: int | None = None) -> list[dict]:
@@ -68,10 +68,10 @@ def read_examples(data: str | Path, *, split: str = "val", limit: int | None = N
         names = (f"hellaswag_{split}.jsonl", f"{split}.jsonl", f"data/hellaswag_{split}.jsonl")
         files = [path / name for name in names if (path / name).is_file()] or sorted(path.glob("*.jsonl"))
         if len(files) > 1 and files[0].name not in names:
-            raise InputError(f"{path} has {len(files)} .jsonl files and none is named hellaswag_{split}.jsonl; name the file")
+            raise InputError(f"{path} has {len(files)} .jsonl files, none named hellaswag_{split}.jsonl; name the file")
         examples = _read_jsonl(files[0]) if files else _read_dataset(str(path), split)
     elif path.suffix in (".jsonl", ".json") or str(data).count("/") > 1 or str(data).startswith((".", "/", "~")):
-        raise InputError(f"there is no file {path}; expected HellaSwag's original .jsonl, a directory, or Rowan/hellaswag")
+        raise InputError(f"there is no file {path}; give HellaSwag's original .jsonl, a directory, or Rowan/hellaswag")
     else:
         examples = _read_dataset(str(data), split)
 
@@ -113,7 +113,7 @@ def _read_dataset(name: str, split: str) -> list[dict]:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"reading {name} needs the package `datasets`; install it or give a local .jsonl file") from None
+        raise InputError(f"reading {name} needs the package `datasets`; install it or give a .jsonl file") from None
     hub_split = {"val": "validation"}.get(split, split)
     try:
         rows = datasets.load_dataset(name, split=hub_split)
@@ -122,7 +122,7 @@ def _read_dataset(name: str, split: str) -> list[dict]:
     return [{**row, "split": split} for row in rows]
 
 
-# --- rendering ---------------------------------------------------------------------------------------------------------
+# --- rendering ------------------------------------------------------------------------------------------------------
 
 Encode = Callable[[Sequence[str]], list[list[int]]]  # texts -> ids, no special tokens added
 
@@ -163,7 +163,7 @@ def harness_text(text: str) -> str:
 
 
 def render_chars(examples: Sequence[dict], encode: Encode) -> list[Rendered]:
-    """lm-evaluation-harness' protocol: `label: ctx_a Ctx_b`, whole text encoded at once, cut at the context's token count.
+    """lm-evaluation-harness' protocol: the whole text is encoded at once and cut at the context's token count.
 
     Spaces at the context's end belong to the continuation. Where a token spans the border the context keeps its own
     tokens and the continuation starts at that count, whatever these tokens are: the harness does that too.
@@ -192,7 +192,7 @@ def render_chars(examples: Sequence[dict], encode: Encode) -> list[Rendered]:
 RENDER = {"tokens": render_tokens, "chars": render_chars}
 
 
-# --- scoring -----------------------------------------------------------------------------------------------------------
+# --- scoring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,8 @@ def grouped(rendered: Sequence[Rendered], max_length: int, first_slot: int = 0) 
             surplus = len(context) + len(ending) - (max_length + 1)
             if surplus >= len(context):
                 raise InputError(
-                    f"HellaSwag example {i + 1} has an ending of {len(ending)} tokens, more than the model's {max_length} "
-                    "positions; leave the example out"
+                    f"HellaSwag example {i + 1} has an ending of {len(ending)} tokens, more than the model's "
+                    f"{max_length} positions; leave the example out"
                 )
             context = context[max(surplus, 0) :]
             slots_of.setdefault((tuple(context), tuple(ending)), []).append(first_slot + 4 * i + j)
@@ -239,7 +239,14 @@ def grouped(rendered: Sequence[Rendered], max_length: int, first_slot: int = 0) 
             if ending:  # a single token without context predicts nothing: its score stays 0
                 contexts.setdefault(context, []).append((list(ending), slots))
         for context, pairs in contexts.items():
-            groups.append(Group(list(context), [ending for ending, _ in pairs], [slots for _, slots in pairs]))
+            group = Group(list(context), [], [])
+            for ending, slots in pairs:
+                if group.endings and group.length + len(ending) - 1 > max_length:  # models refuse rows beyond it
+                    groups.append(group)
+                    group = Group(list(context), [], [])
+                group.endings.append(ending)
+                group.slots.append(slots)
+            groups.append(group)
     return groups
 
 
@@ -326,7 +333,7 @@ def score_rows(forward: Forward, groups: Sequence[Group], device: torch.device, 
 
 
 def ending_sums(scores: TokenScores, endings: int) -> torch.Tensor:
-    """Sum over each ending's tokens in float64, (endings,) on the CPU: the same in every run, unlike atomic additions."""
+    """Sum over each ending's tokens, (endings,) float64 on the CPU: unlike atomic additions the same in every run."""
     log_probs, owners = scores
     sums = torch.zeros(endings, dtype=torch.float64)
     return sums.index_add_(0, torch.tensor(owners), log_probs.cpu().double())
@@ -353,7 +360,7 @@ def contexts_can_be_shared(forward: Forward, groups: Sequence[Group], device: to
         return False
     close = torch.allclose(found, expected, rtol=SHARING_TOLERANCE, atol=SHARING_TOLERANCE)
     if expected.isfinite().all() and not close:
-        warnings.warn("contexts are not shared between endings: the model ignores 4-D masks or position ids", stacklevel=2)
+        warnings.warn("contexts are not shared: the model ignores 4-D attention masks or position ids", stacklevel=2)
         return False
     return True
 
@@ -377,9 +384,7 @@ class Prepared:
     truncated: dict[str, int]  # examples that lost context on the left, per protocol
 
 
-def prepare(
-    examples: Sequence[dict], tokenizer, max_length: int, protocols: Sequence[str] = PROTOCOLS
-) -> Prepared:
+def prepare(examples: Sequence[dict], tokenizer, max_length: int, protocols: Sequence[str] = PROTOCOLS) -> Prepared:
     """Render and group `examples` under each of `protocols`."""
     encode = encoder(tokenizer)
     rendered = {protocol: RENDER[protocol](examples, encode) for protocol in protocols}
@@ -408,9 +413,9 @@ def score(
 ) -> dict[str, np.ndarray]:
     """Sum of log p of every ending: {protocol: (examples, 4) float64}, the same on every rank.
 
-    Rank r takes every `world`-th batch; all make the same number of forward passes (FSDP needs them all) and all join one
-    all-reduce at the end. batch_tokens: positions per forward pass, padding included (default 512 on a CPU, 32768 elsewhere).
-    share_contexts: None tries it and checks; True and False insist.
+    Rank r takes every `world`-th batch; all make the same number of forward passes (FSDP needs them all) and all join
+    one all-reduce at the end. batch_tokens: positions per forward pass, padding included (default 512 on a CPU, 32768
+    elsewhere). share_contexts: None tries it and checks; True and False insist.
     """
     device = torch.device(device)
     if batch_tokens is None:
@@ -444,7 +449,7 @@ def score(
     return result
 
 
-# --- counting ----------------------------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------------------------
 
 
 def predictions(prepared: Prepared, scores: dict[str, np.ndarray]) -> list[dict]:
@@ -459,7 +464,7 @@ def predictions(prepared: Prepared, scores: dict[str, np.ndarray]) -> list[dict]
             row[protocol] = {
                 "log_likelihoods": sums.tolist(),
                 "units": items[i].units,
-                "acc": int(np.argmax(sums)),  # the first of equals, like torch's argmin in build-nanogpt and the harness
+                "acc": int(np.argmax(sums)),  # the first of equals, as in both references
                 "acc_norm": int(np.argmax(means)),
                 "acc_margin": _margin(sums),
                 "acc_norm_margin": _margin(means),
@@ -475,14 +480,15 @@ def _margin(values: np.ndarray) -> float:
 
 def near_ties(rows: Sequence[dict]) -> list[dict]:
     """Choices that another order of fp32 additions could turn over: the two best differ by less than `NEAR_TIE`."""
-    return [
-        {"index": row["index"], "ind": row["ind"], "protocol": protocol, "metric": metric, "margin": row[protocol][f"{metric}_margin"]}
-        for row in rows
-        for protocol in PROTOCOLS
-        if protocol in row
-        for metric in ("acc", "acc_norm")
-        if row[protocol][f"{metric}_margin"] < NEAR_TIE
-    ]
+    ties = []
+    for row in rows:
+        for protocol in filter(row.__contains__, PROTOCOLS):
+            for metric in ("acc", "acc_norm"):
+                margin = row[protocol][f"{metric}_margin"]
+                if margin < NEAR_TIE:
+                    ties.append({"index": row["index"], "ind": row["ind"], "protocol": protocol, "metric": metric})
+                    ties[-1]["margin"] = margin
+    return ties
 
 
 def summary(rows: Sequence[dict]) -> dict:
