@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2repro.commands.bench import harness, table, train
+from gpt2repro.commands.bench import harness, scale, table, train
 from gpt2repro.commands.bench.harness import compare, figure, headline, peak_memory_gib, speedup, summary
 from gpt2repro.options import InputError
 from gpt2repro.shards import open_split
@@ -107,7 +107,7 @@ def test_every_candidate_of_the_training_benchmark_has_the_references_loss_and_g
     expected = train.reference(TINY, x, y, cpu)
     for name in (train.OURS, train.TRANSFORMERS, train.BY_HAND):
         loss_of, step, model = train.candidate(name, TINY, cpu, "fp32")
-        found = train.guard(name, loss_of, model, expected, x, y, {"loss": 1e-5, "gradients": 1e-5})
+        train.guard(name, loss_of, model, expected, x, y, {"loss": 1e-5, "gradients": 1e-5})
         step(x, y)
         assert loss_of(x, y).item() < expected[0]  # the step was one downhill
 
@@ -128,3 +128,13 @@ def test_random_data_of_the_loop_measurement_is_a_data_set(tmp_path: Path):
     split = open_split(tmp_path / "data", "train")
     assert split.vocab_size == 97 and split.tokens >= 3 * 2 * 16 + 1
     assert command[command.index("--max_steps") + 1] == "3"
+
+
+def test_growth_is_the_exponent_of_a_power_law():
+    points = [{"x": x, "y": 3 * x**1.5} for x in (1, 10, 100)]
+    assert scale.slope(points, "x", "y") == pytest.approx(1.5)
+
+
+def test_simulated_corpus_of_a_trillion_tokens_gives_batches():
+    point = scale.measure_batch(10**12, rounds=1, sequences=4, seq_len=16)
+    assert point["seconds"] < 0.1
