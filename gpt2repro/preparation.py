@@ -18,7 +18,9 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -108,7 +110,7 @@ def prepare(
         print(f"{out}: {len(notes)} of {len(units)} units are finished, continuing with the others")
     work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, show_progress)
     work.run(mine, workers or os.cpu_count() or 1)
-
+    notes = {index: note for index in range(len(units)) if (note := _read_note(out, index))}  # and the other nodes'
     kept = _kept(notes, token_limit, len(units))
     if kept is None:
         print(f"{out}: {len(notes)} of {len(units)} units are finished; the other nodes' are still to come")
@@ -133,14 +135,21 @@ def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite:
         strangers = (
             sorted(path.name for path in out.iterdir() if path.name != TOKENIZER) if out.is_dir() else [out.name]
         )
-        strangers = [name for name in strangers if not name.startswith(f"{PLAN}.tmp-")]
+        strangers = [name for name in strangers if not re.match(rf"({PLAN}|{TOKENIZER})\.tmp-", name)]
         if strangers:
             raise InputError(
                 f"{out} is not empty and was not made by this command (it holds {', '.join(strangers[:3])}); "
                 "choose another --out"
             )
     (out / UNITS).mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(out / TOKENIZER)
+    if not (out / TOKENIZER).exists():
+        temporary = Path(tempfile.mkdtemp(prefix=f"{TOKENIZER}.tmp-", dir=out))
+        temporary.chmod(0o755)
+        tokenizer.save_pretrained(temporary)
+        try:
+            temporary.rename(out / TOKENIZER)
+        except OSError:  # another node was quicker
+            shutil.rmtree(temporary)
     write_json(out / PLAN, plan)
 
 
@@ -333,12 +342,13 @@ def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable
         splits["val"].update(describe_val())
     kept = {shard["file"] for split in splits.values() for shard in split["shards"]}
     for path in out.iterdir():
-        unwanted = re.fullmatch(r"(train|val)_\d{6}\.bin", path.name) and path.name not in kept
-        if unwanted or re.search(r"\.tmp-\d+$", path.name):
-            path.unlink()
-    keep_notes = {f"{note['unit']:06d}.json" for note in notes}
+        if re.match(r"(train|val)_\d{6}\.bin", path.name) and path.name not in kept:
+            path.unlink()  # of a unit beyond the limit, or half-written when an earlier run was killed
+        elif path.name.startswith(f"{TOKENIZER}.tmp-"):
+            shutil.rmtree(path, ignore_errors=True)
+    kept_notes = {f"{note['unit']:06d}.json" for note in notes}
     for path in (out / UNITS).iterdir():
-        if path.name not in keep_notes:
+        if path.name not in kept_notes:
             path.unlink()
     write_json(out / MANIFEST, {**identity, "splits": splits})
     return load_manifest(out)
@@ -384,14 +394,14 @@ def _read_json(path: Path) -> dict | None:
 def _differences(plan: dict, found: dict, keys: list[str]) -> str:
     """`tokenizer.kind: char, found gpt2` … for the first few that differ."""
     texts = []
-    for key in keys:
+    for key in sorted(keys, key=lambda key: key not in ("settings", "source")):
         ours, theirs = plan[key], found.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):
             names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
             texts += [f"{key}.{name}: {_short(ours.get(name))}, there {_short(theirs.get(name))}" for name in names]
         else:
             texts.append(key)
-    return "; ".join(texts[:3])
+    return "; ".join(texts[:2])
 
 
 def _short(value) -> str:
@@ -404,7 +414,7 @@ def _remove_dataset(out: Path) -> None:
     (out / MANIFEST).unlink(missing_ok=True)  # first: from here on it is no data set
     for path in [*out.glob(f"{UNITS}/*.json*"), *out.glob(f"{TOKENIZER}/*"), *out.iterdir()]:
         ours = path.parent != out or re.fullmatch(
-            r"((train|val)_\d{6}\.bin|plan\.json|README\.md)(\.tmp-\d+)?", path.name
+            r"((train|val)_\d{6}\.bin|plan\.json|README\.md)(\.tmp-\w+)?", path.name
         )
         if path.is_file() and ours:
             path.unlink()

@@ -16,7 +16,7 @@ This module knows nothing of text, tokenizers or batches; it never writes anythi
 import hashlib
 import json
 import os
-import threading
+import secrets
 from bisect import bisect_right
 from pathlib import Path
 
@@ -50,13 +50,13 @@ class ShardWriter:
     """Writes one shard piece by piece; it appears under its name, whole and on the disk, at `close()`.
 
     A file made by `np.memmap(mode="w+")` and interrupted is full-sized, full of zeros and loads without complaint. Here
-    the tokens go into `NAME.tmp-<process>-<thread>`, and only a synced file is renamed.
+    the tokens go into `NAME.tmp-<random>`, and only a synced file is renamed.
     """
 
     def __init__(self, path: str | Path, vocab_size: int):
         self.path, self.vocab_size, self.dtype = Path(path), vocab_size, token_dtype(vocab_size)
         self.tokens = 0
-        self._temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
+        self._temporary = _temporary_name(self.path)
         self._file = self._temporary.open("wb")
         self._file.write(bytes(HEADER_BYTES))
 
@@ -103,7 +103,7 @@ def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> dict:
 def write_json(path: str | Path, value: dict) -> None:
     """Write a small JSON file atomically: a reader sees the old content or the new, also after a power cut."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = _temporary_name(path)
     with temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
         file.flush()
@@ -362,6 +362,11 @@ def _read_header(path: Path) -> tuple[np.dtype, int]:
             f"{path} has {size} bytes but its header promises {tokens} tokens = {expected} bytes: truncated or damaged"
         )
     return dtype, tokens
+
+
+def _temporary_name(path: Path) -> Path:
+    """A name of its own for every writer, on whichever machine: two at the same file must not write into each other."""
+    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
 
 
 def _publish(temporary: Path, path: Path) -> None:

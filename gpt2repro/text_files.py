@@ -19,10 +19,11 @@ import json
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from gpt2repro.options import InputError
@@ -40,6 +41,8 @@ REMOTE_BLOCK_BYTES = 2**24  # one request to the Hub; its latency of about 0.1 s
 ROWS_AT_ONCE = 256
 # Waits before the n-th retry: 1, 2, 4 … 60 s, each times 0.5 to 1.5; ten of them sit out about five minutes.
 RETRIES, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 10, 1.0, 60.0
+
+_downloads = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class TextFiles:
     files: list[TextFile]
     text_column: str
     source: dict
+    copies: Path | None = None
+
+    def with_copies(self, directory: Path | None) -> "TextFiles":
+        """The same files, but those of the Hub are downloaded whole, compared with its sha256 and read from there."""
+        return replace(self, copies=directory)
 
     def few_documents(self, limit: int) -> bool:
         """Whether these are fewer than `limit` text files, each one document."""
@@ -137,7 +145,7 @@ class TextFiles:
 
         def decoded():
             position = start
-            for block in _blocks(file, start, stop):
+            for block in _blocks(file, self._path(file), start, stop):
                 position += len(block)
                 yield _decode(decoder, block, file.path, position)
             yield _decode(decoder, b"", file.path, position, final=True)
@@ -146,7 +154,7 @@ class TextFiles:
             yield text, end and ends
 
     def _json_rows(self, file: TextFile, start: int, stop: int | None) -> Iterator[str]:
-        for position, line in _lines(file, start, stop):
+        for position, line in _lines(file, self._path(file), start, stop):
             if line.strip():
                 where = f"{file.path}, the line at byte {position}"
                 try:
@@ -177,10 +185,28 @@ class TextFiles:
                 yield text
 
     def _parquet_rows(self, file: TextFile, start: int, stop: int) -> Iterator[str]:
+        path = self._path(file)
         for group in range(start, stop):
-            for text in resuming(lambda skip, g=group: _row_group(file.path, g, self.text_column, skip), file.path):
+            for text in resuming(lambda skip, g=group: _row_group(path, g, self.text_column, skip), path):
                 if text is not None:
                     yield text
+
+    def _path(self, file: TextFile) -> str:
+        """Where to read the file: where it is, or a copy whose checksum was compared."""
+        if self.copies is None or not file.path.startswith("hf://") or file.format == "datasets":
+            return file.path
+        from huggingface_hub import hf_hub_download
+
+        verified = self.copies / f"{file.name}.verified"
+        with _downloads:  # one at a time; the client uses the whole line
+            if not verified.exists():
+                where = {"repo_type": "dataset", "revision": self.source["revision"], "local_dir": self.copies}
+                path = retrying(lambda: hf_hub_download(self.source["dataset"], file.name, **where), file.path)
+                if file.sha256 is not None and file_sha256(path) != file.sha256:
+                    Path(path).unlink()
+                    raise InputError(f"{file.path} arrived damaged (sha256); run the same command again")
+                verified.touch()
+        return str(self.copies / file.name)
 
     def _text(self, row, where: str) -> str | None:
         if not isinstance(row, dict) or self.text_column not in row:
@@ -372,14 +398,14 @@ def _row_group(path: str, group: int, text_column: str, skip: int) -> Iterator[s
             skip = max(0, skip - len(batch))
 
 
-def _blocks(file: TextFile, start: int, stop: int | None) -> Iterator[bytes]:
+def _blocks(file: TextFile, path: str, start: int, stop: int | None) -> Iterator[bytes]:
     """The bytes [start, stop) of a file, unpacked."""
     position = start
     attempt = 0
     while True:
         try:
-            with _open(file.path) as raw:
-                stream = _unpack(raw, file.path) if file.packed else raw
+            with _open(path) as raw:
+                stream = _unpack(raw, path) if file.packed else raw
                 if position:
                     stream.seek(position)
                 while block := stream.read(BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - position)):
@@ -389,7 +415,7 @@ def _blocks(file: TextFile, start: int, stop: int | None) -> Iterator[bytes]:
                 raise EOFError(f"it ends at byte {position}")  # a connection that closed early
             return
         except Exception as error:
-            wait_or_raise(error, attempt, file.path)
+            wait_or_raise(error, attempt, path)
             attempt += 1
 
 
@@ -400,10 +426,10 @@ def _unpack(raw, path: str):
     return compr[fsspec.utils.infer_compression(path)](raw, mode="rb")
 
 
-def _lines(file: TextFile, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
+def _lines(file: TextFile, path: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
     """(first byte, line) of the lines that begin in [start, stop)."""
     position, rest, inside = max(start - 1, 0), b"", start == 0
-    for block in _blocks(file, position, None):
+    for block in _blocks(file, path, position, None):
         *lines, rest = (rest + block).split(b"\n")
         for line in lines:
             if inside:

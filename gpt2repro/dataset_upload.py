@@ -1,0 +1,83 @@
+"""A prepared data set as a dataset repository of the Hub: shards, tokenizer, a card, and the manifest last."""
+
+from pathlib import Path
+
+from gpt2repro.options import InputError
+from gpt2repro.shards import MANIFEST, TOKENIZER, Manifest, verify_dataset
+
+# The Hub advises against more than 100 files per commit; fewer also means less to repeat after an interruption.
+FILES_PER_COMMIT = 25
+
+
+def push_dataset(directory: str | Path, repo: str, *, private: bool = False) -> None:
+    """Upload the data set to `USER/NAME`. Interrupted, a second call skips every shard that the Hub already has.
+
+    The manifest comes last, so a half-uploaded repository is not mistaken for a data set.
+    Raises InputError for damaged shards, and where the Hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    directory, api = Path(directory), HfApi()
+    manifest = verify_dataset(directory)
+    digests = {shard["file"]: shard["sha256"] for split in manifest["splits"].values() for shard in split["shards"]}
+    try:
+        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        present = {
+            entry.path: entry.lfs.sha256
+            for entry in api.list_repo_tree(repo, repo_type="dataset", recursive=True)
+            if getattr(entry, "lfs", None)
+        }
+        missing = [name for name, digest in digests.items() if present.get(name) != digest]
+        for start in range(0, len(missing), FILES_PER_COMMIT):
+            some = missing[start : start + FILES_PER_COMMIT]
+            print(f"uploading shards {start + 1} to {start + len(some)} of {len(missing)} to {repo}", flush=True)
+            operations = [CommitOperationAdd(name, str(directory / name)) for name in some]
+            api.create_commit(repo, operations, commit_message=f"Shards {some[0]} to {some[-1]}", repo_type="dataset")
+        last = [CommitOperationAdd("README.md", dataset_card(manifest, repo).encode())]
+        last += [
+            CommitOperationAdd(f"{TOKENIZER}/{path.name}", str(path))
+            for path in sorted((directory / TOKENIZER).iterdir())
+        ]
+        last.append(CommitOperationAdd(MANIFEST, str(directory / MANIFEST)))
+        api.create_commit(repo, last, commit_message="Manifest, tokenizer and card", repo_type="dataset")
+    except LocalTokenNotFoundError as error:
+        raise InputError(f"uploading to {repo} needs a login: run `hf auth login` or set HF_TOKEN") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(
+            f"{repo} could not be uploaded: {str(error).splitlines()[0]}; run the same command again to continue"
+        ) from error
+    print(f"{repo}: {len(digests)} shards, sha256 {manifest.sha256}; train with --data hf://{repo}")
+
+
+def dataset_card(manifest: Manifest, repo: str) -> str:
+    """The README.md of the repository."""
+    source, tokenizer, splits = manifest["source"], manifest["tokenizer"], manifest["splits"]
+    origin = source.get("dataset")
+    front = ["tags: [gpt2repro, pretokenized]"]
+    if origin:
+        front.append(f"source_datasets: [{origin}]")
+    text = f"[{origin}](https://huggingface.co/datasets/{origin})" if origin else source.get("corpus", "local files")
+    if origin:
+        text += f" ({source['config']}), revision `{source['revision']}`"
+    rows = "\n".join(
+        f"| {name} | {split['tokens']:,} | {split['documents']:,} | {split['bytes']:,} | {len(split['shards'])} |"
+        for name, split in splits.items()
+    )
+    return f"""---
+{chr(10).join(front)}
+---
+# {repo}: token shards
+
+Text: {text}. Tokenizer: {tokenizer["kind"]}, {tokenizer["vocab_size"]:,} entries, in `tokenizer/`; every document is followed by
+token {tokenizer["eot_id"]} (`<|endoftext|>`).
+
+| split | tokens | documents | bytes of text | shards |
+|---|---|---|---|---|
+{rows}
+
+Each `.bin` is 256 int32 of header (llm.c's: magic, version, token count) and then {manifest["dtype"]} tokens;
+`manifest.json` lists them with their sha256. Its own sha256 is `{manifest.sha256}`.
+
+    python train_accelerate.py --config 124M --data hf://{repo}
+"""

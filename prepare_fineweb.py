@@ -1,0 +1,150 @@
+"""Web-scale text -> token shards: FineWeb-Edu, FineWeb, OpenWebText, any Hub dataset, or local parquet, jsonl and txt.
+
+    python prepare_fineweb.py --out data/fineweb-edu-10B                                # sample-10BT, 10B tokens
+    python prepare_fineweb.py --dataset HuggingFaceFW/fineweb --out data/fineweb-10B
+    python prepare_fineweb.py --dataset Skylion007/openwebtext --subset none --out data/owt
+    python prepare_fineweb.py --dataset 'dump/*.parquet' --val 0.001 --out data/mine    # local files
+    python prepare_fineweb.py --tokens 100_000_000 --out data/taste                     # the first 100M tokens
+    python train_accelerate.py --config 124M --data data/fineweb-edu-10B
+
+Interrupted at any moment, the same command continues where it was; finished units are never tokenised again, and the
+result is byte for byte that of an uninterrupted run. Once all is done it says so and does nothing.
+
+Many machines: give each the same command with `--num_nodes N --node_index I`. With a common --out the last one to finish
+writes the manifest. With separate disks, copy all directories into one (no two nodes write the same file name) and
+run the command once more there with `--num_nodes 1`; it finds every unit finished and writes the manifest. Either way
+the data set is the one that a single machine makes. As a Slurm array:
+
+    sbatch --array=0-15 --cpus-per-task=32 --wrap \\
+        'python prepare_fineweb.py --out /shared/fineweb --num_nodes 16 --node_index $SLURM_ARRAY_TASK_ID'
+
+Beyond a static split, `--executor datatrove` runs the same units as tasks of datatrove's local executor (its Slurm and
+Ray executors take the same `gpt2repro.datatrove_task.PreparePart`).
+
+Needs: cores, network and 2 bytes of disk per token; memory of about 0.2 GB per core. `gpt2repro bench tokenize` tells the
+tokens per second of a machine: 10B tokens are 10^10 / that many seconds. 1T tokens (2 TB, 10,000 shards) is the same
+command on some dozens of machines; it has not been run at that size.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gpt2repro import text_files
+from gpt2repro.dataset_upload import push_dataset
+from gpt2repro.options import InputError, parse_options, run_main
+from gpt2repro.preparation import prepare
+from gpt2repro.tokenization import gpt2_tokenizer, load_tokenizer
+
+
+@dataclass
+class Options:
+    out: Path
+    "Directory of the data set."
+    dataset: str = "HuggingFaceFW/fineweb-edu"
+    "A dataset id of the Hub, or a local file, directory or glob."
+    subset: str | None = "sample-10BT"
+    "Configuration of the Hub dataset; none for its default."
+    revision: str | None = None
+    "Branch, tag or commit; its commit is recorded."
+    text_column: str = "text"
+    "The column of text."
+    tokenizer: str = "gpt2"
+    "gpt2, or a directory with a tokenizer (another data set, a checkpoint)."
+    fast_tokenizer: bool = False
+    "Use gigatoken (pip install 'gpt2repro[fast-tokenizer]') where it gives tiktoken's ids; checked at the start."
+    val: str = "first-shard"
+    "The first shard is for validation, as in build-nanogpt; or a fraction of the documents, chosen by hash."
+    tokens: Annotated[int, Field(gt=0)] | None = None
+    "Stop with the shard that reaches so many tokens; none: everything."
+    shard_tokens: Annotated[int, Field(gt=0, lt=2**31)] = 100_000_000
+    "About how many tokens go into one shard."
+    workers: Annotated[int, Field(gt=0)] | None = None
+    "Tokenising processes; none: one per core."
+    num_nodes: Annotated[int, Field(gt=0)] = 1
+    "Machines that share the work."
+    node_index: Annotated[int, Field(ge=0)] = 0
+    "This machine, from 0."
+    executor: Literal["processes", "datatrove"] = "processes"
+    "The own process pool, or datatrove's local executor with --workers tasks at a time."
+    verify_source: bool = False
+    "Download whole files into OUT/source, compare each with the Hub's sha256, read it there; removed at the end."
+    push_to_hub: str | None = None
+    "USER/NAME: upload shards, manifest, tokenizer and a card; continues an interrupted upload."
+    overwrite: bool = False
+    "Replace another data set in --out."
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.node_index >= self.num_nodes:
+            problems.append(f"node_index={self.node_index} must be below num_nodes={self.num_nodes} (it counts from 0)")
+        if self.num_nodes > 1 and self.tokens is not None:
+            problems.append("tokens needs one machine: which shards reach the limit is known in order only")
+        if self.num_nodes > 1 and self.overwrite:
+            problems.append(
+                "overwrite with num_nodes > 1 would remove what the other machines write; empty --out first"
+            )
+        if self.executor == "datatrove" and (self.num_nodes > 1 or self.tokens is not None or self.overwrite):
+            problems.append("executor=datatrove splits the work itself; leave num_nodes, tokens and overwrite")
+        if self.val != "first-shard":
+            try:
+                if not 0 <= float(self.val) < 1:
+                    problems.append(f"val={self.val} must be first-shard or a fraction from 0 to below 1")
+            except ValueError:
+                problems.append(f"val={self.val!r} must be first-shard or a fraction such as 0.001")
+        return problems
+
+
+def main(argv: list[str]) -> int:
+    options = parse_options(Options, argv, prog="prepare_fineweb.py", description=__doc__)
+    if options.executor == "datatrove":
+        from gpt2repro.datatrove_task import run_locally
+
+        run_locally(argv, options.workers, options.out)
+    manifest = prepare_part(options)
+    if manifest is not None and options.push_to_hub:
+        push_dataset(options.out, options.push_to_hub)
+    return 0
+
+
+def prepare_part(options: Options):
+    """This node's share of the work. Returns the manifest once every node's is done, else None."""
+    tokenizer = gpt2_tokenizer() if options.tokenizer == "gpt2" else load_tokenizer(options.tokenizer)
+    files = text_files.find(
+        [options.dataset], text_column=options.text_column, config=options.subset, revision=options.revision
+    )
+    copies = options.out / "source" if options.verify_source else None
+    shard_tokens = min(options.shard_tokens, options.tokens or options.shard_tokens)
+    units = files.units(shard_tokens)
+    first_shard = options.val == "first-shard"
+    if first_shard:
+        if len(units) < 2:
+            raise InputError(
+                f"{options.dataset} is one shard of about {shard_tokens:,} tokens, none would be left to train on; "
+                "lower --shard_tokens or set --val to a fraction such as 0.05"
+            )
+        for index, unit in enumerate(units):
+            unit["split"] = "train" if index else "val"
+    manifest = prepare(
+        options.out, tokenizer, units, files.with_copies(copies).read,
+        source=files.source,
+        settings={"text_column": options.text_column, "val": options.val, "shard_tokens": options.shard_tokens},
+        val_fraction=0.0 if first_shard else float(options.val),
+        workers=options.workers, fast_tokenizer=options.fast_tokenizer, token_limit=options.tokens,
+        node=(options.node_index, options.num_nodes), overwrite=options.overwrite,
+    )  # fmt: skip
+    if manifest is not None:
+        if copies is not None:
+            shutil.rmtree(copies, ignore_errors=True)
+        for name, split in manifest["splits"].items():
+            print(
+                f"  {name:5} {split['tokens']:>15,} tokens {split['documents']:>11,} documents {split['bytes']:>15,} bytes"
+            )
+    return manifest
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))
