@@ -21,8 +21,10 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gpt2repro.checkpoint import STEP_NAME, list_steps, resolve_pointer, verify_checkpoint
@@ -151,6 +153,9 @@ class Uploader:
 
     A checkpoint that waits lies in `run_dir/uploads` as hard links. One that a fault or the end of the process leaves
     there is sent by the next Uploader of the same run: the same training command, or `gpt2repro push`.
+
+    `comparable` loads a checkpoint with our class in fp32 on the CPU; given it, `close` publishes the native twin of
+    `main` as well. `card` holds further arguments of `card_files`.
     """
 
     def __init__(
@@ -160,12 +165,13 @@ class Uploader:
         run_dir: str | Path,
         private: bool = True,
         card: dict | None = None,
+        comparable: Callable[[Path], object] | None = None,
         quiet: bool = True,
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ):
         self.repo, self.run_dir, self.private = repo, Path(run_dir), private
         self.published: list[str] = []  # revisions that arrived, in order
-        self._card = dict(card or {})  # further arguments of card_files: license, cost, carbon
+        self._card, self._comparable = dict(card or {}), comparable
         self._first_wait = first_wait_seconds
         self._said: set[str] = set()
         self._errors: dict[str, str] = {}  # name of what waits -> why it has not arrived
@@ -223,46 +229,72 @@ class Uploader:
         return missing
 
     def _work(self) -> None:
-        """The thread: send what waits, oldest first; after a fault wait longer each time, after a refusal for news."""
-        wait, refused = self._first_wait, False
+        """The thread: send what waits; after a fault try again, each time later, after a refusal wait for news."""
+        wait = self._first_wait
         while True:
             with self._wake:
                 while not self._news and self._closing_at is None:
                     self._wake.wait()
                 self._news = False
-            faults = refused = False
-            for staged in self._waiting():
-                try:
-                    self._publish(staged)
-                except Exception as error:
-                    self._errors[staged.name] = explain(error, self.repo)
-                    self._say(f"{staged.name} did not arrive: {self._errors[staged.name]}")
-                    refused, faults = refused or is_final(error), True
-                    break  # the others would fare alike, and the newest must stay the newest
-                self._errors.pop(staged.name, None)
-                wait = self._first_wait
+            error = self._send_what_waits()
             with self._wake:
-                if self._closing_at is not None and (refused or not self._waiting()):
-                    return
-                if faults and not refused:
+                closing = self._closing_at is not None
+                if error is None:
+                    wait = self._first_wait
+                    if closing and not self._waiting():
+                        return
+                elif is_final(error):
+                    if closing:
+                        return
+                else:
                     pause = wait * random.uniform(0.5, 1.5)  # jitter: many runs meet one busy Hub
-                    if self._closing_at is not None and time.monotonic() + pause > self._closing_at:
+                    if closing and time.monotonic() + pause > self._closing_at:
                         return
                     self._wake.wait(pause)
                     wait, self._news = min(2 * wait, LONGEST_WAIT_SECONDS), True
 
-    def _publish(self, staged: Path) -> None:
-        """One checkpoint: its branch, then `main`, then room where the optimizer's state has become old."""
+    def _send_what_waits(self) -> Exception | None:
+        """Oldest first, up to the first fault: the others would fare alike, and the newest has to come last."""
+        name = ""
+        try:
+            for staged in self._waiting():
+                name = staged.name
+                self._publish(staged)
+                self._errors.pop(name, None)
+            if self._comparable is not None and time.monotonic() < (self._closing_at or 0):
+                name = "branch native"
+                if best := self._best():
+                    publish_native(self._connected(), self.repo, best, self._comparable(best), self._cards)
+                    self.published.append("native")
+                self._comparable = None
+                self._errors.pop(name, None)
+        except Exception as error:
+            self._errors[name] = explain(error, self.repo)
+            self._say(f"{name} did not arrive: {self._errors[name]}")
+            return error
+        return None
+
+    def _connected(self):
         if self.api is None:
             self.api = _connect(self.repo, private=self.private)
+        return self.api
+
+    def _best(self) -> Path | None:
+        """The checkpoint that belongs on `main`."""
+        checkpoints = self.run_dir / "checkpoints"
+        return resolve_pointer(checkpoints, "best") or resolve_pointer(checkpoints, "latest")
+
+    def _publish(self, staged: Path) -> None:
+        """One checkpoint: its branch, then `main`, then room where the optimizer's state has become old."""
+        api = self._connected()
         step = int(STEP_NAME.fullmatch(staged.name)[1])
         branch = f"step-{step}"
         newest = staged == self._waiting()[-1]
         files = checkpoint_files(staged, with_trainer_state=newest)
-        publish(self.api, self.repo, files | self._cards(staged), revision=branch, message=f"Step {step}")
-        best = resolve_pointer(self.run_dir / "checkpoints", "best") or staged
+        publish(api, self.repo, files | self._cards(staged), revision=branch, message=f"Step {step}")
+        best = self._best() or staged
         files = checkpoint_files(best, with_trainer_state=False) | self._cards(best)
-        publish(self.api, self.repo, files, revision="main", message=f"{best.name.replace('_', ' ')} of the run")
+        publish(api, self.repo, files, revision="main", message=f"{best.name.replace('_', ' ')} of the run")
         self.published.append(branch)
         if newest:
             self._stripped.discard(branch)
@@ -272,8 +304,8 @@ class Uploader:
                 self._say(f"older optimizer states stay on the Hub for now: {explain(error, self.repo)}")
         shutil.rmtree(staged)
 
-    def _cards(self, directory: Path) -> dict[str, bytes]:
-        return card_files(directory, repo=self.repo, run_dir=self.run_dir, **self._card)
+    def _cards(self, directory: Path, *, native: bool = False) -> dict[str, bytes]:
+        return card_files(directory, repo=self.repo, run_dir=self.run_dir, native=native, **self._card)
 
     def _strip_older(self, newest: str) -> None:
         """Take the optimizer's state out of every other step's branch, and its files out of the Hub's storage."""
@@ -441,4 +473,17 @@ def check_native(directory: str | Path, model) -> float:
     if problems or not difference <= NATIVE_TOLERANCE * max(1.0, float(expected.abs().max())):
         detail = "; ".join(problems) or f"logits differ by {difference:.2e}"
         raise InputError(f"the native export does not compute what the model computes ({detail}); it is not published")
+    return difference
+
+
+def publish_native(api, repo: str, source: Path, model, cards: Callable[..., dict[str, bytes]]) -> float:
+    """Export `source`, compare the result with `model`, publish it as branch `native`; returns the largest difference.
+
+    `cards(source, native=True)` gives the files that describe it. Raises: InputError where the two do not agree.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        directory = export_native(source, Path(work) / "native")
+        difference = check_native(directory, model)
+        files = checkpoint_files(directory, with_trainer_state=False) | cards(source, native=True)
+        publish(api, repo, files, revision="native", message="The same weights as a plain gpt2")
     return difference

@@ -323,7 +323,7 @@ def test_the_push_command_sends_a_whole_run_with_its_native_twin(hub, run, capsy
     run.save(2)
     assert run_main(push.main, ["--model", str(run.dir), "--repo", REPO, "--native", "--cost_dollars", "20"]) == 0
     said = capsys.readouterr().out
-    assert f"{hub.url}/{REPO} (step-1, step-2, main, native)" in said
+    assert f"{hub.url}/{REPO} (step-1, step-2, native, main)" in said
     native = hub.files(REPO, "native")
     config = json.loads(native["config.json"])
     assert (config["model_type"], config["architectures"]) == ("gpt2", ["GPT2LMHeadModel"])
@@ -358,7 +358,7 @@ def test_a_model_whose_native_twin_differs_is_not_published(hub, run, monkeypatc
     monkeypatch.setattr(push, "load_for_comparison", with_the_right_epsilon)
     assert run_main(push.main, ["--model", str(path), "--repo", REPO, "--native"]) == 2
     assert "does not compute what the model computes" in capsys.readouterr().err
-    assert not hub.repos
+    assert set(hub.repo(REPO).branches) == {"main"} and not hub.files(REPO)
 
 
 def test_a_space_carries_the_demo_and_names_the_model(hub, run, capsys):

@@ -10,8 +10,8 @@ Each checkpoint of a run becomes a branch `step-N`; the newest one keeps the opt
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gpt2repro.options import InputError, parse_options
@@ -65,30 +65,16 @@ def main(argv: list[str]) -> int:
     run_dir = find_run(model)
     whole_run = options.revision is None and run_dir is not None and Path(options.model).resolve() == run_dir
     card = {"license": options.license, "cost_dollars": options.cost_dollars, "co2_kg": options.co2_kg}
-
-    with tempfile.TemporaryDirectory() as work:
-        native = Path(work) / "native"
-        if options.native:  # first of all: where the two do not agree, nothing is sent
-            hub.export_native(model, native)
-            difference = hub.check_native(native, load_for_comparison(model))
-            print(f"the native export computes the same logits (largest difference {difference:.1e})")
+    try:
         api = hub.open_repo(options.repo, private=not options.public)
-        if whole_run:
-            revisions = send_run(run_dir, options, card)
-        else:
-            revisions = [options.revision or "main"]
-            send(api, options.repo, model, run_dir, card, revision=revisions[0], message=f"{model.name}")
-        if options.native:
-            revisions.append("native")
-            send(api, options.repo, native, run_dir, card, revision="native", message="A plain gpt2", described=model)
-    print(f"{api.endpoint}/{options.repo} ({', '.join(revisions)})")
-
-    if options.space:
-        api = hub.open_repo(options.repo, private=not options.public, kind="space", space_sdk="gradio")
-        publish(api, options.repo, space_files(options.repo), revision="main", message="The demo", kind="space")
-        print(f"{api.endpoint}/spaces/{options.repo}")
-        if not options.public:
-            print("the model is private: give the Space a secret HF_TOKEN that may read it, or it cannot load it")
+        revisions = send_run(run_dir, options, card) if whole_run else send_one(api, model, run_dir, options, card)
+        print(f"{api.endpoint}/{options.repo} ({', '.join(revisions)})")
+        if options.space:
+            send_space(options)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(hub.explain(error, options.repo)) from None
     return 0
 
 
@@ -97,42 +83,40 @@ def send_run(run_dir: Path, options: Options, card: dict) -> list[str]:
     from gpt2repro.checkpoint import list_steps
     from gpt2repro.hub import Uploader
 
-    uploader = Uploader(options.repo, run_dir=run_dir, private=not options.public, card=card, quiet=False)
+    comparable = load_for_comparison if options.native else None
+    private = not options.public
+    uploader = Uploader(options.repo, run_dir=run_dir, private=private, card=card, comparable=comparable, quiet=False)
     for _, path in list_steps(run_dir / "checkpoints"):
         uploader.checkpoint(path)
     if missing := uploader.close(timeout=60 * options.timeout_minutes):
-        raise InputError(f"{len(missing)} of the run's checkpoints did not arrive: {missing[0]}")
+        raise InputError(f"not everything arrived: {missing[0]}")
     return [*uploader.published, "main"]
 
 
-def send(
-    api,
-    repo: str,
-    directory: Path,
-    run_dir: Path | None,
-    card: dict,
-    *,
-    revision: str,
-    message: str,
-    described: Path | None = None,
-) -> None:
-    """One model directory with a card as one revision. `described`: the checkpoint that a native export was made of."""
-    from gpt2repro.hub import checkpoint_files
+def send_one(api, model: Path, run_dir: Path | None, options: Options, card: dict) -> list[str]:
+    """One directory as one revision. Its native twin goes first: where the two do not agree, nothing is sent."""
+    from gpt2repro import hub
     from gpt2repro.model_card import card_files
 
-    files = checkpoint_files(directory, with_trainer_state=False)
-    files |= card_files(described or directory, repo=repo, run_dir=run_dir, native=described is not None, **card)
-    publish(api, repo, files, revision=revision, message=message)
+    cards = partial(card_files, repo=options.repo, run_dir=run_dir, **card)
+    revisions = [options.revision or "main"]
+    if options.native:
+        hub.publish_native(api, options.repo, model, load_for_comparison(model), cards)
+        revisions.append("native")
+    files = hub.checkpoint_files(model, with_trainer_state=False) | cards(model)
+    hub.publish(api, options.repo, files, revision=revisions[0], message=model.name)
+    return revisions
 
 
-def publish(api, repo: str, files: dict, *, revision: str, message: str, kind: str = "model") -> None:
-    """`hub.publish` for somebody who waits. Raises: InputError where it fails."""
+def send_space(options: Options) -> None:
+    """The demo as a Space of the model's name."""
     from gpt2repro import hub
 
-    try:
-        hub.publish(api, repo, files, revision=revision, message=message, kind=kind)
-    except Exception as error:
-        raise InputError(hub.explain(error, repo)) from None
+    api = hub.open_repo(options.repo, private=not options.public, kind="space", space_sdk="gradio")
+    hub.publish(api, options.repo, space_files(options.repo), revision="main", message="The demo", kind="space")
+    print(f"{api.endpoint}/spaces/{options.repo}")
+    if not options.public:
+        print("the model is private: give the Space a secret HF_TOKEN that may read it, or it cannot load it")
 
 
 def find_run(model: Path) -> Path | None:
