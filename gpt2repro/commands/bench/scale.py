@@ -160,6 +160,7 @@ def draw(by_model: list[dict], by_batch: list[dict], by_corpus: list[dict], out:
             axis.set_ylim(10 ** math.floor(math.log10(min(ys)) - 1), 10 ** math.ceil(math.log10(max(ys)) + 1))
         axis.set_xlabel(x.replace("_", " "))
         axis.set_ylabel(label)
+        axis.minorticks_off()  # their labels would overlap
         axis.grid(alpha=0.3)
         axis.legend()
     picture.suptitle(f"Cost of scale on {host_kind()}")
