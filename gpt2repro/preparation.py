@@ -121,7 +121,7 @@ def prepare(
 def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite: bool) -> None:
     """Make `out` the place of this data set, or refuse it as the place of another."""
     plan = {**identity, "units": units}
-    if overwrite and out.is_dir():
+    if overwrite and (out / PLAN).exists():
         _remove_dataset(out)
     if (found := _read_json(out / PLAN)) is not None:
         if different := [key for key in plan if json.loads(json.dumps(plan[key])) != found.get(key)]:
@@ -130,26 +130,25 @@ def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite:
                 "choose another --out, or --overwrite to replace it"
             )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        # A run killed before its plan was written leaves the tokenizer's files and nothing else.
-        strangers = (
-            sorted(path.name for path in out.iterdir() if path.name != TOKENIZER) if out.is_dir() else [out.name]
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; --out names a directory")
+    # A run killed before its plan was written leaves these behind.
+    begun = re.compile(rf"{UNITS}|{TOKENIZER}|({PLAN}|{TOKENIZER})\.tmp-.*")
+    strangers = sorted(path.name for path in out.glob("*") if not begun.fullmatch(path.name))
+    if strangers:
+        raise InputError(
+            f"{out} is not empty and was not made by this command (it holds {', '.join(strangers[:3])}); "
+            "choose another --out"
         )
-        strangers = [name for name in strangers if not re.match(rf"({PLAN}|{TOKENIZER})\.tmp-", name)]
-        if strangers:
-            raise InputError(
-                f"{out} is not empty and was not made by this command (it holds {', '.join(strangers[:3])}); "
-                "choose another --out"
-            )
     (out / UNITS).mkdir(parents=True, exist_ok=True)
-    if not (out / TOKENIZER).exists():
-        temporary = Path(tempfile.mkdtemp(prefix=f"{TOKENIZER}.tmp-", dir=out))
-        temporary.chmod(0o755)
-        tokenizer.save_pretrained(temporary)
-        try:
-            temporary.rename(out / TOKENIZER)
-        except OSError:  # another node was quicker
-            shutil.rmtree(temporary)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{TOKENIZER}.tmp-", dir=out))
+    temporary.chmod(0o755)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+    try:
+        temporary.rename(out / TOKENIZER)
+    except OSError:  # another node was quicker
+        shutil.rmtree(temporary)
     write_json(out / PLAN, plan)
 
 
@@ -343,14 +342,17 @@ def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable
     kept = {shard["file"] for split in splits.values() for shard in split["shards"]}
     for path in out.iterdir():
         if re.match(r"(train|val)_\d{6}\.bin", path.name) and path.name not in kept:
-            path.unlink()  # of a unit beyond the limit, or half-written when an earlier run was killed
+            path.unlink(missing_ok=True)  # of a unit beyond the limit, or half-written when an earlier run was killed
+        elif re.match(rf"({PLAN}|{MANIFEST}|README\.md)\.tmp-", path.name):
+            path.unlink(missing_ok=True)
         elif path.name.startswith(f"{TOKENIZER}.tmp-"):
             shutil.rmtree(path, ignore_errors=True)
     kept_notes = {f"{note['unit']:06d}.json" for note in notes}
     for path in (out / UNITS).iterdir():
         if path.name not in kept_notes:
-            path.unlink()
-    write_json(out / MANIFEST, {**identity, "splits": splits})
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # another node ends at the same moment and has tidied up behind us
+        write_json(out / MANIFEST, {**identity, "splits": splits})
     return load_manifest(out)
 
 
@@ -394,7 +396,7 @@ def _read_json(path: Path) -> dict | None:
 def _differences(plan: dict, found: dict, keys: list[str]) -> str:
     """`tokenizer.kind: char, found gpt2` … for the first few that differ."""
     texts = []
-    for key in sorted(keys, key=lambda key: key not in ("settings", "source")):
+    for key in sorted(keys, key=("settings", "source", "tokenizer", "units", "dtype", "version", "format").index):
         ours, theirs = plan[key], found.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):
             names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
@@ -412,12 +414,12 @@ def _short(value) -> str:
 def _remove_dataset(out: Path) -> None:
     """Remove what this module writes, and nothing else."""
     (out / MANIFEST).unlink(missing_ok=True)  # first: from here on it is no data set
-    for path in [*out.glob(f"{UNITS}/*.json*"), *out.glob(f"{TOKENIZER}/*"), *out.iterdir()]:
-        ours = path.parent != out or re.fullmatch(
-            r"((train|val)_\d{6}\.bin|plan\.json|README\.md)(\.tmp-\w+)?", path.name
-        )
-        if path.is_file() and ours:
+    shutil.rmtree(out / UNITS, ignore_errors=True)
+    shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+    for path in out.glob("*.bin*"):
+        if re.fullmatch(r"(train|val)_\d{6}\.bin(\.tmp-\w+)?", path.name):
             path.unlink()
+    (out / PLAN).unlink()
 
 
 _encoder: Encoder | None = None  # of a worker process
