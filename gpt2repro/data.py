@@ -173,6 +173,8 @@ class Prefetch:
     def close(self) -> None:
         """Ends the thread and closes the iterator; safe to call twice."""
         self._stopped.set()
+        if hasattr(self._iterator, "cancel"):  # it may wait for a network that is down
+            self._iterator.cancel()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
 

@@ -156,13 +156,14 @@ class StreamSource:
                 f"the data's state (position {state['position']}, {len(state['lanes'])} lanes) does not belong to "
                 f"batches of {sequences} sequences from {self.lanes} lanes; resume with the run's own settings"
             )
-        return self._batches(state, range(rank * (sequences // world), (rank + 1) * (sequences // world)), sequences)
+        rows, stop = sequences // world, threading.Event()
+        return StreamBatches(self._batches(state, range(rank * rows, (rank + 1) * rows), sequences, stop), stop)
 
-    def _batches(self, state: dict, rows: range, sequences: int):
+    def _batches(self, state: dict, rows: range, sequences: int, stop: threading.Event):
         mine = [start + row for start in range(0, self.lanes, sequences) for row in rows]
         lanes = {lane: tuple(state["lanes"].get(str(lane), (lane, 0, 0))) for lane in mine}
         position, skipped = state["position"], state["skipped"]
-        with _Units(self, open_units=2 * len(mine)) as units:
+        with _Units(self, open_units=2 * len(mine), stop=stop) as units:
             units.expect([unit for unit, _, _ in lanes.values()])
             while True:
                 tokens = np.empty((len(rows), self.seq_len + 1), dtype=np.int64)
@@ -251,15 +252,33 @@ def _held_out(row):
     return row % HELD_OUT_ROWS == HELD_OUT_ROWS - 1
 
 
+class StreamBatches:
+    """The iterator that `StreamSource.batches` gives; `cancel` ends, from any thread, its wait for the source."""
+
+    def __init__(self, generator: Iterator, stop: threading.Event):
+        self._generator, self._stop = generator, stop
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        return next(self._generator)
+
+    def cancel(self) -> None:
+        self._stop.set()
+
+    def close(self) -> None:
+        self._generator.close()
+
+
 class _Units:
     """The tokens of units, tokenised ahead by worker threads; those used last stay open."""
 
-    def __init__(self, stream: StreamSource, open_units: int):
-        self._stream, self._most = stream, open_units
+    def __init__(self, stream: StreamSource, *, open_units: int, stop: threading.Event):
+        self._stream, self._most, self._stop = stream, open_units, stop
         self._units: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()  # what [unit] gives
         self._groups: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()  # tokens, ends of the documents
         self._pending: dict[int, Future] = {}
-        self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(stream.workers, thread_name_prefix="tokenise")
 
     def __enter__(self):
@@ -417,9 +436,10 @@ def is_fault(error: Exception) -> bool:
     """True for what goes wrong outside this program: the network, a file, its bytes."""
     import pyarrow
 
-    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    foreign = {"httpx", "httpcore", "aiohttp", "requests", "urllib3", "fsspec", "huggingface_hub", "datasets"}
-    return isinstance(error, (OSError, EOFError, UnicodeDecodeError, pyarrow.ArrowException)) or bool(modules & foreign)
+    network = ("httpx", "httpcore", "aiohttp", "requests", "urllib3", "fsspec", "huggingface_hub", "datasets")
+    return isinstance(error, (OSError, EOFError, UnicodeDecodeError, pyarrow.ArrowException)) or any(
+        kind.__module__.startswith(network) for kind in type(error).__mro__
+    )
 
 
 def may_pass(error: Exception) -> bool:

@@ -1,8 +1,10 @@
 """Text tokenised while training: which window comes when, from every format, at every world size, after stops."""
 
+import functools
 import gzip
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -276,7 +278,7 @@ def test_full_disk_is_a_sentence(open_stream, parquet_file, monkeypatch):
 
 def test_bad_sources_are_sentences(open_stream, tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(InputError, match="damaged or not parquet"):
+    with pytest.raises(InputError, match=r"broken.parquet is cut off, damaged or not parquet"):
         open_stream(tmp_path / "broken.parquet")
     with pytest.raises(InputError, match="names no file here"):
         open_stream(tmp_path / "missing.jsonl")
@@ -334,3 +336,92 @@ def test_lines_are_cut_into_groups_without_loss_at_any_border(tmp_path, monkeypa
     assert "".join(text for g in range(len(whole.groups)) for some in whole.read(g) for text in some) == (
         text_file.read_text(encoding="utf-8")
     )
+
+
+# -- the Hub and its faults --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(loopback_hub, monkeypatch, tmp_path, parquet_file):
+    """A Hub with 300 documents in user/text; its clients do not pause, and do not retry, on their own."""
+    pytest.importorskip("datasets")
+    from huggingface_hub import hf_file_system
+    from huggingface_hub.utils import http_backoff
+
+    loopback_hub.adopt_clients(monkeypatch, tmp_path / "home")
+    monkeypatch.setattr(hf_file_system, "http_backoff", functools.partial(http_backoff, max_retries=0))
+    loopback_hub.add_file("user/text", "data/train-0.parquet", parquet_file.read_bytes(), "dataset")
+    return loopback_hub
+
+
+def test_hub_dataset_is_pinned_and_gives_the_batches_of_the_same_local_file(hub, open_stream, parquet_file):
+    source = open_stream("user/text")
+    revision = source.identity()["revision"]
+    plain = take(source, 30)
+    assert_same(take(open_stream(parquet_file), 30), plain)
+    hub.add_file("user/text", "data/train-1.parquet", parquet_file.read_bytes(), "dataset")
+    assert open_stream("user/text").identity()["sha256"] != source.identity()["sha256"]
+    again = open_stream(f"user/text@{revision}", cache="another")
+    assert again.identity()["sha256"] == source.identity()["sha256"]
+    assert_same(take(again, 30), plain)
+
+
+@pytest.mark.parametrize(
+    "fault", [{"status": 429, "headers": {"Retry-After": "0"}}, {"status": 503}, {"drop_after": 100}, {"drop_after": 0}]
+)
+def test_faults_of_the_hub_are_retried_reported_and_change_nothing(hub, open_stream, parquet_file, fault):
+    plain = take(open_stream(parquet_file), 30)
+    hub.fail(r"GET .*/(revision|resolve)/.*", times=2, **fault)
+    source = open_stream("user/text")
+    hub.fail(r"GET .*parquet", times=3, **fault)
+    assert_same(take(source, 30), plain)
+    assert len([report for report in open_stream.reports if "trying again in" in report]) >= 4
+
+
+def test_an_outage_does_not_stop_a_run_whose_groups_are_cached(hub, open_stream):
+    source = open_stream("user/text")
+    plain = take(source, 30)
+    hub.fail("", status=503, times=10**6)
+    restarted = open_stream("user/text")
+    assert restarted.identity() == source.identity()
+    assert_same(take(restarted, 25, plain[4][2], world=2), plain[5:])
+    assert any("the Hub is out of reach" in report for report in open_stream.reports)
+
+
+def test_an_endless_outage_ends_with_a_sentence(hub, open_stream, monkeypatch):
+    monkeypatch.setattr(streaming, "RETRIES", 3)
+    source = open_stream("user/text")
+    hub.fail("GET .*parquet", status=502, times=10**6)
+    with pytest.raises(InputError, match=r"failed 4 times.*continues from the last checkpoint"):
+        take(source, 1)
+
+
+def test_closing_a_stream_that_waits_for_the_hub_is_prompt(hub, open_stream, monkeypatch):
+    monkeypatch.setattr(streaming, "RETRY_SECONDS", 60.0)
+    source = open_stream("user/text")
+    hub.fail("GET .*parquet", status=502, times=10**6)
+    ahead = prefetch(source.batches(source.initial_state(), rank=0, world=1, sequences=SEQUENCES), depth=1)
+    while not open_stream.reports:
+        time.sleep(0.01)
+    begin = time.monotonic()
+    ahead.close()
+    assert time.monotonic() - begin < 5
+
+
+def test_missing_datasets_configurations_and_revisions_are_sentences(hub, open_stream):
+    with pytest.raises(InputError, match="no dataset user/nothing on the Hub"):
+        open_stream("user/nothing")
+    with pytest.raises(InputError, match="no revision v9"):
+        open_stream("user/text@v9")
+    with pytest.raises(InputError, match="sample-10BT"):
+        open_stream("user/text:sample-10BT")
+    hub.add_file("user/tables", "train.csv", b"a,b\n1,2\n3,4\n", "dataset")
+    with pytest.raises(InputError, match="has no column 'text'"):
+        open_stream("user/tables")
+
+
+def test_jsonl_and_csv_on_the_hub_give_the_batches_of_local_files(hub, open_stream, tmp_path):
+    for name in ("text.jsonl", "text.csv"):
+        path = write(tmp_path / name, documents(200))
+        hub.add_file(f"user/{path.suffix[1:]}", "train" + path.suffix, path.read_bytes(), "dataset")
+        assert_same(take(open_stream(f"user/{path.suffix[1:]}"), 20), take(open_stream(path), 20))
