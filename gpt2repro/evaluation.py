@@ -24,7 +24,8 @@ Source: llm.c dev/data/fineweb.py and train_gpt2.cu (val_max_steps), modded-nano
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -192,3 +193,146 @@ def validation_loss(
     if token_bytes is None:
         total_bytes = split.bytes * predicted / split.tokens if split.bytes else None
     return {**loss_metrics(total_nats, predicted, total_bytes), "val_tokens": predicted}
+
+
+# --- perplexity of a text -------------------------------------------------------------------------------------------
+
+
+def sliding_window_loss(
+    model: torch.nn.Module,
+    ids: np.ndarray,
+    *,
+    max_length: int,
+    stride: int,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> dict:
+    """Nats of ids[1:], each predicted once, from at least `max_length - stride` tokens before it where there are any.
+
+    Windows of `max_length` advance by `stride`; of each only the tokens behind the previous window count. `stride` =
+    `max_length` is the cheap extreme (blocks), 1 the dear one (full context for every token).
+
+    Returns {"total_nats", "predicted_tokens"}. Source: transformers' docs, "Perplexity of fixed-length models".
+    """
+    if not 1 <= stride <= max_length:
+        raise InputError(f"stride={stride} must be between 1 and the window of {max_length} tokens")
+    if len(ids) < 2:
+        raise InputError(f"the text has {len(ids)} tokens; a perplexity needs at least 2")
+    starts = [0]
+    while starts[-1] + max_length < len(ids) - 1:  # a window of inputs [start, start + max_length) predicts one further
+        starts.append(starts[-1] + stride)
+    nats = []
+    with inference(model) as forward:
+        for first in progress(range(0, len(starts), batch_size)):
+            batch = starts[first : first + batch_size]
+            x = np.zeros((len(batch), max_length), dtype=np.int64)
+            y = np.full((len(batch), max_length), IGNORED, dtype=np.int64)
+            for row, start in enumerate(batch):
+                window = ids[start : start + max_length + 1]
+                x[row, : len(window) - 1] = window[:-1]
+                known = 0 if start == 0 else max_length - stride  # the previous window has predicted these
+                y[row, known : len(window) - 1] = window[1 + known :]
+            width = len(ids[batch[0] : batch[0] + max_length + 1]) - 1  # shorter for a text shorter than a window
+            with autocast():
+                inputs, targets = torch.from_numpy(x[:, :width]), torch.from_numpy(y[:, :width])
+                nats.append(loss_sum(forward, inputs.to(device), targets.to(device)))
+    return {"total_nats": sum(torch.stack(nats).tolist()), "predicted_tokens": len(ids) - 1}
+
+
+def detokenize_wikitext(text: str) -> str:
+    """WikiText's word-tokenised form as ordinary text, so that a byte-level model is not charged for the form.
+
+    GPT-2's paper uses such "invertible de-tokenizers" and still divides by the words of the original form. Rules as in
+    Megatron-LM's WikiText evaluation: joiners (`@-@`), punctuation, brackets, quotes, headings, contractions.
+    """
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r"\( ([^()]*?) \)", r"(\1)", text)
+    text = re.sub(r"\[ ([^\[\]]*?) \]", r"[\1]", text)
+    text = re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
+    text = re.sub(r"(?<!\w)' ([^'\n]*?) '(?!\w)", r"'\1'", text)
+    text = re.sub(r" ([,.:;!?])(?=\s|$)", r"\1", text)
+    text = re.sub(r" '(s|t|re|ve|m|ll|d)\b", r"'\1", text)
+    text = text.replace("s ' ", "s' ").replace(" ° ", "°")
+    text = re.sub(r"=(?: =)+", lambda run: run[0].replace(" ", ""), text)  # = = Heading = =
+    return re.sub(r" *\n *", "\n", text)
+
+
+# --- last words -----------------------------------------------------------------------------------------------------
+
+
+def last_word_scores(
+    model: torch.nn.Module,
+    tokenizer,
+    passages: Sequence[str],
+    *,
+    max_length: int,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> list[dict]:
+    """LAMBADA: per passage the log p of its last word given the rest, and whether greedy decoding would write it.
+
+    The word and the space before it are the target. Passage and context are encoded separately and the target is what
+    the passage has behind the context's token count; a passage that is too long loses its beginning. As in
+    lm-evaluation-harness' `lambada_openai`, without the stop-word filter that GPT-2's paper adds for its accuracies.
+
+    Returns [{"word", "log_likelihood", "greedy"}, …].
+    """
+    passages = [passage.strip() for passage in passages]
+    contexts = [passage.rpartition(" ")[0].rstrip() for passage in passages]
+    if not all(contexts):
+        index = contexts.index("")
+        raise InputError(f"passage {index + 1} has no word before its last one: {passages[index][:60]!r}")
+    whole = tokenizer(passages, add_special_tokens=False)["input_ids"]
+    before = [len(ids) for ids in tokenizer(contexts, add_special_tokens=False)["input_ids"]]
+    rows = []
+    for index, (ids, length) in enumerate(zip(whole, before, strict=True)):
+        target = len(ids) - length
+        if not 0 < target <= max_length:
+            raise InputError(f"the last word of passage {index + 1} is {target} tokens; expected 1 to {max_length}")
+        rows.append((ids[-(max_length + 1) :], target))
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]), reverse=True)
+    scores: list[dict] = [{} for _ in rows]
+    with inference(model) as forward:
+        for first in progress(range(0, len(order), batch_size)):
+            batch = order[first : first + batch_size]
+            width = len(rows[batch[0]][0]) - 1
+            inputs = torch.zeros(len(batch), width, dtype=torch.long)
+            targets = torch.full((len(batch), width), IGNORED)
+            for row, index in enumerate(batch):
+                ids, count = rows[index]
+                inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+                targets[row, len(ids) - 1 - count : len(ids) - 1] = torch.tensor(ids[-count:])
+            targets = targets.to(device)
+            with autocast():
+                logits = forward(input_ids=inputs.to(device), use_cache=False).logits  # (B, T, V)
+            log_likelihoods = target_log_probs(logits, targets).sum(dim=1).tolist()
+            greedy = ((logits.argmax(dim=-1) == targets) | (targets == IGNORED)).all(dim=1).tolist()
+            for row, index in enumerate(batch):
+                word = passages[index].rpartition(" ")[2]
+                scores[index] = {"word": word, "log_likelihood": log_likelihoods[row], "greedy": greedy[row]}
+    return scores
+
+
+def last_word_summary(scores: Sequence[dict]) -> dict:
+    """Accuracy, its standard error (deviation / sqrt n), and exp of the mean nats per last *word*, as published."""
+    n = len(scores)
+    accuracy = sum(score["greedy"] for score in scores) / n
+    return {
+        "last_word_accuracy": accuracy,
+        "last_word_accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else None,
+        "last_word_perplexity": math.exp(-sum(score["log_likelihood"] for score in scores) / n),
+        "last_words": n,
+    }
+
+
+def max_length_of(model: torch.nn.Module, tokenizer=None) -> int:
+    """The longest input, by the rule of lm-evaluation-harness."""
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if isinstance(getattr(model.config, name, None), int):
+            return getattr(model.config, name)
+    length = getattr(tokenizer, "model_max_length", None)
+    return length if length and length < 10**9 else 2048

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt2repro.evaluation import Forward, Reduce, inference, sum_over_ranks, target_log_probs
+from gpt2repro.evaluation import Forward, Reduce, inference, max_length_of, sum_over_ranks, target_log_probs
 from gpt2repro.options import InputError
 
 PROTOCOLS = ("tokens", "chars")
@@ -363,15 +363,6 @@ def contexts_can_be_shared(forward: Forward, groups: Sequence[Group], device: to
         warnings.warn("contexts are not shared: the model ignores 4-D attention masks or position ids", stacklevel=2)
         return False
     return True
-
-
-def max_length_of(model: torch.nn.Module, tokenizer=None) -> int:
-    """The longest input, by the rule of lm-evaluation-harness."""
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if isinstance(getattr(model.config, name, None), int):
-            return getattr(model.config, name)
-    length = getattr(tokenizer, "model_max_length", None)
-    return length if length and length < 10**9 else 2048
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""HellaSwag against independent references: lm-evaluation-harness itself, and one example at a time in plain PyTorch."""
+"""HellaSwag against independent references: lm-evaluation-harness itself, and one example at a time in plain torch."""
 
 import json
 import math

@@ -1,0 +1,196 @@
+"""Perplexity of a model on a text with a sliding window, or its accuracy on the last words of passages (LAMBADA).
+
+    gpt2repro perplexity --model runs/124M --data book.txt --stride 512
+    gpt2repro perplexity --model openai-community/gpt2 --data Salesforce/wikitext --subset wikitext-103-raw-v1 \\
+        --split test --detokenize wikitext
+    gpt2repro perplexity --model runs/124M --data EleutherAI/lambada_openai --split test --last_word
+
+Published for OpenAI's 124M: 37.50 per word on WikiText-103, LAMBADA 35.13 per word and 45.99 % (GPT-2 paper; its
+accuracy has a stop-word filter, this one has none). For the tasks of lm-evaluation-harness (`pip install lm_eval`):
+
+    lm_eval --model hf --model_args pretrained=runs/124M/checkpoints/final,trust_remote_code=True \\
+        --tasks lambada_openai,hellaswag,wikitext
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gpt2repro.options import InputError, parse_options
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+# OpenAI's sizes. Source: GPT-2 paper, table 3.
+PUBLISHED = {
+    "last_word": {
+        "LAMBADA perplexity": {"124M": 35.13, "350M": 15.60, "774M": 10.87, "1558M": 8.63},
+        "LAMBADA accuracy (with stop-word filter)": {"124M": 0.4599, "350M": 0.5548, "774M": 0.6012, "1558M": 0.6324},
+    },
+    "perplexity": {"WikiText-103 perplexity per word": {"124M": 37.50, "350M": 26.37, "774M": 22.05, "1558M": 17.48}},
+}
+
+
+@dataclass
+class Options:
+    model: str
+    "A run, a checkpoint directory, or a Hub id."
+    data: str
+    "A text file, a .jsonl file with a text in each line, or a dataset of the Hub."
+    subset: str | None = None
+    "Subset (configuration) of a Hub dataset."
+    split: str = "test"
+    "Split of a Hub dataset."
+    text_column: str = "text"
+    "Where a .jsonl line or a dataset's row has its text."
+    stride: AtLeastOne | None = None
+    "Tokens by which the window advances: smaller is slower and gives every token more context; none: half a window."
+    max_length: AtLeastOne | None = None
+    "Tokens of a window; none: the longest input of the model."
+    last_word: bool = False
+    "Each line or row is a passage whose last word is to be predicted."
+    detokenize: Literal["wikitext"] | None = None
+    "Undo WikiText's word-tokenised form before encoding; perplexity per word still counts the original words."
+    limit: AtLeastOne | None = None
+    "Only the first so many lines or rows; none: all."
+    batch_size: AtLeastOne = 8
+    "Windows or passages per forward pass."
+    out: Path | None = None
+    "Write the numbers to this JSON file."
+    device: str | None = None
+    "cuda, cuda:1, mps or cpu; none: the best one here."
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    "Precision of the weights."
+    trust_remote_code: bool = False
+    "Run the Python code that a Hub repo of another architecture brings along."
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.last_word and self.stride is not None:
+            found.append("--stride belongs to the sliding window, not to --last_word")
+        if self.last_word and self.detokenize is not None:
+            found.append("--detokenize belongs to the sliding window, not to --last_word")
+        return found
+
+
+def main(argv: list[str]) -> int:
+    options = parse_options(Options, argv, prog="gpt2repro perplexity", description=__doc__)
+    texts = read_texts(options)  # before a model is loaded
+
+    import torch
+    from tqdm import tqdm
+
+    from gpt2repro import evaluation
+    from gpt2repro.commands.loading import load_model, pick_device
+
+    device = pick_device(options.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    model, tokenizer = load_model(
+        options.model, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code
+    )
+    limit = evaluation.max_length_of(model, tokenizer)
+    if options.max_length is not None and options.max_length > limit:
+        raise InputError(f"max_length={options.max_length} is longer than the model's input of {limit} tokens")
+    how = {
+        "max_length": options.max_length or limit,
+        "batch_size": options.batch_size,
+        "device": device,
+        "progress": lambda batches: tqdm(batches, unit="batch", file=sys.stderr),
+    }
+    if options.last_word:
+        results = evaluation.last_word_summary(evaluation.last_word_scores(model, tokenizer, texts, **how))
+    else:
+        results = text_perplexity(model, tokenizer, "".join(texts), options, how)
+    show(results, PUBLISHED["last_word" if options.last_word else "perplexity"], options)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        record = {"model": options.model, "data": options.data, "subset": options.subset, "split": options.split}
+        record |= {"results": results, "dtype": options.dtype, "command": ["gpt2repro", "perplexity", *argv]}
+        options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def text_perplexity(model, tokenizer, text: str, options: Options, how: dict) -> dict:
+    """The sliding window's sum of nats per token, per word of the text as given, and per byte of what was read."""
+    import numpy as np
+
+    from gpt2repro import evaluation
+
+    words = len(text.split())
+    if options.detokenize == "wikitext":
+        text = evaluation.detokenize_wikitext(text)
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+    stride = options.stride or max(1, how["max_length"] // 2)
+    sums = evaluation.sliding_window_loss(model, ids, stride=stride, **how)
+    metrics = evaluation.loss_metrics(sums["total_nats"], sums["predicted_tokens"], len(text.encode("utf-8")))
+    return {
+        "loss": metrics["val_loss"],
+        "perplexity": metrics["perplexity"],
+        "word_perplexity": math.exp(min(sums["total_nats"] / words, 700)) if words else None,
+        "bits_per_byte": metrics["bits_per_byte"],
+        "tokens": sums["predicted_tokens"],
+        "words": words,
+        "stride": stride,
+        "max_length": how["max_length"],
+    }
+
+
+def read_texts(options: Options) -> list[str]:
+    """Lines or rows of text; a text file keeps its line ends. Raises InputError."""
+    path = Path(options.data)
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+        lines = text.splitlines(keepends=True)
+        if path.suffix == ".jsonl":
+            lines = [read_json_line(path, number, line, options) for number, line in enumerate(lines, 1)]
+    elif path.suffix or str(options.data).count("/") != 1:
+        raise InputError(f"there is no file {options.data}; give a text file, a .jsonl file or a dataset of the Hub")
+    else:
+        lines = read_dataset(options)
+    if options.last_word:
+        lines = [line for line in lines if line.strip()]
+    lines = lines[: options.limit]
+    if not any(line.strip() for line in lines):
+        raise InputError(f"{options.data} has no text")
+    return lines
+
+
+def read_json_line(path: Path, number: int, line: str, options: Options) -> str:
+    try:
+        return json.loads(line)[options.text_column]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        expected = f'expected an object with "{options.text_column}"'
+        raise InputError(f"{path}, line {number}: {expected} (--text_column names another)") from None
+
+
+def read_dataset(options: Options) -> list[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"reading {options.data} needs the package `datasets`; install it or give a file") from None
+    try:
+        rows = datasets.load_dataset(options.data, options.subset, split=options.split)
+        return [row[options.text_column] for row in rows]
+    except Exception as error:  # the Hub, the network and parquet fail in many ways; each is bad input here
+        raise InputError(f"cannot read {options.data}: {type(error).__name__}: {error}") from error
+
+
+def show(results: dict, published: dict, options: Options) -> None:
+    print(f"{options.model} on {options.data}")
+    for name, value in results.items():
+        print(f"  {name:26} {value:,.4f}" if isinstance(value, float) else f"  {name:26} {value}")
+    for name, values in published.items():
+        print(f"published, {name}: " + ", ".join(f"GPT-2 {size} {value}" for size, value in values.items()))
+
+
+if __name__ == "__main__":
+    from gpt2repro.options import run_main
+
+    raise SystemExit(run_main(main))
