@@ -460,10 +460,11 @@ def resolve_pointer(directory: str | Path, name: str) -> Path | None:
     return _step_path(Path(directory), step)
 
 
-def resolve_model(model: str) -> str:
+def resolve_model(model: str, *, any_architecture: bool = False) -> str:
     """RUN | DIR | HUB_ID -> what `from_pretrained` takes: a run's best (else latest) checkpoint, a directory, an id.
 
-    Raises: InputError for a directory that holds no model, another architecture, or nothing but pickled weights.
+    Raises: InputError for a directory that holds no model, nothing but pickled weights, or (unless
+    `any_architecture`) a model of another architecture.
     """
     path = Path(model)
     if not path.exists() and not path.is_symlink():
@@ -483,7 +484,7 @@ def resolve_model(model: str) -> str:
         path = next((candidate for candidate in candidates if candidate), None)
         if path is None:
             raise InputError(f"{model} holds neither a model (config.json) nor a run's checkpoints")
-    check_model_directory(path)
+    check_model_directory(path, any_architecture=any_architecture)
     return str(path)
 
 
@@ -521,11 +522,11 @@ def verify_checkpoint(path: str | Path) -> None:
     check_model_directory(path)
 
 
-def check_model_directory(path: str | Path) -> None:
+def check_model_directory(path: str | Path, *, any_architecture: bool = False) -> None:
     """Raises InputError unless a directory can be loaded safely: known architecture, safetensors, plain names."""
     path = Path(path)
     model_type = _read_json(path / "config.json").get("model_type")
-    if model_type not in MODEL_TYPES:
+    if model_type not in MODEL_TYPES and not any_architecture:
         raise InputError(f"{path} is a model of type {model_type!r}; expected {' or '.join(MODEL_TYPES)}")
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").is_file():

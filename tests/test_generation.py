@@ -301,7 +301,7 @@ def test_code_of_another_architecture_runs_only_if_the_user_says_so(tmp_path, mo
         json.dumps({"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}})
     )
     (tmp_path / "strange.py").write_text("raise RuntimeError('remote code ran')\n")
-    monkeypatch.setattr(loading, "resolve_model", lambda name: str(tmp_path))  # as if it came from the Hub
+    monkeypatch.setattr(loading, "resolve_model", lambda name, **options: str(tmp_path))  # as if it came from the Hub
     with pytest.raises(InputError, match="--trust_remote_code"):
         loading.load_model("user/strange", device=torch.device("cpu"), dtype=None)
 

@@ -47,7 +47,7 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype | None, tr
 
     from gpt2repro.tokenization import load_tokenizer
 
-    source = str(resolve_model(name))
+    source = resolve_model(name, any_architecture=True)
     logging.disable_progress_bar()  # a second of weights needs no bar
     try:
         config_file = Path(cached_file(source, "config.json"))  # from the directory, the cache or the Hub
