@@ -11,7 +11,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # A test process holds about 1 GB, so not one per core on a big machine.
-PYTEST := $(PYTHON) -m pytest -n auto --maxprocesses 8 --timeout 600
+PYTEST := $(PYTHON) -m pytest -n logical --maxprocesses 8 --timeout 600
 
 .PHONY: help install quickstart test test-all style
 help:
