@@ -108,11 +108,11 @@ class Plan:
         kept = "all kept" if self.keep_checkpoints is None else f"{self.keep_checkpoints} kept"
         price = self.dollars_per_gpu_hour
         stated = f"{self.mfu:.0%} MFU" + (f", ${price:.2f} per GPU and hour" if price is not None else "")
-        epochs = "n/a (stream)" if self.epochs is None else f"{self.epochs:,.2f}"
+        epochs = "epochs n/a (stream)" if self.epochs is None else f"{self.epochs:,.2f} epochs"
         lines = [
             f"parameters   {self.n_params:,}",
             f"batch        {self.layout}",
-            f"length       {self.max_steps:,} steps, {self.tokens:,} tokens, {epochs} epochs, "
+            f"length       {self.max_steps:,} steps, {self.tokens:,} tokens, {epochs}, "
             f"{self.tokens / self.n_params:,.1f} tokens per parameter",
             f"work         {self.flops_per_token / 1e6:,.1f} MFLOP per token, "
             f"{self.flops_per_token * self.tokens:.3g} FLOP in all",

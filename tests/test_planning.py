@@ -165,7 +165,7 @@ def test_impossible_batches_are_named_with_a_number_that_works(tmp_path):
         "the data has 1,000 tokens, fewer than one batch of 500,000",
     ]
     assert plan_of(run_dir=tmp_path, epoch_tokens=None).epochs is None
-    assert "n/a (stream)" in plan_of(run_dir=tmp_path, epoch_tokens=None).report()
+    assert "epochs n/a (stream)," in plan_of(run_dir=tmp_path, epoch_tokens=None).report()
 
 
 def test_a_disk_too_small_is_named_before_the_run(tmp_path, monkeypatch):
