@@ -13,12 +13,22 @@ from gpt2repro.__main__ import BENCHMARKS, COMMANDS
 ROOT = Path(__file__).resolve().parent.parent
 HUB_PAIR = {"configuration_gpt2repro", "modeling_gpt2repro"}
 SCRIPTS = {"prepare_fineweb", "train_accelerate", "eval_hellaswag"}
-LIBRARY = sorted(path for path in (ROOT / "gpt2repro").glob("*.py") if path.name != "__main__.py")
 COMMAND_FILES = sorted((ROOT / "gpt2repro" / "commands").rglob("*.py"))
+LIBRARY = sorted({*(ROOT / "gpt2repro").rglob("*.py")} - {*COMMAND_FILES, ROOT / "gpt2repro" / "__main__.py"})
 # What is imported under another name than it is installed under.
 INSTALLED_AS = {"yaml": "pyyaml", "lm_eval": "lm-eval", "PIL": "pillow"}
-# Needed without an import of ours: torch's SummaryWriter reads tensorboard, `make` and pytest run the rest.
-NOT_IMPORTED = {"tensorboard", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "hypothesis", "ipykernel", "onnx"}
+# Needed without an import of ours: torch writes through tensorboard, onnx and onnxscript; make, pytest and nbclient
+# run the rest.
+NOT_IMPORTED = {
+    "tensorboard",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "ipykernel",
+    "onnx",
+    "onnxscript",
+}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -29,6 +39,11 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "pytest.importorskip",
+            "importlib.import_module",
+        ):
+            found |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
     return found
 
 
