@@ -255,8 +255,9 @@ def is_transient(error: BaseException) -> bool:
         return status in (408, 429) or status >= 500
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
         return False
-    network = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "pyarrow")  # pyarrow: a reply that was cut short
-    return isinstance(error, OSError | EOFError) or type(error).__module__.split(".")[0] in network
+    # The Hub's client has changed its HTTP library twice; pyarrow complains about a reply that was cut short.
+    network = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "pyarrow")
+    return isinstance(error, OSError | EOFError) or type(error).__module__.startswith(network)
 
 
 def retrying(call: Callable, what: str):
@@ -287,10 +288,10 @@ def wait_or_raise(error: Exception, attempt: int, what: str) -> None:
     if isinstance(error, InputError) or not is_transient(error):
         raise error
     if not what.startswith("hf://"):
-        raise InputError(f"{what} can't be read: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{what} can't be read: {_first_line(error)}") from error
     if attempt >= RETRIES:
         raise InputError(
-            f"{what} can't be read ({type(error).__name__}: {error}) after {RETRIES} retries; "
+            f"{what} can't be read after {RETRIES} retries ({type(error).__name__}: {_first_line(error)}); "
             "finished units are kept, run the same command again later"
         ) from error
     seconds = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt) * random.uniform(0.5, 1.5)
@@ -298,6 +299,10 @@ def wait_or_raise(error: Exception, attempt: int, what: str) -> None:
     seconds = max(seconds, float(asked)) if asked.isdigit() else seconds
     print(f"{what}: {type(error).__name__}, again in {seconds:.1f} s", file=sys.stderr, flush=True)
     time.sleep(seconds)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _local(item: str) -> list[Path]:
@@ -334,8 +339,7 @@ def _find_on_hub(dataset: str, config: str | None, revision: str | None, text_co
     except (RepositoryNotFoundError, DatasetNotFoundError, HFValidationError) as error:
         raise InputError(f"no file matches {dataset}, and the Hub has no such dataset (or it is private)") from error
     except (DataFilesNotFoundError, RuntimeError, ValueError, OSError) as error:  # ValueError: unknown subset
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{dataset} can't be opened: {reason}") from error
+        raise InputError(f"{dataset} can't be opened: {_first_line(error)}") from error
     urls = [str(url) for url in (builder.config.data_files or {}).get("train", [])]
     if not urls:
         raise InputError(f"{dataset} ({builder.config.name}) has no train split with data files")
@@ -371,7 +375,7 @@ def _row_group_bytes(path: str, text_column: str) -> list[int]:
         try:
             file = parquet.ParquetFile(raw)
         except pyarrow.ArrowInvalid as error:
-            raise InputError(f"{path} is damaged or not parquet: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{path} is damaged or not parquet: {_first_line(error)}") from error
         names = file.schema_arrow.names
         if text_column not in names:
             raise InputError(f"{path}: there is no column {text_column!r}, only {', '.join(names)}; set --text_column")

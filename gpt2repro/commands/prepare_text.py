@@ -72,6 +72,8 @@ class Options:
             return ["say what to read: --corpus python-docs, --corpus shakespeare, or --input PATH…"]
         if self.input and self.corpus == "python-docs":
             return ["--corpus python-docs reads nothing else; drop --input or --corpus"]
+        if self.split == "position" and self.corpus == "python-docs":
+            return ["--corpus python-docs is split by document; drop --split position"]
         return []
 
 
