@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 from base64 import b64encode
 from collections.abc import Iterable
@@ -166,8 +167,10 @@ class Encoder:
         self.uses_gigatoken, self._strange = False, None
         self._prepare()
         if fast and self.kind == "gpt2":
-            self._strange = _gigatoken_disagreements(self._tiktoken)
+            self._strange, why_not = _gigatoken_disagreements(self._tiktoken)
             self.uses_gigatoken = self._strange is not None
+            if why_not:
+                print(f"{why_not}; tiktoken does the work", file=sys.stderr)
             self._prepare()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -287,8 +290,8 @@ def _gigatoken(ranks: dict[bytes, int]):
         return gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2", special_tokens={})
 
 
-def _gigatoken_disagreements(encoding) -> re.Pattern | None:
-    """A pattern for the characters that send a text to tiktoken, or None where gigatoken is absent or not to be trusted.
+def _gigatoken_disagreements(encoding) -> tuple[re.Pattern | None, str | None]:
+    """(pattern of the characters that send a text to tiktoken, None), or (None, why gigatoken is not to be used).
 
     The two carry different versions of Unicode and so disagree about letters that one of them does not know. Every code
     point of the planes in use is tried in the company that shows its class (a letter, a digit, a space, a contraction),
@@ -297,7 +300,7 @@ def _gigatoken_disagreements(encoding) -> re.Pattern | None:
     try:
         fast = _gigatoken(encoding._mergeable_ranks)
     except ImportError:
-        return None
+        return None, "gigatoken is not installed (pip install 'gpt2repro[fast-tokenizer]')"
 
     def differs(text: str) -> bool:
         return not np.array_equal(fast.encode(text), encoding.encode_to_numpy(text, disallowed_special=()))
@@ -307,11 +310,14 @@ def _gigatoken_disagreements(encoding) -> re.Pattern | None:
         return f"a{c}'s{c}1 {c}!{c}"
 
     if differs("It's  10 o'clock\n\n\tIT'S <|endoftext|> naïve 你好 🙂🙂  \r\n" + "x" * 1000 + " " * 1000):
-        return None
+        return None, "this version of gigatoken does not give tiktoken's ids"
     codes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000)]
     blocks = [codes[i : i + 512] for i in range(0, len(codes), 512)]
     suspects = [code for block in blocks if differs("".join(map(probe, block))) for code in block]
     strange = [code for code in suspects if differs(probe(code))]
     if any(code < 128 for code in strange):
-        return None
-    return re.compile(r"[\U00040000-\U000dffff\U000e1000-\U0010ffff" + "".join(map(re.escape, map(chr, strange))) + "]")
+        return None, "this version of gigatoken does not give tiktoken's ids for ASCII"
+    pattern = re.compile(
+        r"[\U00040000-\U000dffff\U000e1000-\U0010ffff" + "".join(map(re.escape, map(chr, strange))) + "]"
+    )
+    return pattern, None
