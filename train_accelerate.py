@@ -86,6 +86,16 @@ class TrainConfig:
     micro_batch_size: int = 16
     "Sequences per process and forward pass. Halve it when memory runs out: the result stays the same."
 
+    # --- streams (data = stream:…)
+    text_column: str = "text"
+    "Column, or key, of the text."
+    stream_lanes: int | None = None
+    "Streams that are read side by side; a multiple of the batch's sequences; none: the first one that is at least 64."
+    cache_dir: Path | None = None
+    "Where tokenised text is kept for a second epoch, a restart or an outage; none: gpt2repro/streams in HF_HOME."
+    cache_gib: float | None = None
+    "Most that a stream's cache may hold, in GiB; none: everything that passed."
+
     # --- optimization
     optimizer: Literal["adamw", "muon"] = "adamw"
     "AdamW, or Muon for the matrices of the blocks with AdamW for the rest."
@@ -233,19 +243,19 @@ class TrainConfig:
 
 
 def main(argv: list[str]) -> int:
-    is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         config = parse_options(TrainConfig, argv, prog="train_accelerate.py", description=__doc__)
-        return print_plan(config) if config.plan else train(config)
     except InputError:
-        if is_main:
+        if int(os.environ.get("RANK", 0)) == 0:  # the other processes have nothing to add
             raise
-        return 2  # the first process has said it
+        return 2
+    return print_plan(config) if config.plan else train(config)
 
 
 def train(config: TrainConfig) -> int:
     """One run, from its first step or from its newest checkpoint to `max_steps`. Returns the exit code."""
     import torch
+    from accelerate.utils import gather_object
     from tqdm import tqdm
 
     from gpt2repro import checkpoint, data, hellaswag
@@ -260,11 +270,9 @@ def train(config: TrainConfig) -> int:
     accelerator = build_accelerator(config)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     sequences = config.batch_tokens // config.seq_len  # rows of the global batch
-    source = data.open_source(
-        config.data, seq_len=config.seq_len, seed=config.seed, sequences=sequences, vocab_size=config.vocab_size
-    )
+    source = open_data(config, sequences)
     validation = open_split(config.val_data, "val") if config.val_data else source.validation
-    tokenizer = find_tokenizer(config, source)
+    tokenizer = find_tokenizer(config, source.directory)
     model = build_model(config, source.vocab_size, tokenizer)
     optimizer = build_optimizer(
         model,
@@ -334,7 +342,8 @@ def train(config: TrainConfig) -> int:
     if config.push_to_hub is not None and accelerator.is_main_process:
         from gpt2repro.hub import Uploader
 
-        uploader = Uploader(config.push_to_hub, run_dir=config.run_dir, private=not config.hub_public)
+        private = not config.hub_public
+        uploader = Uploader(config.push_to_hub, run_dir=config.run_dir, private=private, comparable=load_on_cpu)
 
     step, best = state["step"], state["best"]
     examples = prepare_hellaswag(config, model, tokenizer)
@@ -398,7 +407,8 @@ def train(config: TrainConfig) -> int:
         """Start writing checkpoint `step`; what the loop itself must know again goes into its state."""
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         kept = {"step": step, "best": best, "run_ids": log.run_ids, "seconds": state["seconds"], "scaler": scaler}
-        kept |= {"source": state["source"], "health": monitor.state(), "identity": identity}
+        kept |= {"health": monitor.state(), "identity": identity}
+        kept["source"] = data.merge_states(gather_object([state["source"]]))  # a stream's ranks each know their lanes
         kept["environment"] = environment(accelerator)
         writer.save(
             step,
@@ -567,7 +577,9 @@ def build_accelerator(config: TrainConfig):
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     try:
-        return Accelerator(mixed_precision=precision, kwargs_handlers=[ddp])
+        # Without `cpu`, Accelerate takes two processes that torchrun starts on a CPU for two runs.
+        cpu = not torch.accelerator.is_available()
+        return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
     except (ValueError, ImportError) as error:  # such as fp16 on a CPU
         raise InputError(f"precision={config.precision} does not work on this machine: {error}") from error
 
@@ -786,15 +798,26 @@ def write_samples(accelerator, model, tokenizer, config: TrainConfig, step: int)
     return texts
 
 
-def find_tokenizer(config: TrainConfig, source):
+def open_data(config: TrainConfig, sequences: int):
+    """The source of the batches; a stream also needs a tokenizer, and a place for what it has tokenised."""
+    from gpt2repro.data import open_source
+
+    options = {"seq_len": config.seq_len, "seed": config.seed, "sequences": sequences, "vocab_size": config.vocab_size}
+    if config.data.startswith("stream:"):
+        options |= {"tokenizer": find_tokenizer(config, None), "text_column": config.text_column}
+        options |= {"lanes": config.stream_lanes, "cache_dir": config.cache_dir, "cache_gib": config.cache_gib}
+    return open_source(config.data, **options)
+
+
+def find_tokenizer(config: TrainConfig, directory: Path | None):
     """The tokenizer that made the data: named, or lying beside the shards; foreign shards and streams are GPT-2's."""
     from gpt2repro.shards import TOKENIZER
     from gpt2repro.tokenization import gpt2_tokenizer, load_tokenizer
 
     if config.tokenizer not in (None, "gpt2"):
         return load_tokenizer(config.tokenizer)
-    if config.tokenizer is None and source.directory is not None and (source.directory / TOKENIZER).is_dir():
-        return load_tokenizer(source.directory)
+    if config.tokenizer is None and directory is not None and (directory / TOKENIZER).is_dir():
+        return load_tokenizer(directory)
     return gpt2_tokenizer()
 
 
@@ -857,6 +880,15 @@ def draw(config: TrainConfig) -> None:
     from gpt2repro.plotting import draw_runs
 
     draw_runs([config.run_dir], config.run_dir / "loss.png")
+
+
+def load_on_cpu(directory: Path):
+    """A checkpoint as our class, in fp32: what its native twin on the Hub has to agree with."""
+    import torch
+
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    return GPT2ReproForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 def print_run(accelerator, config: TrainConfig, source, model_config, n_params: int, resumed_from, step: int) -> None:

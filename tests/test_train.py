@@ -1,0 +1,245 @@
+"""The training script end to end: small runs of the real thing, compared with other runs of it and with formulas."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_accelerate
+from gpt2repro.options import run_main
+
+SETTINGS = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32,
+    "seq_len": 32, "batch_tokens": 256, "micro_batch_size": 4,
+    "max_steps": 12, "warmup_steps": 3, "lr": 0.01, "min_lr": 0.001, "eval_steps": 6, "save_steps": 6, "log_steps": 4,
+    "val_tokens": 512, "sample_tokens": 4, "keep_last": 9,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A prepared data set: the files of this test folder as text, a vocabulary of 300."""
+    from gpt2repro.commands.prepare_text import main
+
+    directory = tmp_path_factory.mktemp("corpus")
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        shutil.copy(path, directory / f"{path.stem}.txt")
+    out = directory / "data"
+    options = flags(input=directory, vocab_size=300, val_fraction=0.2, out=out)
+    assert run_main(main, options) == 0
+    return out
+
+
+def flags(**options) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def train(run_dir: Path, corpus: Path, **options) -> int:
+    return run_main(train_accelerate.main, flags(**{**SETTINGS, "data": corpus, "run_dir": run_dir, **options}))
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in records(run_dir) if "loss" in record}
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(run_dir, corpus) == 0
+    return run_dir
+
+
+def test_a_run_leaves_its_log_picture_samples_and_loadable_checkpoints(finished):
+    from transformers import AutoTokenizer
+
+    from gpt2repro.checkpoint import resolve_pointer
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    assert json.loads((finished / "status.json").read_text())["exit_code"] == 0
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [r["step"] for r in records(finished) if "val_loss" in r] == [0, 6, 12]
+    assert set(losses(finished)) == set(range(1, 13))
+    assert sorted(path.name for path in (finished / "samples").iterdir()) == [f"step_{n:06d}.md" for n in (0, 6, 12)]
+    for name in ("latest", "best", "final"):
+        checkpoint = resolve_pointer(finished / "checkpoints", name)
+        model = GPT2ReproForCausalLM.from_pretrained(checkpoint)
+        assert model.config.n_embd == 32
+        assert len(AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)) == model.config.vocab_size
+
+
+def test_training_lowers_the_loss_and_logs_what_it_did(finished):
+    first, last = (r["val_loss"] for r in records(finished) if "val_loss" in r and r["step"] in (0, 12))
+    assert abs(first - math.log(300)) < 0.1  # an untrained model knows nothing
+    assert last < first - 0.5
+    record = next(r for r in records(finished) if r["step"] == 3 and "loss" in r)
+    assert record["lr"] == pytest.approx(0.01)  # the third of three warm-up steps
+    assert record["tokens"] == 3 * 256
+    assert record["tokens_per_second"] > 0 and record["grad_norm"] > 0
+
+
+def test_the_saved_config_is_itself_a_config_that_repeats_the_run(finished, tmp_path):
+    again = tmp_path / "again"
+    assert run_main(train_accelerate.main, flags(config=finished / "config.yaml", run_dir=again)) == 0
+    assert losses(again) == losses(finished)
+
+
+def test_resumed_run_equals_uninterrupted_run(finished, corpus, tmp_path, capsys):
+    resumed = tmp_path / "resumed"
+    shutil.copytree(finished, resumed, symlinks=True)
+    shutil.rmtree(resumed / "checkpoints" / "step_000012")  # as if it had been killed between the two saves
+    assert train(resumed, corpus) == 0
+    assert "continuing from" in capsys.readouterr().out
+    assert losses(resumed) == losses(finished)
+    weights = [run / "checkpoints" / "step_000012" / "model.safetensors" for run in (finished, resumed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_finished_run_is_left_as_it_is(finished, corpus):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert train(finished, corpus) == 0
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_micro_batches_do_not_change_the_result(finished, corpus, tmp_path, micro_batch_size):
+    assert train(tmp_path, corpus, micro_batch_size=micro_batch_size) == 0
+    expected, got = losses(finished), losses(tmp_path)
+    assert max(abs(expected[step] - got[step]) for step in expected) < 1e-5
+
+
+def test_two_processes_agree_with_one_over_50_steps(corpus, tmp_path, run_program):
+    options = {**SETTINGS, "data": corpus, "max_steps": 50, "save_steps": 50, "eval_steps": 50, "lr": 0.003}
+    assert run_main(train_accelerate.main, flags(**options, run_dir=tmp_path / "one")) == 0
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(Path(train_accelerate.__file__))]
+    done = run_program([*launch, *flags(**options, run_dir=tmp_path / "two")], timeout=240)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 50
+    assert max(abs(one[step] - two[step]) for step in one) < 1e-5
+    state = json.loads((tmp_path / "two/checkpoints/step_000050/trainer_state/state.json").read_text())["state"]
+    assert state["environment"]["processes"] == 2
+
+
+def test_dropout_is_a_function_of_seed_and_step(corpus, tmp_path):
+    """Resuming after step 6 draws the same masks as going on would have, and no evaluation disturbs them."""
+    options = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "max_steps": 9}
+    assert train(tmp_path / "a", corpus, **options) == 0
+    assert train(tmp_path / "b", corpus, **options, sample_tokens=0, eval_steps=9) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    shutil.rmtree(tmp_path / "a/checkpoints/step_000009")
+    expected = losses(tmp_path / "a")
+    assert train(tmp_path / "a", corpus, **options) == 0
+    assert losses(tmp_path / "a") == expected
+
+
+def test_fine_tuning_starts_from_the_given_weights(finished, corpus, tmp_path):
+    assert train(tmp_path, corpus, init_from=finished, lr=1e-4, min_lr=1e-5, max_steps=2) == 0
+    start = next(r["val_loss"] for r in records(tmp_path) if "val_loss" in r)
+    end = [r["val_loss"] for r in records(finished) if "val_loss" in r][-1]
+    assert start == pytest.approx(end, abs=1e-5)
+
+
+def test_loss_options_do_not_change_the_result(finished, corpus, tmp_path):
+    options = ["--gradient_checkpointing", *flags(loss_chunk_tokens=50)]
+    common = flags(**{**SETTINGS, "data": corpus, "run_dir": tmp_path})
+    assert run_main(train_accelerate.main, [*common, *options]) == 0
+    expected, got = losses(finished), losses(tmp_path)
+    assert max(abs(expected[step] - got[step]) for step in expected) < 1e-5
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-3), ("bf16", 0.1)])
+def test_precisions_train_alike(finished, corpus, tmp_path, precision, tolerance):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate keeps one precision per process
+    assert train(tmp_path, corpus, precision=precision, max_steps=12) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    expected, got = losses(finished), losses(tmp_path)
+    assert max(abs(expected[step] - got[step]) for step in expected) < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["model", "block"])
+def test_compiled_run_equals_eager_run_with_evaluation_and_samples(finished, corpus, tmp_path, how):
+    assert train(tmp_path, corpus, compile=how) == 0
+    expected, got = losses(finished), losses(tmp_path)
+    assert max(abs(expected[step] - got[step]) for step in expected) < 1e-5
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "checkpoints/step_000012/model.safetensors", "pt") as file:
+        assert not any("_orig_mod" in name or "module." in name for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_python_torchrun_and_accelerate_launch_all_start_it(finished, corpus, tmp_path, run_program):
+    script = str(Path(train_accelerate.__file__))
+    launchers = {
+        "python": [script],
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "1", script],
+        "accelerate": ["-m", "accelerate.commands.launch", "--num_processes", "1", script],
+    }
+    for name, start in launchers.items():
+        options = flags(**{**SETTINGS, "data": corpus, "run_dir": tmp_path / name})
+        done = run_program([*start, *options], timeout=240)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+        assert losses(tmp_path / name) == losses(finished), name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data": "nowhere"}, "nowhere is no directory"),
+        ({"batch_tokens": 250}, "batch_tokens=250 is not a multiple of 128"),
+        ({"n_embd": 33}, "n_embd=33 is not a multiple of n_head=2"),
+        ({"seq_len": 64}, "seq_len=64 is longer than n_positions=32"),
+        ({"batch_tokens": 2**24}, "fewer than one batch"),
+        ({"vocab_size": 200}, "vocabulary of 300"),
+        ({"init_from": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"resume": "never"}, "already holds a run"),
+        ({"seed": 2}, "seed was 1337 and is now 2"),
+        ({"n_layer": 3}, "n_layer was 2 and is now 3"),
+        ({"optimizer": "muon"}, "optimizer was adamw and is now muon"),
+        ({"precision": "fp16"}, "precision=fp16"),
+    ],
+    ids=str,
+)
+def test_bad_input_gets_one_sentence_and_harms_no_run(finished, corpus, capsys, options, said):
+    before = {path: path.read_bytes() for path in finished.rglob("*.json*")}
+    assert train(finished, corpus, **options) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_two_processes_cannot_train_in_one_run_directory(finished, corpus, capsys):
+    lock = train_accelerate.lock_run(finished)
+    try:
+        assert train(finished, corpus) == 2
+        assert "another process is training" in capsys.readouterr().err
+    finally:
+        lock.release()
+
+
+def test_plan_prints_the_run_and_says_what_does_not_fit(corpus, tmp_path, capsys):
+    common = flags(**{**SETTINGS, "data": corpus, "run_dir": tmp_path})
+    assert run_main(train_accelerate.main, [*common, "--plan"]) == 0
+    report = capsys.readouterr().out
+    assert "parameters" in report and "256 tokens = 4 sequences x 32 tokens" in report
+    assert run_main(train_accelerate.main, [*common, "--plan", "--gpu_memory_gib", "0.1"]) == 2
+    assert "do not fit" in capsys.readouterr().err
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_every_preset_is_a_valid_configuration():
+    from gpt2repro.options import parse_options, preset_names
+
+    for name in preset_names():
+        config = parse_options(train_accelerate.TrainConfig, ["--config", name], prog=sys.argv[0])
+        assert config.run_dir == Path("runs") / name
