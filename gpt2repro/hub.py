@@ -37,6 +37,7 @@ STEP_BRANCH = re.compile(r"step-(\d+)")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 KEPT_BY_THE_HUB = (".gitattributes",)
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 300.0  # between attempts; doubled each time, with jitter
+FETCH_ATTEMPTS = 5  # whoever resumes is waiting: a broken line is mended, a Hub that is down is reported
 FINAL_STATUS = {400, 401, 402, 403, 404, 413, 422}  # asking again will not change the answer
 NATIVE_TOLERANCE = 1e-4  # |logit difference| in fp32; the two classes do the same sums in another order
 
@@ -125,7 +126,7 @@ def explain(error: BaseException, repo: str) -> str:
         return f"{hub} asks to slow down (429) while writing to {repo}"
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} was deleted while it was being sent"
-    reason = " ".join(str(error).split())[:400]
+    reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:400]
     if status is not None:
         return scrub(f"{hub} answers {status} for {repo}: {reason}")
     return scrub(f"{hub} could not be reached for {repo}: {type(error).__name__}: {reason}")
@@ -137,8 +138,13 @@ def is_final(error: BaseException) -> bool:
     return type(error).__name__ in names or _status(error) in FINAL_STATUS
 
 
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error; the client wraps what happens to a large file in a RuntimeError."""
+    while error is not None:
+        if getattr(error, "response", None) is not None:
+            return error.response.status_code
+        error = error.__cause__
+    return None
 
 
 # --- in the background of a training run -----------------------------------------------------------------------------
@@ -419,7 +425,14 @@ def _fetch_checkpoint(name: str, into: Path) -> Path:
                 verify_checkpoint(place)
                 return place
         print(f"fetching {repo}@{candidate} …", file=sys.stderr, flush=True)
-        snapshot_download(repo, revision=commit, local_dir=place)
+        for attempt in range(1, FETCH_ATTEMPTS + 1):
+            try:
+                snapshot_download(repo, revision=commit, local_dir=place)  # continues what is there already
+                break
+            except Exception as error:
+                if is_final(error) or attempt == FETCH_ATTEMPTS:
+                    raise
+                time.sleep(FIRST_WAIT_SECONDS * attempt)
     except InputError:
         raise
     except Exception as error:

@@ -4,18 +4,21 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from loopback_hub import TOKEN
+from tiny_run import flags, write_tiny_shards
 
-from gpt2repro.checkpoint import CheckpointWriter, find_checkpoint, read_state, verify_checkpoint
+from gpt2repro.checkpoint import CheckpointWriter, find_checkpoint, read_state, resolve_pointer, verify_checkpoint
 from gpt2repro.commands import push
 from gpt2repro.hub import Uploader, fetch_checkpoint
 from gpt2repro.model_card import card_files
 from gpt2repro.options import InputError, run_main
+from gpt2repro.tracking import read_metrics
 
 REPO = "user/tiny"
 STATE = {
@@ -184,9 +187,10 @@ def test_what_did_not_arrive_is_named_kept_and_sent_by_the_next_start(hub, run, 
     assert "model.safetensors" in hub.files(REPO, "step-1")
 
 
-def test_a_refusal_ends_the_attempts_and_says_what_to_do(hub, run, capfd):
+@pytest.mark.parametrize("request_", ["POST .*/preupload/", "PUT /lfs/"])
+def test_a_refusal_ends_the_attempts_and_says_what_to_do(hub, run, request_):
     uploader = uploader_of(run)
-    hub.fail(r"POST .*/preupload/", status=403, times=10_000)
+    hub.fail(request_, status=403, times=10_000)
     run.save(1, on_written=uploader.checkpoint)
     started = time.monotonic()
     missing = uploader.close(timeout=60)
@@ -243,6 +247,14 @@ def test_a_run_is_resumed_from_the_newest_revision_that_has_its_optimizer(hub, r
     requests = len(hub.requests)
     assert fetch_checkpoint(f"hub:{REPO}@step-2", tmp_path / "elsewhere") == fetched  # a restart fetches nothing again
     assert len(hub.requests) - requests < 5
+
+
+def test_a_broken_download_is_mended(hub, run, tmp_path):
+    uploader = uploader_of(run)
+    run.save(1, on_written=uploader.checkpoint)
+    assert uploader.close(timeout=60) == []
+    hub.fail("GET .*/resolve/.*model.safetensors", drop_after=1000)
+    verify_checkpoint(fetch_checkpoint(f"hub:{REPO}", tmp_path / "elsewhere"))
 
 
 def test_resuming_from_a_revision_without_the_optimizer_is_refused_with_advice(hub, run, tmp_path):
@@ -374,20 +386,22 @@ def test_a_space_carries_the_demo_and_names_the_model(hub, run, capsys):
     assert "secret HF_TOKEN" in capsys.readouterr().out
 
 
-def test_a_fresh_process_with_an_empty_cache_loads_what_was_pushed(hub, run, tmp_path):
-    """Every revision, by transformers alone: our class with remote code, the native twin without."""
-    path = run.save(1)
-    assert run_main(push.main, ["--model", str(run.dir), "--repo", REPO, "--native"]) == 0
+def test_the_circle_closes_train_push_load_elsewhere_and_resume(hub, tmp_path):
+    """A run that publishes itself; its text from an empty cache; going on from the Hub equals going on locally."""
+    import train_accelerate
+
+    data = write_tiny_shards(tmp_path / "data")
+    train = partial(run_main, train_accelerate.main)
+    assert train(flags(data, tmp_path / "run", max_steps=8, push_to_hub=REPO, sample_tokens=4)) == 0
+    assert {"main", "native", "step-4", "step-8"} == set(hub.repo(REPO).branches)
+    assert "val_loss" in hub.files(REPO)["training/metrics.jsonl"].decode()
+
+    prompt = "the fox"
     code = f"""
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-ids = torch.arange(20)[None]
-model = AutoModelForCausalLM.from_pretrained("{REPO}", trust_remote_code=True)
-print(type(model).__name__, model(ids).logits.double().abs().sum().item())
-model = AutoModelForCausalLM.from_pretrained("{REPO}", revision="native")
-print(type(model).__name__, model(ids).logits.double().abs().sum().item())
-write = pipeline("text-generation", model="{REPO}", trust_remote_code=True, revision="step-1")
-print(write("Once", max_new_tokens=8, do_sample=False)[0]["generated_text"].encode())
+from transformers import pipeline
+for revision, trust in (("main", True), ("native", False), ("step-4", True)):
+    write = pipeline("text-generation", model="{REPO}", revision=revision, trust_remote_code=trust)
+    print(type(write.model).__name__, write({prompt!r}, max_new_tokens=9, do_sample=False)[0]["generated_text"])
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -398,15 +412,30 @@ print(write("Once", max_new_tokens=8, do_sample=False)[0]["generated_text"].enco
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    ours, native, text = done.stdout.splitlines()
-    with torch.inference_mode():
-        total = run.model.eval()(torch.arange(20)[None]).logits.double().abs().sum().item()
-        prompt = torch.tensor([run.tokenizer("Once").input_ids])
-        expected = run.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
-    assert (ours.split()[0], native.split()[0]) == ("GPT2ReproForCausalLM", "GPT2LMHeadModel")
-    assert float(ours.split()[1]) == pytest.approx(total, rel=1e-5) == pytest.approx(float(native.split()[1]), rel=1e-5)
-    assert text == str(run.tokenizer.decode(expected[0], skip_special_tokens=True).encode())
-    assert path.exists()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    best = greedy_text(resolve_pointer(checkpoints, "best"), prompt, 9)
+    fourth = greedy_text(checkpoints / "step_000004", prompt, 9)
+    names = ["GPT2ReproForCausalLM", "GPT2LMHeadModel", "GPT2ReproForCausalLM"]
+    assert done.stdout.splitlines() == [
+        f"{name} {text}" for name, text in zip(names, [best, best, fourth], strict=True)
+    ]
+
+    resume = {"max_steps": 16, "resume": f"hub:{REPO}"}
+    assert train(flags(data, tmp_path / "elsewhere", **resume)) == 0
+    assert train(flags(data, tmp_path / "run", max_steps=16)) == 0
+    there, here = (read_metrics(tmp_path / name)[0] for name in ("elsewhere", "run"))
+    losses = [record["loss"] for record in here if record["step"] > 8]
+    assert len(losses) == 8 and [record["loss"] for record in there if record["step"] > 8] == losses
+
+
+def greedy_text(directory: Path, prompt: str, tokens: int) -> str:
+    from gpt2repro.tokenization import load_tokenizer
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    model, tokenizer = GPT2ReproForCausalLM.from_pretrained(directory), load_tokenizer(directory)
+    ids = torch.tensor([tokenizer(prompt).input_ids])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
 def wait_for(condition, seconds: float = 30) -> None:
