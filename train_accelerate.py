@@ -263,6 +263,7 @@ def train(config: TrainConfig) -> int:
     from gpt2repro.health import HealthMonitor, step_unless_bad
     from gpt2repro.optim import build_optimizer, learning_rate, set_learning_rate
     from gpt2repro.profiling import profiling
+    from gpt2repro.reference import Referee
     from gpt2repro.shards import open_split
     from gpt2repro.tracking import RunLog, Throughput, flops_per_token, peak_flops
 
@@ -347,6 +348,7 @@ def train(config: TrainConfig) -> int:
 
     step, best = state["step"], state["best"]
     examples = prepare_hellaswag(config, model, tokenizer)
+    referee = Referee(flat_config(config), manifest_of(source.directory))
     stop = StopSignal(world)
     peak = peak_flops(device_name(device))
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
@@ -398,7 +400,8 @@ def train(config: TrainConfig) -> int:
             record |= hellaswag.evaluate(model, tokenizer, examples, **common)
         if len(record) > 1:
             log.log(record)
-            bar.write(evaluation_line(record), file=sys.stderr)
+            comment = referee.comment(step, record["val_loss"]) if "val_loss" in record else None
+            bar.write(evaluation_line(record) + (f" | {comment}" if comment else ""), file=sys.stderr)
         if config.sample_tokens:
             log.samples(step, write_samples(accelerator, model, tokenizer, config, step))
         return record
@@ -947,13 +950,17 @@ def print_result(config: TrainConfig, source) -> None:
     print("\n" + "\n".join(lines))
 
 
-def compressed_size(source) -> str:
-    """What `xz -9` makes of the same text, where the data's manifest knows it."""
+def manifest_of(directory: Path | None):
+    """The manifest of a data set made here; None for streams and foreign shards."""
     from gpt2repro.shards import MANIFEST, load_manifest
 
-    if source.directory is None or not (source.directory / MANIFEST).exists():
-        return ""
-    split = load_manifest(source.directory)["splits"]["val"]
+    return load_manifest(directory) if directory is not None and (directory / MANIFEST).exists() else None
+
+
+def compressed_size(source) -> str:
+    """What `xz -9` makes of the same text, where the data's manifest knows it."""
+    manifest = manifest_of(source.directory)
+    split = manifest["splits"].get("val", {}) if manifest is not None else {}
     if "xz_bytes" not in split:
         return ""
     alone, after_training_text = (8 * split[name] / split["bytes"] for name in ("xz_bytes", "xz_bytes_given_train"))
