@@ -39,10 +39,7 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
-            "pytest.importorskip",
-            "importlib.import_module",
-        ):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
             found |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
     return found
 
