@@ -2,13 +2,18 @@
 
 import io
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gpt2repro.commands import generate, loading
+from gpt2repro.commands.bench import generate as bench
+from gpt2repro.commands.bench.harness import NotEqual
 from gpt2repro.generation import (
     Decoder,
     GPT2Decoder,
@@ -308,12 +313,40 @@ def test_code_of_another_architecture_runs_only_if_the_user_says_so(tmp_path, mo
 
 def test_damaged_or_unreachable_models_are_named_in_a_sentence(checkpoint, tmp_path):
     cpu = torch.device("cpu")
+    incomplete = Path(shutil.copytree(checkpoint, tmp_path / "incomplete"))
+    tensors = safetensors.torch.load_file(incomplete / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.bias"]
+    safetensors.torch.save_file(tensors, incomplete / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"1 tensors are missing, such as transformer\.h\.1\.mlp\.c_fc\.bias"):
+        loading.load_model(str(incomplete), device=cpu, dtype=None)
+    stranger = shutil.copytree(checkpoint, tmp_path / "stranger")
+    bpe_tokenizer([TEXT], 320).save_pretrained(stranger)
+    with pytest.raises(InputError, match="they do not belong together"):
+        loading.load_model(str(stranger), device=cpu, dtype=None)
     with pytest.raises(InputError, match="there is no model"):
         loading.load_model(str(tmp_path / "absent"), device=cpu, dtype=None)
     with pytest.raises(InputError, match="cannot load a causal language model from user/absent"):
         loading.load_model("user/absent", device=cpu, dtype=None)  # the tests are offline
     with pytest.raises(InputError, match="device 'nonsense' is not usable"):
         loading.pick_device("nonsense")
+
+
+def test_benchmark_refuses_a_model_that_writes_something_else_and_records_the_speed_of_one_that_does_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(bench.SIZES, "small", (2, 4, 32, 97))
+    reference, ours = bench.build_pair("small", torch.device("cpu"))
+    bench.check_greedy(reference, ours)
+    with torch.no_grad():
+        ours.transformer.ln_f.bias.add_(1)
+    with pytest.raises(NotEqual, match="greedy text differs"):
+        bench.check_greedy(reference, ours)
+    few = ["--size", "small", "--batch", "2", "--prompt_tokens", "3", "--new_tokens", "4", "--rounds", "1"]
+    assert bench.main([*few, "--out", str(tmp_path)]) == 0
+    record = json.loads(next(tmp_path.glob("generate-*.json")).read_text())
+    assert record["results"]["measured"][0]["times"][bench.OURS]["per_second"] > 0
+    with pytest.raises(InputError, match="exceed 1024 positions"):
+        bench.main(["--new_tokens", "1000"])
 
 
 def test_empty_prompt_starts_a_new_document():

@@ -54,10 +54,12 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype | None, tr
         if json.loads(config_file.read_text(encoding="utf-8")).get("model_type") in OUR_LAYOUT:
             from modeling_gpt2repro import GPT2ReproForCausalLM
 
-            model = GPT2ReproForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+            model, loaded = GPT2ReproForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", output_loading_info=True
+            )
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
             )
     except SafetensorError as error:
         raise InputError(f"the weights of {name} are damaged ({error}); copy or download them again") from None
@@ -66,4 +68,20 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype | None, tr
         if "trust_remote_code" in str(error):
             reason = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
         raise InputError(f"cannot load a causal language model from {name}: {reason}") from None
-    return model.to(device).eval(), load_tokenizer(source)
+    if loaded["missing_keys"]:
+        absent = sorted(loaded["missing_keys"])
+        raise InputError(
+            f"the weights of {name} are incomplete: {len(absent)} tensors are missing, such as {absent[0]}"
+        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers warns that it does not know the type of a model it need not know here
+    try:
+        tokenizer = load_tokenizer(source)
+    finally:
+        logging.set_verbosity(verbosity)
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"{name}: the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+    return model.to(device).eval(), tokenizer
