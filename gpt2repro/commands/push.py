@@ -156,7 +156,7 @@ def gradio_version() -> str:
     try:
         return version("gradio")
     except PackageNotFoundError:
-        return "5.0.0"
+        return "6.0.0"
 
 
 SPACE_README = """---
