@@ -12,6 +12,7 @@ import torch
 from gpt2repro.data import Permutation, ShardSource, merge_states, open_source, prefetch, skip_ahead
 from gpt2repro.options import InputError
 from gpt2repro.ordering import mix64, next_positions
+from gpt2repro.shards import write_shard
 
 
 @dataclass
@@ -201,6 +202,29 @@ def test_a_missing_directory_is_a_sentence(tmp_path):
         open_source(str(tmp_path / "nothing"), seq_len=4, seed=7, sequences=4)
 
 
+def test_hub_dataset_of_shards_is_downloaded_once_and_its_checksums_compared(loopback_hub, monkeypatch, tmp_path):
+    loopback_hub.adopt_clients(monkeypatch, tmp_path / "home")
+    record = write_shard(tmp_path / "train_000000.bin", np.arange(4 * 40 + 1), 1000)
+    train = {"tokens": 161, "documents": 1, "bytes": 161, "shards": [{**record, "documents": 1, "bytes": 161}]}
+    tokenizer = {"kind": "char", "vocab_size": 1000, "eot_id": 999, "sha256": ""}
+    manifest = {"format": "gpt2repro-shards", "version": 1, "dtype": "uint16", "tokenizer": tokenizer}
+    manifest |= {"source": {}, "settings": {}, "splits": {"train": train}}
+    content = (tmp_path / "train_000000.bin").read_bytes()
+    loopback_hub.add_file("user/shards", "manifest.json", json.dumps(manifest).encode(), "dataset")
+    loopback_hub.add_file("user/shards", "train_000000.bin", content, "dataset")
+    expected = first_tokens(take(counting_source(4 * 40 + 1), 10))
+    for name in ("hf://user/shards", "user/shards", "hf://user/shards@main"):
+        assert first_tokens(take(open_source(name, seq_len=4, seed=7, sequences=4), 10)) == expected
+    assert len([path for method, path, _ in loopback_hub.requests if method == "GET" and path.endswith(".bin")]) == 1
+
+    damaged = content[:-2] + b"\x00\x00"
+    loopback_hub.add_file("user/shards", "train_000000.bin", damaged, "dataset")
+    with pytest.raises(InputError, match="is damaged"):
+        open_source("hf://user/shards", seq_len=4, seed=7, sequences=4)
+    with pytest.raises(InputError, match="cannot get the dataset user/nothing from the Hub"):
+        open_source("hf://user/nothing", seq_len=4, seed=7, sequences=4)
+
+
 def test_merged_states_of_shards_are_the_state_of_one_rank():
     state = {"position": 12, "skipped": [[1, 2]]}
     assert merge_states([state, dict(state)]) == state
@@ -264,6 +288,7 @@ def test_prefetch_ends_with_its_iterator_and_leaves_no_thread():
 # -- the benchmark -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_data_benchmark_writes_a_record_with_its_goals(tmp_path, monkeypatch):
     from gpt2repro.commands.bench import data as bench
     from gpt2repro.tokenization import char_tokenizer

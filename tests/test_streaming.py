@@ -3,8 +3,10 @@
 import functools
 import gzip
 import json
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -425,3 +427,35 @@ def test_jsonl_and_csv_on_the_hub_give_the_batches_of_local_files(hub, open_stre
         path = write(tmp_path / name, documents(200))
         hub.add_file(f"user/{path.suffix[1:]}", "train" + path.suffix, path.read_bytes(), "dataset")
         assert_same(take(open_stream(f"user/{path.suffix[1:]}"), 20), take(open_stream(path), 20))
+
+
+# -- through the training script ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_training_on_a_stream_continues_exactly_on_two_processes(tokenizer, parquet_file, run_program, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    numbers = {"max_steps": 8, "save_steps": 4, "eval_steps": 4, "batch_tokens": 256, "seq_len": 32, "n_positions": 32}
+    numbers |= {"micro_batch_size": 4, "n_layer": 1, "n_head": 2, "n_embd": 32, "warmup_steps": 2, "sample_tokens": 0}
+    options = [
+        f"--data=stream:{parquet_file}",
+        f"--tokenizer={tmp_path / 'tokenizer'}",
+        f"--cache_dir={tmp_path}/cache",
+    ]
+    options += [f"--run_dir={tmp_path / 'run'}", *(f"--{name}={value}" for name, value in numbers.items())]
+
+    def losses():
+        records = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+        return [record["loss"] for record in records if "loss" in record]
+
+    once = run_program(["train_accelerate.py", *options])
+    assert once.returncode == 0, once.stderr
+    uninterrupted = losses()
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        if path.name != "step_000004":
+            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+    script = Path(__file__).parent.parent / "train_accelerate.py"
+    again = run_program(["-m", "torch.distributed.run", "--nproc_per_node=2", script, *options])
+    assert again.returncode == 0, again.stderr
+    assert "at step 4" in again.stdout + again.stderr
+    assert losses() == pytest.approx(uninterrupted, abs=1e-5) and len(uninterrupted) == 8
