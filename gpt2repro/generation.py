@@ -289,23 +289,23 @@ def gpt2_logits(
     weights: Weights,
     ids: torch.Tensor,
     positions: torch.Tensor,
-    cache: torch.Tensor,
+    cache: list[torch.Tensor],
     slots: torch.Tensor,
     mask: torch.Tensor | None,
     *,
     causal: bool = False,
     plain_attention: bool = False,
 ) -> torch.Tensor:
-    """Write (B, T) tokens into `slots` (T,) of the cache (layers, 2, B, H, L, D); return the last one's logits (B, V).
+    """Write (B, T) tokens into `slots` (T,) of every layer's cache (2, B, H, L, D) -> the last one's logits (B, V).
 
     mask: (B, 1, T, L), True where a slot is seen; None sees all L. plain_attention: three matrix steps in place of the
     fused kernel, which has too few blocks to fill a GPU when T is 1; a compiler turns them into reductions that do.
     """
     batch, length = ids.shape
-    heads, head_size = cache.size(3), cache.size(5)
+    heads, head_size = cache[0].size(2), cache[0].size(4)
     x = (weights.wte[ids] + weights.wpe[positions]).view(batch * length, -1)  # (B T, C)
     norm = partial(F.layer_norm, normalized_shape=x.shape[-1:], eps=weights.epsilon)
-    for layer, layer_cache in zip(weights.layers, cache.unbind(0), strict=True):
+    for layer, layer_cache in zip(weights.layers, cache, strict=True):
         h = norm(x, weight=layer.ln_1[0], bias=layer.ln_1[1])
         qkv = torch.addmm(layer.qkv[1], h, layer.qkv[0])
         qkv = qkv.view(batch, length, 3, heads, head_size).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
@@ -340,14 +340,15 @@ class GPT2Decoder(Decoder):
         config = model.config
         self.weights = pack(model)
         head_size = config.n_embd // config.n_head
-        cache_shape = (config.n_layer, 2, batch_size, config.n_head, length, head_size)
-        self.cache = torch.zeros(cache_shape, dtype=self.weights.wte.dtype, device=self.device)
+        dtype, shape = self.weights.wte.dtype, (2, batch_size, config.n_head, length, head_size)
+        # A tensor per layer: a compiler that sees one for all would copy it whole to change a slot.
+        self.cache = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(config.n_layer)]
         self.slot = torch.zeros(1, dtype=torch.long, device=self.device)
         self.padding = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
         self.all_slots = torch.arange(length, device=self.device)
         self.fixed_shapes = compiled or self.device.type == "cuda"
         self.compiled = compiled
-        self.logits = torch.zeros(batch_size, self.weights.vocab_size, dtype=self.cache.dtype, device=self.device)
+        self.logits = torch.zeros(batch_size, self.weights.vocab_size, dtype=dtype, device=self.device)
         self._steps: dict[Sampling, object] = {}  # what runs one step: a function, or a captured graph's replay
 
     def _prefill(self, ids: torch.Tensor, padding: list[int], sampling: Sampling) -> None:
@@ -360,7 +361,7 @@ class GPT2Decoder(Decoder):
             # A padded position sees only itself: seeing nothing would be a softmax over nothing, NaN.
             seen = (slots >= self.padding)[:, None, None] & (slots <= slots[:, None]) | (slots == slots[:, None])
         positions = (slots - self.padding).clamp(min=0)  # (B, T)
-        cache = self.cache[:, :, :, :, :length]
+        cache = [layer[:, :, :, :length] for layer in self.cache]
         mask = seen if self.padded else None
         self.logits.copy_(gpt2_logits(self.weights, ids, positions, cache, slots, mask, causal=not self.padded))
         self._choose(self.logits, sampling)
@@ -368,13 +369,13 @@ class GPT2Decoder(Decoder):
     def _advance(self, slot: int, sampling: Sampling) -> None:
         if not self.fixed_shapes:  # attend to what is there; nothing to mask unless prompts were padded
             seen = (self.all_slots[: slot + 1] >= self.padding)[:, None, None] if self.padded else None
-            self._step(sampling, self.cache[:, :, :, :, : slot + 1], seen)
+            self._step(sampling, [layer[:, :, :, : slot + 1] for layer in self.cache], seen)
             return
         if sampling not in self._steps:
             self._steps[sampling] = self._prepare_step(sampling)
         self._steps[sampling]()
 
-    def _step(self, sampling: Sampling, cache: torch.Tensor, seen: torch.Tensor | None) -> None:
+    def _step(self, sampling: Sampling, cache: list[torch.Tensor], seen: torch.Tensor | None) -> None:
         logits = gpt2_logits(
             self.weights,
             self.token[:, None],

@@ -88,11 +88,15 @@ def main(argv: list[str]) -> int:
     model, tokenizer = load_model(
         options.model, device=device, dtype=dtypes[options.dtype], trust_remote_code=options.trust_remote_code
     )
-    if options.interactive:
-        return converse(model, tokenizer, options)
-    if options.prompts_file:
-        return write_samples(model, tokenizer, prompts, options)
-    return print_samples(model, tokenizer, options)
+    try:
+        if options.interactive:
+            return converse(model, tokenizer, options)
+        if options.prompts_file:
+            return write_samples(model, tokenizer, prompts, options)
+        return print_samples(model, tokenizer, options)
+    except BrokenPipeError:  # the reader of the text, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def print_samples(model, tokenizer, options: Options) -> int:
