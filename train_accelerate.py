@@ -323,7 +323,7 @@ def train(config: TrainConfig) -> int:
             writer.point("best", state["best"]["step"])
         return state
 
-    resumed_from = find_resume(config)
+    resumed_from = find_resume(config, accelerator)
     if resumed_from is not None:
         state = restore(resumed_from)
     log = RunLog(
@@ -373,12 +373,9 @@ def train(config: TrainConfig) -> int:
         rates = throughput.measure(config.batch_tokens * len(pending), len(pending))
         for entry, (loss, grad_norm) in zip(pending, numbers, strict=True):
             entry |= {"loss": loss, "grad_norm": grad_norm}
-            shown = {
-                name: entry[name] for name in ("step", "loss", "grad_norm", "lr", "scaler_skipped") if name in entry
-            }
-            log.log(
-                shown | {"tokens": entry["step"] * config.batch_tokens, **rates, "memory_gib": peak_memory_gib(device)}
-            )
+            shown = {name: value for name, value in entry.items() if name != "positions"}
+            tokens = entry["step"] * config.batch_tokens
+            log.log(shown | {"tokens": tokens, **rates, "memory_gib": peak_memory_gib(device)})
         verdict = monitor.judge(pending)
         if verdict is not None:
             log.log(verdict.record())
@@ -477,7 +474,7 @@ def train(config: TrainConfig) -> int:
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             torch.manual_seed(step_seed(config.seed, step, rank))
 
-            loss = torch.zeros((), device=device)
+            loss = torch.zeros((), device=device, dtype=torch.float64 if config.precision == "fp64" else None)
             for first in range(0, len(x), config.micro_batch_size):
                 rows = slice(first, first + config.micro_batch_size)
                 with contextlib.nullcontext() if rows.stop == len(x) else accelerator.no_sync(model):
@@ -642,7 +639,8 @@ def compile_model(model, how: str, device_type: str, world: int) -> None:
     graph hands over all gradients at its end, so DDP could not overlap their exchange, and FSDP2's hooks break it.
     """
     if how == "auto":
-        how = "off" if device_type != "cuda" else "model" if world == 1 else "block"
+        can_compile = device_type == "cuda" and sys.platform != "win32"  # Triton has no build for Windows
+        how = "off" if not can_compile else "model" if world == 1 else "block"
     if how == "model":
         model.compile(fullgraph=True, dynamic=False)
     elif how == "block":
@@ -665,24 +663,31 @@ def lock_run(run_dir: Path):
     return lock
 
 
-def find_resume(config: TrainConfig) -> Path | None:
-    """The checkpoint to continue from; None for a new run. Every rank calls it."""
+def find_resume(config: TrainConfig, accelerator) -> Path | None:
+    """The checkpoint to continue from; None for a new run. Every rank calls it.
+
+    A run that was started from elsewhere and interrupted continues from its own checkpoints: the same command again.
+    """
     from gpt2repro import checkpoint
 
+    own = checkpoint.find_checkpoint(config.run_dir, all_ranks=True)
     if config.resume == "auto":
-        return checkpoint.find_checkpoint(config.run_dir, all_ranks=True)
+        return own
     if config.resume == "never":
-        if checkpoint.list_steps(config.run_dir / "checkpoints"):
+        if own is not None:
             raise InputError(f"{config.run_dir} already holds a run; choose another --run_dir, or drop --resume never")
         return None
     place = config.resume
     if place.startswith("hub:"):
         from gpt2repro.hub import fetch_checkpoint
 
-        place = fetch_checkpoint(place, config.run_dir / "from_hub")
+        with accelerator.local_main_process_first():
+            place = fetch_checkpoint(place, config.run_dir / "from_hub")
     found = checkpoint.find_checkpoint(place, all_ranks=True)
     if found is None:
         raise InputError(f"resume={config.resume}: no checkpoint there")
+    if own is not None and checkpoint.read_state(own)["step"] >= checkpoint.read_state(found)["step"]:
+        return own
     return found
 
 
