@@ -667,6 +667,7 @@ def find_resume(config: TrainConfig, accelerator) -> Path | None:
     """The checkpoint to continue from; None for a new run. Every rank calls it.
 
     A run that was started from elsewhere and interrupted continues from its own checkpoints: the same command again.
+    Naming an earlier checkpoint of the run itself goes back to it and abandons the later ones.
     """
     from gpt2repro import checkpoint
 
@@ -686,9 +687,9 @@ def find_resume(config: TrainConfig, accelerator) -> Path | None:
     found = checkpoint.find_checkpoint(place, all_ranks=True)
     if found is None:
         raise InputError(f"resume={config.resume}: no checkpoint there")
-    if own is not None and checkpoint.read_state(own)["step"] >= checkpoint.read_state(found)["step"]:
-        return own
-    return found
+    elsewhere = own is not None and found.resolve().parent != own.resolve().parent
+    is_newer = elsewhere and checkpoint.read_state(own)["step"] >= checkpoint.read_state(found)["step"]
+    return own if is_newer else found
 
 
 def refuse_another_run(saved: dict, now: dict, path: Path) -> None:
