@@ -61,7 +61,7 @@ FEWEST_PARTS = 8  # a group feeds at least 8 lanes: with V = 512, only 64 groups
 GROUP_ORDER, ROW_ORDER = 1, 2  # the two uses of the seed
 
 # A source with at least 20 groups holds out 1 % of them, at most 10 (about 10 million tokens of FineWeb, as much as
-# llm.c validates on); a smaller one holds out every 20th document.
+# llm.c validates on); a smaller one holds out every 20th document, so it is read once before the first batch.
 GROUPS_TO_HOLD_OUT_WHOLE, MOST_HELD_OUT, HELD_OUT_ROWS = 20, 10, 20
 
 RETRY_SECONDS, LONGEST_RETRY_SECONDS, RETRIES = 1.0, 300.0, 15  # in all about an hour
@@ -151,7 +151,9 @@ class StreamSource:
         Raises InputError as `check_batch` does, for text that cannot be read, and when the source stays unreachable.
         """
         self.check_batch(sequences, world)
-        if state["position"] % sequences or (state["position"] and len(state["lanes"]) != self.lanes):
+        places = state["lanes"].values()
+        whole = state["position"] == 0 or len(places) == self.lanes
+        if state["position"] % sequences or not whole or any(len(place) != 3 or min(place) < 0 for place in places):
             raise InputError(
                 f"the data's state (position {state['position']}, {len(state['lanes'])} lanes) does not belong to "
                 f"batches of {sequences} sequences from {self.lanes} lanes; resume with the run's own settings"
@@ -220,7 +222,7 @@ class StreamSource:
         """The documents that are never trained on, as a split; None where the source is too small to spare any."""
         path = self.cache.directory / "validation.bin"
         facts = path.with_suffix(".json")
-        if not facts.exists():
+        if not (facts.exists() and path.exists()):
             shard = self.cache.write_shard(path, self._held_out_documents)
             write_json(facts, {**shard, "documents_seen": self._documents_seen})
         found = json.loads(facts.read_text(encoding="utf-8"))
@@ -393,8 +395,9 @@ class TokenCache:
         for path in sorted(files, key=lambda path: files[path].st_mtime):
             if total <= self.limit_bytes:
                 break
-            path.unlink(missing_ok=True)
-            total -= files[path].st_size
+            with contextlib.suppress(PermissionError):  # Windows keeps what is in use
+                path.unlink(missing_ok=True)
+                total -= files[path].st_size
 
 
 def retried(
@@ -434,11 +437,19 @@ def retried(
 
 def is_fault(error: Exception) -> bool:
     """True for what goes wrong outside this program: the network, a file, its bytes."""
-    import pyarrow
-
-    network = ("httpx", "httpcore", "aiohttp", "requests", "urllib3", "fsspec", "huggingface_hub", "datasets")
-    return isinstance(error, (OSError, EOFError, UnicodeDecodeError, pyarrow.ArrowException)) or any(
-        kind.__module__.startswith(network) for kind in type(error).__mro__
+    outside = (
+        "httpx",
+        "httpcore",
+        "aiohttp",
+        "requests",
+        "urllib3",
+        "fsspec",
+        "huggingface_hub",
+        "datasets",
+        "pyarrow",
+    )
+    return isinstance(error, (OSError, EOFError, UnicodeDecodeError)) or any(
+        kind.__module__.startswith(outside) for kind in type(error).__mro__
     )
 
 
@@ -504,6 +515,10 @@ def open_stream(
         report=report,
     )
     stream.check_batch(sequences)
+    if source.kind == "datasets":
+        report(
+            f"{spec} is read as {len(source.groups)} whole files: those that the first batch needs are tokenised first"
+        )
     return stream
 
 

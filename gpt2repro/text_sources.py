@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -142,6 +143,7 @@ def _resolve_files(spec: str, files: list[str], text_column: str) -> TextSource:
 
 
 def _resolve_hub(name: str, config: str | None, revision: str | None, text_column: str) -> TextSource:
+    _need("datasets", name)
     from datasets import load_dataset_builder
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
     from huggingface_hub import HfApi
@@ -182,9 +184,11 @@ def _kind(files: list[str], name: str) -> str:
 
 def _groups(kind, files, text_column, name, config, revision) -> list[list[int]]:
     if kind == "datasets":
+        _need("datasets", name)
         return [[shard, 0, 0] for shard in range(_iterable_dataset(name, config, revision, files).num_shards)]
     with ThreadPoolExecutor(16) as pool:  # a footer, or a size, of thousands of files on the Hub
         if kind == "parquet":
+            _need("pyarrow", name)
             rows = pool.map(lambda path: _row_groups(path, text_column), files)
             groups = [[f, g, count] for f, counts in enumerate(rows) for g, count in enumerate(counts) if count]
         else:
@@ -194,6 +198,11 @@ def _groups(kind, files, text_column, name, config, revision) -> list[list[int]]
     if not groups:
         raise InputError(f"{name} holds no text: its {len(files)} files are empty")
     return groups
+
+
+def _need(package: str, name: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{name} can only be read with the package {package}: pip install {package}")
 
 
 def _row_groups(path: str, text_column: str) -> list[int]:
