@@ -355,7 +355,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         """Summed cross-entropy of (B, T) targets, from logits where they exist already, else from hidden states."""
 
         def from_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
         targets = targets.reshape(-1)  # (B * T,)
         if logits is not None:

@@ -369,7 +369,7 @@ def test_command_on_two_processes_writes_what_one_process_writes(checkpoint, mod
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += ["eval_hellaswag.py", "--model", checkpoint, "--data", SYNTHETIC]
     command += ["--out", tmp_path / "two.json", "--predictions", tmp_path / "two.jsonl"]
-    done = subprocess.run(list(map(str, command)), cwd=Path(__file__).parent.parent, capture_output=True, timeout=120)
+    done = subprocess.run(list(map(str, command)), cwd=Path(__file__).parent.parent, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     written = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()]
     assert_same_scores(written, judged(model, tokenizer, examples))
