@@ -138,3 +138,14 @@ def test_growth_is_the_exponent_of_a_power_law():
 def test_simulated_corpus_of_a_trillion_tokens_gives_batches():
     point = scale.measure_batch(10**12, rounds=1, sequences=4, seq_len=16)
     assert point["seconds"] < 0.1
+
+
+@pytest.mark.parametrize("name", [train.OURS, train.TRANSFORMERS, train.BY_HAND])
+def test_step_in_two_passes_changes_the_weights_as_one_pass_does(name):
+    x, y = torch.randint(0, 97, (2, 4, 16), generator=torch.Generator().manual_seed(0))
+    models = []
+    for passes in (1, 2):
+        _, step, model = train.candidate(name, TINY, torch.device("cpu"), "fp32")
+        step(x, y, passes)
+        models.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(*models, rtol=1e-4, atol=2e-6)

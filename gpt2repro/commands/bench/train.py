@@ -190,10 +190,23 @@ def measure(shape: dict, *, batch: int, seq_len: int, precision: str, options: O
         sizes = padded if name.startswith("hand-written") else shape
         start = time.perf_counter()
         loss_of, step, model = candidate(name, sizes, device, precision)
-        checks[name] = guard(name, loss_of, model, references[sizes["vocab_size"]], x, y, BOUNDS[precision])
-        steps[name] = lambda step=step: step(x, y)
-        steps[name]()
-        checks[name]["seconds_to_ready"] = time.perf_counter() - start  # building, compiling, first step
+        passes = 1
+        while True:  # a candidate whose batch does not fit takes it in as few micro-batches as do
+            try:
+                rows = [tokens.chunk(passes)[0] for tokens in (x, y)]
+                found = guard(name, loss_of, model, references[sizes["vocab_size"]], *rows, BOUNDS[precision])
+                step(x, y, passes)
+                break
+            except torch.OutOfMemoryError:
+                if passes == batch:
+                    raise
+                passes = next(count for count in range(passes + 1, batch + 1) if batch % count == 0)
+                model.zero_grad()
+            gc.collect()  # outside the handler, which holds the failed pass' tensors
+            torch.cuda.empty_cache()
+        steps[name] = lambda step=step, passes=passes: step(x, y, passes)
+        ready = time.perf_counter() - start  # building, compiling, first step
+        checks[name] = {**found, "passes": passes, "seconds_to_ready": ready}
         parameters[name] = sum(p.numel() for p in model.parameters())
         states[name] = parameters[name] * 12 / GIB  # fp32 weights and AdamW's two moments
         print(f"  {name}: {checks[name]}", flush=True)
@@ -227,7 +240,7 @@ def measure(shape: dict, *, batch: int, seq_len: int, precision: str, options: O
 def candidate(
     name: str, shape: dict, device: torch.device, precision: str
 ) -> tuple[Callable, Callable, torch.nn.Module]:
-    """A candidate with the weights of `weights()`: its loss of (x, y), its optimizer step on (x, y), its model."""
+    """A candidate with the weights of `weights()`: its loss of (x, y), its step on (x, y) in some passes, its model."""
     if name in (BY_HAND, BY_HAND_COMPILED):
         model = HandWrittenGPT2(**shape)
         model.load_state_dict(as_linear(weights(shape)))
@@ -240,9 +253,10 @@ def candidate(
                 _, loss = forward(x, y)
             return loss
 
-        def step(x, y):
+        def step(x, y, passes=1):
             optimizer.zero_grad()
-            loss_of(x, y).backward()
+            for rows, targets in zip(x.chunk(passes), y.chunk(passes), strict=True):
+                (loss_of(rows, targets) / passes).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
@@ -275,8 +289,9 @@ def candidate(
         arguments = {"labels": x} if name == TRANSFORMERS else ours
         return prepared(input_ids=x, shift_labels=y, use_cache=False, **arguments).loss
 
-    def step(x, y):
-        accelerator.backward(loss_of(x, y))
+    def step(x, y, passes=1):
+        for rows, targets in zip(x.chunk(passes), y.chunk(passes), strict=True):
+            accelerator.backward(loss_of(rows, targets) / passes)
         accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
