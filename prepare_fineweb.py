@@ -10,10 +10,10 @@
 Interrupted at any moment, the same command continues where it was; finished units are never tokenised again, and the
 result is byte for byte that of an uninterrupted run. Once all is done it says so and does nothing.
 
-Many machines: give each the same command with `--num_nodes N --node_index I`. With a common --out the last one to finish
-writes the manifest. With separate disks, copy all directories into one (no two nodes write the same file name) and
-run the command once more there with `--num_nodes 1`; it finds every unit finished and writes the manifest. Either way
-the data set is the one that a single machine makes. As a Slurm array:
+Many machines: give each the same command with `--num_nodes N --node_index I`. With a common --out the last one to
+finish writes the manifest. With separate disks, copy all directories into one (no two nodes write the same file name)
+and run the command once more there with `--num_nodes 1`; it finds every unit finished and writes the manifest. Either
+way the data set is the one that a single machine makes. As a Slurm array:
 
     sbatch --array=0-15 --cpus-per-task=32 --wrap \\
         'python prepare_fineweb.py --out /shared/fineweb --num_nodes 16 --node_index $SLURM_ARRAY_TASK_ID'
@@ -21,9 +21,9 @@ the data set is the one that a single machine makes. As a Slurm array:
 Beyond a static split, `--executor datatrove` runs the same units as tasks of datatrove's local executor (its Slurm and
 Ray executors take the same `gpt2repro.datatrove_task.PreparePart`).
 
-Needs: cores, network and 2 bytes of disk per token; memory of about 0.2 GB per core. `gpt2repro bench tokenize` tells the
-tokens per second of a machine: 10B tokens are 10^10 / that many seconds. 1T tokens (2 TB, 10,000 shards) is the same
-command on some dozens of machines; it has not been run at that size.
+Needs: cores, network and 2 bytes of disk per token; memory of about 0.2 GB per core. `gpt2repro bench tokenize` tells
+the tokens per second of a machine: 10B tokens are 10^10 / that many seconds. 1T tokens (2 TB, 10,000 shards) is the
+same command on some dozens of machines; it has not been run at that size.
 """
 
 import shutil
@@ -37,7 +37,7 @@ from gpt2repro import text_files
 from gpt2repro.dataset_upload import push_dataset
 from gpt2repro.options import InputError, parse_options, run_main
 from gpt2repro.preparation import prepare
-from gpt2repro.tokenization import gpt2_tokenizer, load_tokenizer
+from gpt2repro.tokenization import Encoder, gpt2_tokenizer, load_tokenizer
 
 
 @dataclass
@@ -133,16 +133,15 @@ def prepare_part(options: Options):
         source=files.source,
         settings={"text_column": options.text_column, "val": options.val, "shard_tokens": options.shard_tokens},
         val_fraction=0.0 if first_shard else float(options.val),
-        workers=options.workers, fast_tokenizer=options.fast_tokenizer, token_limit=options.tokens,
+        workers=options.workers, encoder=Encoder(tokenizer, fast=options.fast_tokenizer), token_limit=options.tokens,
         node=(options.node_index, options.num_nodes), overwrite=options.overwrite,
     )  # fmt: skip
     if manifest is not None:
         if copies is not None:
             shutil.rmtree(copies, ignore_errors=True)
         for name, split in manifest["splits"].items():
-            print(
-                f"  {name:5} {split['tokens']:>15,} tokens {split['documents']:>11,} documents {split['bytes']:>15,} bytes"
-            )
+            sizes = f"{split['tokens']:>15,} tokens {split['documents']:>11,} documents {split['bytes']:>15,} bytes"
+            print(f"  {name:5} {sizes}")
     return manifest
 
 

@@ -69,8 +69,8 @@ def dataset_card(manifest: Manifest, repo: str) -> str:
 ---
 # {repo}: token shards
 
-Text: {text}. Tokenizer: {tokenizer["kind"]}, {tokenizer["vocab_size"]:,} entries, in `tokenizer/`; every document is followed by
-token {tokenizer["eot_id"]} (`<|endoftext|>`).
+Text: {text}. Tokenizer: {tokenizer["kind"]}, {tokenizer["vocab_size"]:,} entries, in `tokenizer/`; every document is
+followed by token {tokenizer["eot_id"]} (`<|endoftext|>`).
 
 | split | tokens | documents | bytes of text | shards |
 |---|---|---|---|---|

@@ -1,12 +1,12 @@
 """prepare_fineweb's units as tasks of a datatrove executor (`pip install 'gpt2repro[datatrove]'`).
 
-`PreparePart` is a step of a datatrove pipeline: task `rank` of `world_size` does the units of that node, with the same code
-and so the same bytes as without datatrove. Any executor takes it:
+`PreparePart` is a step of a datatrove pipeline: task `rank` of `world_size` does the units of that node, with the same
+code and so the same bytes as without datatrove. Any executor takes it:
 
     SlurmPipelineExecutor([PreparePart(argv)], tasks=64, time="10:00:00", partition="cpu", cpus_per_task=16)
 
-followed by one more run of prepare_fineweb.py, which finds every unit finished and writes the manifest. The local executor
-is tested; Slurm's and Ray's have not been run.
+followed by one more run of prepare_fineweb.py, which finds every unit finished and writes the manifest. The local
+executor is tested; Slurm's and Ray's have not been run.
 """
 
 import importlib

@@ -1,15 +1,16 @@
 """Documents -> tokens -> shards: parallel, bounded in memory, and whole or continuable after any interruption.
 
-    files ──plan──▶ units ──read──▶ pieces of text ──batches──▶ pool of tokenisers ──in order──▶ shards + a note per unit
-                                                                                                  └──all notes──▶ manifest
+    files ──plan──▶ units ──read──▶ pieces of text ──batches──▶ pool of tokenisers ──in order──▶ shards, a note per unit
+                                                                                           all notes ──▶ manifest
 
-A *unit* is a stretch of the input (row groups of parquet, bytes of text) that becomes one shard of each split. It is what an
-interruption can cost: its shard appears by a rename, then a note about it (`units/000012.json`), and `manifest.json` is
-written last and from the notes alone. So a run killed anywhere and started again, on one machine or on several that share
-the units, ends in the same bytes; and once the manifest is there, running again does nothing.
+A *unit* is a stretch of the input (row groups of parquet, bytes of text) that becomes one shard of each split. It is
+what an interruption can cost: its shard appears by a rename, then a note about it (`units/000012.json`), and
+`manifest.json` is written last and from the notes alone. So a run killed anywhere and started again, on one machine or
+on several that share the units, ends in the same bytes; and once the manifest is there, running again does nothing.
 
-Nothing is held but the batches on their way: a unit stops reading while its oldest batches wait to be written. This module
-does not know where the text comes from (`text_sources`, `python_docs` and the commands do) nor what is trained on it.
+Nothing is held but the batches on their way: a unit stops reading while its oldest batches wait to be written. This
+module does not know where the text comes from (`text_files`, `python_docs` and the commands do) nor what is trained
+on it.
 """
 
 import contextlib
@@ -45,9 +46,9 @@ from gpt2repro.tokenization import Encoder, load_tokenizer, well_formed
 PLAN = "plan.json"
 UNITS = "units"
 
-# One batch is one message to a worker: large enough to make its cost (0.3 ms) vanish, small enough to keep many workers busy.
+# One batch is one message to a worker: its cost of 0.3 ms vanishes, and there are enough of them for many workers.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20
-# A longer document is cut where GPT-2's pre-tokeniser cuts anyway, so that one book is many messages and gives the same ids.
+# A longer document is cut where GPT-2's pre-tokeniser cuts anyway: one book is many messages and gives the same ids.
 PIECE_CHARACTERS = 2**20
 # Reads of several units overlap: while one waits for the network or the disk, the tokenisers work for the others.
 UNITS_AT_ONCE = 4
@@ -71,7 +72,7 @@ def prepare(
     settings: dict,
     val_fraction: float = 0.0,
     workers: int | None = None,
-    fast_tokenizer: bool = False,
+    encoder: Encoder | None = None,
     token_limit: int | None = None,
     node: tuple[int, int] = (0, 1),
     overwrite: bool = False,
@@ -80,16 +81,17 @@ def prepare(
 ) -> Manifest | None:
     """Turn `units` into a data set in `out`. Returns its manifest, or None while units of other nodes are missing.
 
-    units: JSON objects with "bytes" (about how much text) and "split" ("train", "val", or None: by document); `read(unit)`
-        gives its documents, each as pieces of text. `source` and `settings` (JSON) name the data set: a directory that was
-        begun with others is refused. `describe_val()` adds keys to the manifest's val split.
+    units: JSON objects with "bytes" (about how much text) and "split" ("train", "val", or None: by document);
+        `read(unit)` gives its documents, each as pieces of text. `source` and `settings` (JSON) name the data set: a
+        directory that was begun with others is refused. `describe_val()` adds keys to the manifest's val split.
     val_fraction: of the documents of a unit with split None, chosen by a hash of their text.
+    encoder: the tokenizer's bulk form, if it is at hand or of another kind than the default.
     token_limit: the data set ends with the unit that reaches it.
     node: (index, number of nodes); this process does the units with `unit % number == index`.
 
     Raises InputError for another data set in `out`, text that can't be read, or no text at all.
     """
-    out, encoder = Path(out), Encoder(tokenizer, fast=fast_tokenizer)
+    out, encoder = Path(out), encoder or Encoder(tokenizer)
     identity = {
         "format": FORMAT,
         "version": VERSION,

@@ -1,8 +1,8 @@
 """The corpus that needs no download: the prose that ships with every CPython.
 
-About 2.2 MB of English in 600 documents: the help topics of `pydoc_data` (the language reference) and, module by module, the
-docstrings of the standard library. Both differ between Python versions, so a curve belongs to the data set's sha256. Python
-Software Foundation licence.
+About 2.2 MB of English in 600 documents: the help topics of `pydoc_data` (the language reference) and, module by
+module, the docstrings of the standard library. Both differ between Python versions, so a curve belongs to the data
+set's sha256. Python Software Foundation licence.
 """
 
 import ast
@@ -28,10 +28,14 @@ def python_docs() -> Iterator[str]:
         topics = {}
     for name in sorted(topics):
         yield topics[name]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    paths = (path.relative_to(library) for path in library.rglob("*.py"))
+    yield from docstrings(Path(sysconfig.get_paths()["stdlib"]))
+
+
+def docstrings(directory: Path) -> Iterator[str]:
+    """The docstrings of all modules below a directory, one document per module."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*.py"))
     for path in sorted((path for path in paths if not LEFT_OUT & set(path.parts)), key=Path.as_posix):
-        text = "\n\n".join(_docstrings((library / path).read_bytes()))
+        text = "\n\n".join(_docstrings((directory / path).read_bytes()))
         if text:
             yield text + "\n"
 

@@ -7,8 +7,8 @@ A data set is a directory:
     tokenizer/                            the tokenizer that made the tokens (`AutoTokenizer.from_pretrained` loads it)
 
 Tokens are `uint16`, or `uint32` where the vocabulary has more than 65,536 entries. Shards of nanoGPT
-(`train.bin`, `val.bin`), build-nanogpt (`*_train_*.npy`) and llm.c (`*_train_*.bin`) are recognised by their headers and
-used in place.
+(`train.bin`, `val.bin`), build-nanogpt (`*_train_*.npy`) and llm.c (`*_train_*.bin`) are recognised by their headers
+and used in place.
 
 This module knows nothing of text, tokenizers or batches; it never writes anything but finished files.
 """
@@ -134,17 +134,56 @@ def load_manifest(directory: str | Path) -> Manifest:
         raise InputError(f"{path} does not exist or can't be read: {directory} is no finished data set") from None
     try:
         manifest = Manifest(json.loads(raw))
-        known = manifest["format"] == FORMAT and manifest["splits"].keys() and manifest["tokenizer"]["vocab_size"]
-    except (ValueError, TypeError, KeyError, AttributeError):
+        known = manifest["format"] == FORMAT
+    except (ValueError, TypeError, KeyError, RecursionError):
         known = False
     if not known:
         raise InputError(f"{path} is damaged or not a {FORMAT} manifest; prepare the data again")
-    if manifest["version"] != VERSION:
+    if manifest.get("version") != VERSION:
         raise InputError(
-            f"{path} has version {manifest['version']}, this program reads {VERSION}; prepare the data again"
+            f"{path} has version {manifest.get('version')}, this program reads {VERSION}; prepare the data again"
         )
+    if problem := _manifest_problem(manifest):
+        raise InputError(f"{path} is damaged: {problem}; prepare the data again")
     manifest.sha256 = hashlib.sha256(raw).hexdigest()
     return manifest
+
+
+def _manifest_problem(manifest: dict) -> str | None:
+    """What in a manifest cannot be, so that whatever reads it later need not ask."""
+
+    def is_count(value, least=0) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    tokenizer, splits = manifest.get("tokenizer"), manifest.get("splits")
+    if manifest.get("dtype") not in ("uint16", "uint32"):
+        return f"its dtype is {manifest.get('dtype')!r}"
+    if not isinstance(tokenizer, dict) or not is_count(tokenizer.get("vocab_size"), 1):
+        return "its tokenizer has no vocab_size"
+    if not isinstance(splits, dict) or not splits:
+        return "it has no splits"
+    for name, split in splits.items():
+        if (
+            not isinstance(split, dict)
+            or not is_count(split.get("tokens"))
+            or not isinstance(split.get("shards"), list)
+        ):
+            return f"its split {name} has no tokens and shards"
+        for shard in split["shards"]:
+            if not isinstance(shard, dict) or not is_count(shard.get("tokens")):
+                return f"a shard of its split {name} has no number of tokens"
+            file = shard.get("file")
+            if (
+                not isinstance(file, str)
+                or not file
+                or file != Path(file).name
+                or set(file) & set("/\\:\0")
+                or len(file) > 255
+            ):
+                return f"a shard of its split {name} is called {str(file)[:80]!r}, which is no file name"
+        if sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
+            return f"the shards of its split {name} do not add up to its {split['tokens']} tokens"
+    return None
 
 
 class TokenSplit:
@@ -257,7 +296,7 @@ def verify_dataset(directory: str | Path) -> Manifest:
 def _open_own(directory: Path, split: str) -> TokenSplit:
     manifest = load_manifest(directory)
     content = manifest["splits"].get(split)
-    if not content or not content["tokens"]:
+    if content is None or not content["tokens"]:
         have = ", ".join(name for name, other in manifest["splits"].items() if other["tokens"])
         raise InputError(f"{directory} has no {split} split (it has {have}); prepare it with a larger --val_fraction")
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
@@ -280,7 +319,7 @@ def _open_own(directory: Path, split: str) -> TokenSplit:
 
 
 def _foreign_files(directory: Path, split: str) -> list[Path]:
-    """nanoGPT's `train.bin`, build-nanogpt's `edufineweb_train_000001.npy`, llm.c's `fineweb_train_000001.bin`, or none."""
+    """nanoGPT's `train.bin`, build-nanogpt's `edufineweb_train_000001.npy`, llm.c's `fineweb_train_000001.bin`."""
     one = directory / f"{split}.bin"
     named = sorted(path for end in ("npy", "bin") for path in directory.glob(f"*{split}*.{end}"))
     return [one] if one.exists() else named

@@ -1,16 +1,16 @@
 """Files of text, here or on the Hub, as units of work for `preparation`: which stretches, and how to read one.
 
-| format                 | a document is           | a unit is                                                            |
-|------------------------|-------------------------|----------------------------------------------------------------------|
-| .parquet               | a row that is not null  | row groups                                                           |
-| .jsonl, .ndjson        | a line                  | the lines that begin in a stretch of bytes                           |
-| .txt, .md              | a file                  | files, or a stretch of one that is cut where no token can straddle   |
-| the last two, packed   | the same                | whole files (.gz, .bz2, .xz, .zst)                                   |
-| other files of the Hub | a row                   | a file, iterated by the `datasets` library                           |
+| format                 | a document is           | a unit is                                                  |
+|------------------------|-------------------------|------------------------------------------------------------|
+| .parquet               | a row that is not null  | row groups                                                 |
+| .jsonl, .ndjson        | a line                  | the lines that begin in a stretch of bytes                 |
+| .txt, .md              | a file                  | files, or a stretch of one cut where no token can straddle |
+| the last two, packed   | the same                | whole files (.gz, .bz2, .xz, .zst)                         |
+| other files of the Hub | a row                   | a file, iterated by the `datasets` library                 |
 
 Only the text column is read, block by block, so memory does not grow with files or row groups. A dataset of the Hub is
-pinned to one commit. A fault of the network is retried with growing, jittered pauses and reading goes on behind the last
-document that arrived. Knows no tokens.
+pinned to one commit. A fault of the network is retried with growing, jittered pauses and reading goes on behind the
+last document that arrived. Knows no tokens.
 """
 
 import codecs

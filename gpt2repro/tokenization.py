@@ -1,11 +1,12 @@
 """Text to tokens and back: GPT-2's own tokenizer, a character-level one, and byte-level BPE trained on the corpus.
 
-Every tokenizer is an ordinary fast Hugging Face tokenizer: `save_pretrained` writes it, `AutoTokenizer` reads it, no remote
-code. `<|endoftext|>` is its end, begin, unknown and padding token, and always the last id. `Encoder` is the same tokenizer
-for bulk work: numpy out, nothing special in the text, cheap to send to a worker process, and GPT-2's ids come from tiktoken.
+Every tokenizer is an ordinary fast Hugging Face tokenizer: `save_pretrained` writes it, `AutoTokenizer` reads it, no
+remote code. `<|endoftext|>` is its end, begin, unknown and padding token, and always the last id. `Encoder` is the same
+tokenizer for bulk work: numpy out, nothing special in the text, cheap to send to a worker process, and GPT-2's ids come
+from tiktoken.
 
-This module knows nothing of files of text or of shards. It imports transformers only where a tokenizer object is made or
-loaded, so a worker process starts in a fraction of a second.
+This module knows nothing of files of text or of shards. It imports transformers only where a tokenizer object is made
+or loaded, so a worker process starts in a fraction of a second.
 """
 
 import hashlib
@@ -46,8 +47,8 @@ def gpt2_tokenizer():
         Exception
     ) as error:  # requests' many errors, a full disk, a hash mismatch: the user can do the same about each
         raise InputError(
-            f"GPT-2's vocabulary can't be downloaded ({type(error).__name__}). Set TIKTOKEN_CACHE_DIR to a directory that "
-            "holds tiktoken's cache (filled by `tiktoken.get_encoding('gpt2')` on a machine with network), "
+            f"GPT-2's vocabulary can't be downloaded ({type(error).__name__}). Set TIKTOKEN_CACHE_DIR to a directory "
+            "that holds tiktoken's cache (filled by `tiktoken.get_encoding('gpt2')` on a machine with network), "
             "or choose --tokenizer bpe or char, which need no download"
         ) from error
     symbols = _byte_symbols()
@@ -59,7 +60,7 @@ def gpt2_tokenizer():
 
 
 def char_tokenizer(texts: Iterable[str]):
-    """One token per character that occurs in `texts`, in code point order as in nanoGPT; other characters are unknown."""
+    """One token per character that occurs in `texts`, numbered as in nanoGPT; all others are unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -81,7 +82,8 @@ def char_tokenizer(texts: Iterable[str]):
 def bpe_tokenizer(texts: Iterable[str], vocab_size: int):
     """Byte-level BPE with GPT-2's pre-tokenisation, trained on `texts`.
 
-    Every text can be encoded (all 256 bytes are tokens). A small corpus may run out of pairs before `vocab_size` is reached.
+    Every text can be encoded (all 256 bytes are tokens). A small corpus may run out of pairs before `vocab_size` is
+    reached.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -153,13 +155,14 @@ def well_formed(text: str) -> str:
 class Encoder:
     """A tokenizer for bulk work: `encode_batch(texts)` gives one array of ids per text.
 
-    No special token is added, and none is recognised: the characters `<|endoftext|>` in a document are text like any other.
-    Copies to a spawned process by pickling. `fast=True` takes the `gigatoken` package (GPT-2 only) where it proves to give
-    tiktoken's ids; `uses_gigatoken` says whether it did.
+    No special token is added, and none is recognised: the characters `<|endoftext|>` in a document are text like any
+    other. Copies to a spawned process by pickling. `fast=True` takes the `gigatoken` package (GPT-2 only) where it
+    proves to give tiktoken's ids; `uses_gigatoken` says whether it did.
     """
 
     def __init__(self, tokenizer, *, fast: bool = False):
-        self.kind, self.sha256 = kind(tokenizer), fingerprint(tokenizer)
+        self.sha256 = fingerprint(tokenizer)
+        self.kind = "gpt2" if self.sha256 == GPT2_FINGERPRINT else kind(tokenizer)
         self.vocab_size, self.eot_id = len(tokenizer), tokenizer.eos_token_id
         self.dtype = token_dtype(self.vocab_size)
         self._vocab = tokenizer.get_vocab() if self.kind != "bpe" else None

@@ -180,11 +180,9 @@ def _shakespeare() -> Path:
 
 
 def _report(out: Path, manifest: Manifest, seconds: float) -> None:
-    print(
-        f"{out}: {manifest['tokenizer']['kind']} tokenizer, {manifest['tokenizer']['vocab_size']:,} entries, {seconds:.1f} s"
-    )
+    tokenizer = manifest["tokenizer"]
+    print(f"{out}: {tokenizer['kind']} tokenizer, {tokenizer['vocab_size']:,} entries, {seconds:.1f} s")
     for name, split in manifest["splits"].items():
+        sizes = f"{split['tokens']:>13,} tokens {split['documents']:>9,} documents {split['bytes']:>13,} bytes"
         xz = f", xz -9: {8 * split['xz_bytes'] / split['bytes']:.3f} bits per byte" if "xz_bytes" in split else ""
-        print(
-            f"  {name:5} {split['tokens']:>13,} tokens {split['documents']:>9,} documents {split['bytes']:>13,} bytes{xz}"
-        )
+        print(f"  {name:5} {sizes}{xz}")
