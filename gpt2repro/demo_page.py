@@ -76,7 +76,7 @@ def build(models: dict[str, Served], *, most_new_tokens: int, concurrency: int, 
             '<header class="masthead"><h1>gpt2repro</h1><p>A GPT-2 at work: each word and how sure it was.</p></header>'
         )
         with gr.Tab("Write"), gr.Row():
-            with gr.Column(scale=5, min_width=420):
+            with gr.Column(scale=5, min_width=320):
                 prompt = gr.Textbox(
                     label="Beginning",
                     lines=3,
@@ -86,9 +86,9 @@ def build(models: dict[str, Served], *, most_new_tokens: int, concurrency: int, 
                     elem_id="prompt",
                 )
                 with gr.Row():
-                    go = gr.Button("Write", variant="primary", elem_id="write", scale=2)
-                    stop = gr.Button("Stop", elem_id="stop", scale=1)
-                    clear = gr.Button("Clear", elem_id="clear", scale=1)
+                    go = gr.Button("Write", variant="primary", elem_id="write", scale=2, min_width=100)
+                    stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
+                    clear = gr.Button("Clear", elem_id="clear", scale=1, min_width=80)
                 gr.Examples([[example] for example in EXAMPLES], prompt, label="Try")
                 text = gr.HTML(page(HINT), elem_id="text")
                 status = gr.HTML(below(), elem_id="status")
