@@ -79,9 +79,11 @@ class GPT2ReproConfig(PreTrainedConfig):
             problems.append(f"activation_function={self.activation_function!r} (known: {known})")
         sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
         problems += [
-            f"{name}={getattr(self, name)!r} (must be at least 1)" for name in sizes if getattr(self, name) < 1
+            f"{name}={getattr(self, name)!r} (must be a whole number, at least 1)"
+            for name in sizes
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1
         ]
-        if self.n_head >= 1 and self.n_embd % self.n_head:
+        if not problems and self.n_embd % self.n_head:
             problems.append(f"n_embd={self.n_embd} (must be a multiple of n_head={self.n_head})")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if not 0 <= getattr(self, name) < 1:

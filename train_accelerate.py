@@ -36,6 +36,7 @@ EXIT_DONE, EXIT_STOPPED, EXIT_BAD_NUMBERS = 0, 3, 4
 UPLOAD_SECONDS_AT_EXIT = (
     1800  # a finished run waits so long for its uploads; a stopped one leaves them to the next start
 )
+LARGEST_MODEL = 10**12  # parameters: more is a typing mistake, and building it would fill the memory
 ARCHITECTURE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function")
 
 
@@ -222,6 +223,8 @@ class TrainConfig:
             found.append(f"spike_window={self.spike_window} must be at least 2")
         if self.assumed_mfu > 1:
             found.append(f"assumed_mfu={self.assumed_mfu} is a fraction and must be at most 1")
+        if (blocks := 12 * self.n_layer * self.n_embd**2) > LARGEST_MODEL:
+            found.append(f"n_layer={self.n_layer} and n_embd={self.n_embd} would make {blocks:.2g} parameters")
         if self.n_head >= 1 and self.n_embd % self.n_head and self.init_from is None:
             found.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.seq_len > self.n_positions and self.init_from is None:
@@ -294,6 +297,8 @@ def train(config: TrainConfig) -> int:
     compile_model(model, config.compile, device.type, world)
     model, optimizer = accelerator.prepare(model, optimizer)
 
+    examples = prepare_hellaswag(config, model, tokenizer)
+
     # --- a new run, or the one that run_dir holds
     run_lock = lock_run(config.run_dir) if accelerator.is_main_process else None  # held until the process ends
     writer = checkpoint.CheckpointWriter(
@@ -313,6 +318,7 @@ def train(config: TrainConfig) -> int:
     def restore(path: Path, *, rewinding: bool = False) -> dict:
         """Put everything back to what it was when `path` was saved; checkpoints of later steps are abandoned."""
         state = checkpoint.read_state(path)
+        refuse_foreign_state(state, path)
         refuse_another_run(state["identity"], identity, path)
         checkpoint.restore(path, model, optimizer)
         if state["scaler"] is not None and accelerator.scaler is not None:
@@ -347,7 +353,6 @@ def train(config: TrainConfig) -> int:
         uploader = Uploader(config.push_to_hub, run_dir=config.run_dir, private=private, comparable=load_on_cpu)
 
     step, best = state["step"], state["best"]
-    examples = prepare_hellaswag(config, model, tokenizer)
     referee = Referee(flat_config(config), manifest_of(source.directory))
     stop = StopSignal(world)
     peak = peak_flops(device_name(device))
@@ -690,6 +695,36 @@ def find_resume(config: TrainConfig, accelerator) -> Path | None:
     elsewhere = own is not None and found.resolve().parent != own.resolve().parent
     is_newer = elsewhere and checkpoint.read_state(own)["step"] >= checkpoint.read_state(found)["step"]
     return own if is_newer else found
+
+
+def refuse_foreign_state(state: dict, path: Path) -> None:
+    """Raises InputError where a checkpoint's state lacks a part, or has one of a kind, that this loop never wrote."""
+    number = (int, float)
+
+    def fits(value, kinds) -> bool:
+        if isinstance(kinds, dict):
+            return isinstance(value, dict) and all(fits(value.get(name), kind) for name, kind in kinds.items())
+        return isinstance(value, kinds) and not isinstance(value, bool)
+
+    health = {name: list for name in ("losses", "grad_norms")} | {
+        name: int for name in ("skipped", "rewinds", "in_a_row")
+    }
+    expected = {"step": int, "seconds": number, "source": {"position": int, "skipped": list}, "health": health}
+    expected |= {"identity": {"batch_tokens": int, "optimizer": str, "data": dict, "architecture": dict}}
+    wrong = [name for name, kinds in expected.items() if not fits(state.get(name), kinds)]
+    optional = {"best": {"step": int, "val_loss": number}, "run_ids": dict, "scaler": dict}
+    wrong += [name for name, kinds in optional.items() if state.get(name) is not None and not fits(state[name], kinds)]
+    if not wrong:
+        ranges = [pair for pair in state["source"]["skipped"] if not (isinstance(pair, list) and len(pair) == 2)]
+        numbers = [value for name in ("losses", "grad_norms") for value in state["health"][name]]
+        if ranges or state["source"]["position"] < 0:
+            wrong.append("source")
+        if not all(fits(value, number) for value in numbers):
+            wrong.append("health")
+        if path.name != f"step_{state['step']:06d}" and path.name.startswith("step_"):
+            wrong.append("step")
+    if wrong:
+        raise InputError(f"{path}: its trainer state has no usable {' and '.join(wrong)}; take another checkpoint")
 
 
 def refuse_another_run(saved: dict, now: dict, path: Path) -> None:

@@ -260,7 +260,8 @@ class CheckpointWriter:
                 if pieces or self.rank == 0:
                     (aside / "trainer_state").mkdir(parents=True, exist_ok=True)
                     piece = _piece_name(self.rank, writers)
-                    save_file(pieces, aside / piece, metadata={"format": "pt", "rows": json.dumps(rows)})
+                    # One entry only: safetensors writes several in random order, and equal states have equal files.
+                    save_file(pieces, aside / piece, metadata={"rows": json.dumps(rows, sort_keys=True)})
                     checksums[piece] = _settle(aside / piece)
                     record[1:] = [checksums[piece]["bytes"], *bytes.fromhex(checksums[piece]["sha256"])]
                 if self.rank == 0:
@@ -525,8 +526,9 @@ def verify_checkpoint(path: str | Path) -> None:
 def check_model_directory(path: str | Path, *, any_architecture: bool = False) -> None:
     """Raises InputError unless a directory can be loaded safely: known architecture, safetensors, plain names."""
     path = Path(path)
-    model_type = _read_json(path / "config.json").get("model_type")
-    if model_type not in MODEL_TYPES and not any_architecture:
+    config = _read_json(path / "config.json")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or (model_type not in MODEL_TYPES and not any_architecture):
         raise InputError(f"{path} is a model of type {model_type!r}; expected {' or '.join(MODEL_TYPES)}")
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").is_file():
@@ -540,13 +542,33 @@ def check_model_directory(path: str | Path, *, any_architecture: bool = False) -
         pickled = sorted(file.name for file in path.glob("*") if file.suffix in PICKLES)
         hint = f"; {pickled[0]} is not read, since unpickling runs code" if pickled else ""
         raise InputError(f"{path} has no model.safetensors{hint}")
+    shapes: dict[str, list[int]] = {}
     for shard in shards:
         if not _is_plain(shard) or "/" in shard or not shard.endswith(".safetensors"):
             raise InputError(f"{index}: {shard!r} is not a plain name of a safetensors file")
         if not (path / shard).is_file():
             raise InputError(f"{path}: {shard} is missing")
-        with _open_tensors(path / shard):
-            pass
+        with _open_tensors(path / shard) as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if (path / name).is_file():
+            _read_json(path / name)
+    if model_type in MODEL_TYPES:
+        _check_sizes(path, config, shapes)
+
+
+def _check_sizes(path: Path, config: dict, shapes: dict[str, list[int]]) -> None:
+    """A configuration of other sizes than the weights would build another model, or one that fills the memory."""
+    blocks = {match[1] for name in shapes if (match := re.match(r"(?:transformer\.)?h\.(\d+)\.", name))}
+    found = {"n_layer": len(blocks)}
+    for part, size in (("wte", "vocab_size"), ("wpe", "n_positions")):
+        shape = next((shape for name, shape in shapes.items() if name.endswith(f"{part}.weight")), [])
+        found[size], found["n_embd"] = shape if len(shape) == 2 else (None, None)
+    wrong = [
+        f"{name} {config[name]!r} (they have {size})" for name, size in found.items() if config.get(name, size) != size
+    ]
+    if wrong:
+        raise InputError(f"{path}: config.json does not belong to its weights: {', '.join(wrong)}")
 
 
 def read_state(path: str | Path) -> dict:

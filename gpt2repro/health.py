@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 # A loss that hardly moves has a deviation near zero, and every flutter would be an outlier: count at least this
 # part of the mean as one deviation (of the logarithm, for the gradient norm: this much absolutely).
 SMALLEST_DEVIATION = 0.01
+COUNTS = ("skipped", "in_a_row", "rewinds", "scaler_skips", "scaler_in_a_row")
 SCALER_PATIENCE = 50  # skipped steps in a row: from 2^16 downwards the scale has then passed every useful value
 
 
@@ -69,7 +70,8 @@ class HealthMonitor:
         self.max_in_a_row, self.max_rewinds = max_in_a_row, max_rewinds
         self.losses: deque[float] = deque(maxlen=window)
         self.grad_norms: deque[float] = deque(maxlen=window)
-        self.skipped = self.in_a_row = self.rewinds = self.scaler_skips = self.scaler_in_a_row = 0
+        for name in COUNTS:
+            setattr(self, name, 0)
         self._set_limits()
 
     def allow(self, loss: Tensor, grad_norm: Tensor, *, scaled: bool = False) -> Tensor:
@@ -127,14 +129,16 @@ class HealthMonitor:
 
     def state(self) -> dict:
         """JSON for the checkpoint."""
-        names = ("skipped", "in_a_row", "rewinds", "scaler_skips", "scaler_in_a_row")
-        return {"losses": list(self.losses), "grad_norms": list(self.grad_norms)} | {n: getattr(self, n) for n in names}
+        windows = {"losses": list(self.losses), "grad_norms": list(self.grad_norms)}
+        return windows | {name: getattr(self, name) for name in COUNTS}
 
     def load_state(self, state: dict, *, rewinding: bool = False) -> None:
         """Take over a checkpoint's state; when `rewinding`, the rewinds counted since then stay counted."""
         rewinds = self.rewinds
-        for name, value in state.items():
-            setattr(self, name, deque(value, maxlen=self.window) if isinstance(value, list) else value)
+        for name in ("losses", "grad_norms"):
+            setattr(self, name, deque(map(float, state[name]), maxlen=self.window))
+        for name in COUNTS:
+            setattr(self, name, int(state[name]))
         if rewinding:
             self.rewinds = rewinds
         self._set_limits()

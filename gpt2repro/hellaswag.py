@@ -97,7 +97,7 @@ def read_examples(data: str | Path, *, split: str = "val", limit: int | None = N
 
 def _read_jsonl(path: Path) -> list[dict]:
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -190,12 +190,16 @@ def _read_yaml(config: str) -> dict:
     if not path.is_file() and path.name == config and (PRESETS / f"{config}.yaml").is_file():
         path = PRESETS / f"{config}.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("anchors and aliases are not allowed, since a few of them can fill the memory")
+        content = yaml.safe_load(text)
     except FileNotFoundError:
         names = ", ".join(preset_names()) or "none"
         raise InputError(f"--config {config}: no such file, and the packaged presets are {names}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError, ValueError) as error:
-        raise InputError(f"--config {config} is not a readable YAML file: {' '.join(str(error).split())}") from None
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        raise InputError(f"--config {config} is not a readable YAML file: {reason}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

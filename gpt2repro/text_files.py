@@ -238,7 +238,7 @@ def find(
     with ThreadPoolExecutor() as pool:
         digests = pool.map(file_sha256, paths)
         files = [
-            TextFile(str(path), path.name, *_format(path.name), path.stat().st_size, digest)
+            TextFile(str(path), path.name, *_named_format(path.name), path.stat().st_size, digest)
             for path, digest in zip(paths, digests, strict=True)
         ]
     if not sum(file.bytes for file in files):
@@ -315,11 +315,17 @@ def _local(item: str) -> list[Path]:
 
 
 def _format(name: str) -> tuple[str | None, bool]:
-    """(format, packed) by suffix; an unknown suffix of a named file is text."""
+    """(format, packed) by suffix; the format is None where the suffix is unknown."""
     path = PurePosixPath(name.lower())
     packed = path.suffix in PACKED
     suffix = PurePosixPath(path.stem).suffix if packed else path.suffix
     return FORMATS.get(suffix), packed
+
+
+def _named_format(name: str) -> tuple[str, bool]:
+    """The same for a file that was named one by one: with an unknown suffix it is text."""
+    file_format, packed = _format(name)
+    return file_format or "txt", packed
 
 
 def _find_on_hub(dataset: str, config: str | None, revision: str | None, text_column: str) -> TextFiles:
