@@ -184,9 +184,10 @@ class Uploader:
         self._stripped: set[str] = set()  # branches known to hold no trainer state
         self._wake = threading.Condition()
         self._closing_at: float | None = None  # the deadline, once close() was called
-        if quiet:
-            from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils import disable_progress_bars, logging
 
+        logging.set_verbosity_error()  # its warnings are about attempts that fail; this class says what comes of them
+        if quiet:
             disable_progress_bars()  # they would run through the training's own
         self.api = None
         try:
@@ -267,7 +268,8 @@ class Uploader:
                 name = staged.name
                 self._publish(staged)
                 self._errors.pop(name, None)
-            if self._comparable is not None and time.monotonic() < (self._closing_at or 0):
+            closing = self._closing_at is not None and time.monotonic() < self._closing_at
+            if closing and self._comparable is not None and not self._waiting():
                 name = "branch native"
                 if best := self._best():
                     publish_native(self._connected(), self.repo, best, self._comparable(best), self._cards)
@@ -294,7 +296,7 @@ class Uploader:
         """One checkpoint: its branch, then `main`, then room where the optimizer's state has become old."""
         api = self._connected()
         step = int(STEP_NAME.fullmatch(staged.name)[1])
-        branch = f"step-{step}"
+        branch, inode = f"step-{step}", staged.stat().st_ino
         newest = staged == self._waiting()[-1]
         files = checkpoint_files(staged, with_trainer_state=newest)
         publish(api, self.repo, files | self._cards(staged), revision=branch, message=f"Step {step}")
@@ -308,7 +310,8 @@ class Uploader:
                 self._strip_older(branch)
             except Exception as error:  # costs space, loses nothing
                 self._say(f"older optimizer states stay on the Hub for now: {explain(error, self.repo)}")
-        shutil.rmtree(staged)
+        if staged.stat().st_ino == inode:  # else a rewound run has saved this step anew meanwhile
+            shutil.rmtree(staged)
 
     def _cards(self, directory: Path, *, native: bool = False) -> dict[str, bytes]:
         return card_files(directory, repo=self.repo, run_dir=self.run_dir, native=native, **self._card)

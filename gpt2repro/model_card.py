@@ -253,8 +253,9 @@ def _training_section(facts: Facts, cost_dollars: float | None, co2_kg: float | 
     if facts.seconds:
         hours = facts.seconds / 3600
         devices = environment.get("processes", 1)
-        total = f", {hours * devices:,.2f} device hours" if devices > 1 else ""
-        rows.append(("time", f"{hours:,.2f} hours of training steps{total} (evaluation not counted)"))
+        time = f"{hours:,.2f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+        total = f", {hours * devices:,.2f} device hours" if devices > 1 and hours >= 1 else ""
+        rows.append(("time", f"{time} of training steps{total} (evaluation not counted)"))
         price = options.get("dollars_per_gpu_hour")
         if cost_dollars is None and price and environment.get("device", "cpu") not in ("cpu", "mps"):
             rows.append(

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import yaml
 from loopback_hub import TOKEN
 from tiny_run import flags, write_tiny_shards
 
+from gpt2repro import hub as our_hub
 from gpt2repro.checkpoint import CheckpointWriter, find_checkpoint, read_state, resolve_pointer, verify_checkpoint
 from gpt2repro.commands import push
 from gpt2repro.hub import Uploader, fetch_checkpoint
@@ -213,6 +215,34 @@ def test_a_wrong_login_or_name_is_refused_before_the_first_step(hub, monkeypatch
         Uploader(repo, run_dir=run.dir)
 
 
+def test_the_cached_login_will_do(hub, monkeypatch, tmp_path, run):
+    hub.adopt_clients(monkeypatch, tmp_path / "home", token=None)
+    (tmp_path / "home").mkdir(exist_ok=True)
+    (tmp_path / "home" / "token").write_text(TOKEN)
+    uploader = uploader_of(run)
+    run.save(1, on_written=uploader.checkpoint)
+    assert uploader.close(timeout=60) == [] and uploader.published == ["step-1"]
+
+
+def test_a_step_that_is_saved_anew_while_it_is_sent_is_sent_again(hub, run, monkeypatch):
+    """What a rewound run does: the same step, other weights."""
+    uploader = uploader_of(run)
+    first = run.save(1)
+    real = our_hub.publish
+
+    def publish_and_save_anew(*arguments, **options):
+        monkeypatch.setattr(our_hub, "publish", real)
+        commit = real(*arguments, **options)
+        uploader.checkpoint(run.save(1))
+        return commit
+
+    monkeypatch.setattr(our_hub, "publish", publish_and_save_anew)
+    uploader.checkpoint(first)
+    wait_for(lambda: uploader.published == ["step-1", "step-1"])
+    assert uploader.close(timeout=60) == []
+    assert hub.files(REPO, "step-1")["model.safetensors"] == (first / "model.safetensors").read_bytes()
+
+
 def test_the_token_never_appears_in_messages(hub, run, capfd):
     hub.fail(r"POST .*/commit/", status=500, headers={"X-Error-Message": f"bad thing with {TOKEN} in it"}, times=10_000)
     uploader = uploader_of(run)
@@ -384,6 +414,31 @@ def test_a_space_carries_the_demo_and_names_the_model(hub, run, capsys):
         assert name in files
     assert hub.repo(REPO, "space").settings["sdk"] == "gradio" and hub.repo(REPO, "space").private
     assert "secret HF_TOKEN" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_spaces_files_alone_serve_the_page_with_the_model_from_the_hub(hub, run, free_port, tmp_path):
+    path = run.save(1)
+    assert run_main(push.main, ["--model", str(path), "--repo", REPO, "--space"]) == 0
+    for name, content in hub.files(REPO, kind="space").items():
+        (tmp_path / "space" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "space" / name).write_bytes(content)
+    app = tmp_path / "space" / "app.py"
+    app.write_text(app.read_text().replace("7860", str(free_port)))
+    environment = hub.environment(tmp_path / "empty") | {"GRADIO_ANALYTICS_ENABLED": "False"}
+    environment.pop("PYTHONPATH", None)
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([sys.executable, "app.py"], cwd=app.parent, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while "the page is at" not in (tmp_path / "log").read_text():
+            assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/", timeout=30) as answer:
+            assert answer.status == 200 and b"gradio" in answer.read()
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_the_circle_closes_train_push_load_elsewhere_and_resume(hub, tmp_path):

@@ -177,9 +177,10 @@ A page to talk to [{repo}](https://huggingface.co/{repo}), made by `gpt2repro pu
 SPACE_APP = '''"""Started by the Space: the page of `gpt2repro demo` with one model."""
 
 from gpt2repro.commands.demo import main
+from gpt2repro.options import run_main
 
 if __name__ == "__main__":
-    raise SystemExit(main(["--model", "{repo}", "--host", "0.0.0.0", "--port", "7860"]))
+    raise SystemExit(run_main(main, ["--model", "{repo}", "--host", "0.0.0.0", "--port", "7860"]))
 '''
 
 # What the page imports; gradio itself is the Space's sdk. The bounds are setup.cfg's.
