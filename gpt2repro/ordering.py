@@ -50,29 +50,39 @@ class Permutation:
         if n < 1:
             raise ValueError(f"a permutation needs at least one element, got n={n}")
         bits = max((n - 1).bit_length(), SMALLEST_DOMAIN_BITS)
+        low_bits, high_bits = bits // 2, bits - bits // 2
         self.n = n
-        self.low_bits = np.uint64(bits // 2)
-        self.low_mask = np.uint64((1 << (bits // 2)) - 1)
-        self.high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-        self.round_keys = [np.uint64(derive_seed(seed, n, r)) for r in range(FEISTEL_ROUNDS)]
+        self._constants = [low_bits, (1 << low_bits) - 1, (1 << high_bits) - 1]
+        self._constants += [derive_seed(seed, n, number) for number in range(FEISTEL_ROUNDS)]
+        self._array_constants = [np.uint64(constant) for constant in self._constants]
 
     def __call__(self, index):
         """The image of an int (as an int) or of an array of ints (as an int64 array of the same shape)."""
-        scalar = np.ndim(index) == 0
-        values = np.atleast_1d(np.asarray(index)).astype(np.uint64)
-        if values.size and int(values.max()) >= self.n:
-            raise IndexError(f"index {index} is outside range({self.n})")
-        values = self._network(values)
+        if not isinstance(index, np.ndarray):
+            return self._image_of(int(index))
+        if index.size and not 0 <= int(index.min()) <= int(index.max()) < self.n:
+            raise IndexError(f"indices {index.min()} to {index.max()} are not all in range({self.n})")
+        values = _network(index.astype(np.uint64), *self._array_constants)
         while (outside := values >= self.n).any():
-            values[outside] = self._network(values[outside])
-        return int(values[0]) if scalar else values.astype(np.int64)
+            values[outside] = _network(values[outside], *self._array_constants)
+        return values.astype(np.int64)
 
-    def _network(self, values: np.ndarray) -> np.ndarray:
-        low, high = values & self.low_mask, values >> self.low_bits
-        for even, odd in zip(self.round_keys[::2], self.round_keys[1::2], strict=True):
-            low = low ^ (mix64(high ^ even) & self.low_mask)
-            high = high ^ (mix64(low ^ odd) & self.high_mask)
-        return high << self.low_bits | low
+    def _image_of(self, index: int) -> int:
+        if not 0 <= index < self.n:
+            raise IndexError(f"index {index} is outside range({self.n})")
+        value = _network(index, *self._constants)
+        while value >= self.n:
+            value = _network(value, *self._constants)
+        return value
+
+
+def _network(values, low_bits, low_mask, high_mask, *round_keys):
+    """One pass of the Feistel network, over an int or an array of uint64."""
+    low, high = values & low_mask, values >> low_bits
+    for even, odd in zip(round_keys[::2], round_keys[1::2], strict=True):
+        low = low ^ (mix64(high ^ even) & low_mask)
+        high = high ^ (mix64(low ^ odd) & high_mask)
+    return high << low_bits | low
 
 
 def skip_ahead(state: dict, start: int, stop: int) -> dict:

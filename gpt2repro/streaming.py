@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -109,6 +110,7 @@ class StreamSource:
         self._train_groups = [g for g in range(groups) if g not in set(self._held_out_groups)]
         self.parts = max(FEWEST_PARTS, math.ceil(lanes / len(self._train_groups)))
         self.units = len(self._train_groups) * self.parts
+        self.unit_location = functools.lru_cache(maxsize=1 << 14)(self._unit_location)
         self.cache = TokenCache(source, self.encoder, Path(cache_dir), limit_gib=cache_gib, report=report)
         self.validation = self._open_validation()
 
@@ -197,7 +199,7 @@ class StreamSource:
                 raise InputError(f"{self.source.name} holds no document to train on")
             unit, document, token = unit + self.lanes, 0, 0
 
-    def unit_location(self, unit: int) -> tuple[int, int, int]:
+    def _unit_location(self, unit: int) -> tuple[int, int, int]:
         """(epoch, group, part) of a unit; P neighbouring units, and so lanes, share a group.
 
         The parts rotate, or a lane would have the same one of every group, and none where a group has few documents.
