@@ -167,21 +167,22 @@ def merging_tokenizer(examples):
     )
 
 
-@pytest.mark.slow
-def test_real_examples_score_as_both_references_with_gpt2s_vocabulary(shared_data, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
-    tokenizer = gpt2_tokenizer()
-    examples = hellaswag.read_examples(shared_data / "hellaswag" / "hellaswag_val_500.jsonl")
-    model = tiny(len(tokenizer), n_positions=1024)
+@pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.slow)])
+def test_real_examples_score_as_both_references(shared_data, count):
+    examples = hellaswag.read_examples(shared_data / "hellaswag" / "hellaswag_val_500.jsonl", limit=count)
+    tokenizer = bpe_tokenizer([all_text(example) for example in examples], 500)
+    model = tiny(len(tokenizer))
     rows = judged(model, tokenizer, examples)
     assert_like_build_nanogpt(rows, build_nanogpt_way(model, tokenizer, examples))
     assert_like_the_harness(rows, harness_way(model, tokenizer, examples))
 
 
-def test_real_examples_score_as_both_references(shared_data):
-    examples = hellaswag.read_examples(shared_data / "hellaswag" / "hellaswag_val_500.jsonl", limit=30)
-    tokenizer = bpe_tokenizer([all_text(example) for example in examples], 500)
-    model = tiny(len(tokenizer))
+@pytest.mark.slow
+def test_real_examples_score_as_both_references_with_gpt2s_vocabulary(shared_data, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
+    tokenizer = gpt2_tokenizer()
+    examples = hellaswag.read_examples(shared_data / "hellaswag" / "hellaswag_val_500.jsonl", limit=60)
+    model = tiny(len(tokenizer), n_positions=1024)
     rows = judged(model, tokenizer, examples)
     assert_like_build_nanogpt(rows, build_nanogpt_way(model, tokenizer, examples))
     assert_like_the_harness(rows, harness_way(model, tokenizer, examples))
@@ -387,3 +388,40 @@ def test_command_refuses_bad_input_with_exit_code_2(checkpoint, capsys):
     assert run_main(eval_hellaswag.main, ["--model", str(checkpoint), "--data", "nowhere.jsonl"]) == 2
     assert "there is no file nowhere.jsonl" in capsys.readouterr().err
     assert run_main(eval_hellaswag.main, ["--model", str(checkpoint / "no"), "--data", str(SYNTHETIC)]) == 2
+
+
+@pytest.mark.slow
+def test_documented_harness_command_agrees_on_a_checkpoint(checkpoint, model, tokenizer, examples, tmp_path):
+    """docs/evaluation.md's `lm_eval --model hf --model_args pretrained=DIR,trust_remote_code=True`, on a local task."""
+    import os
+    import subprocess
+    import sys
+
+    pytest.importorskip("lm_eval")
+    (tmp_path / "task.yaml").write_text(
+        f"""task: hellaswag_local
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: "{SYNTHETIC.as_posix()}"}}}}
+validation_split: validation
+output_type: multiple_choice
+process_docs: !function from_the_harness.process_docs
+doc_to_text: "{{{{query}}}}"
+doc_to_target: "{{{{label}}}}"
+doc_to_choice: "choices"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+""",
+        encoding="utf-8",
+    )
+    (tmp_path / "from_the_harness.py").write_text("from lm_eval.tasks.hellaswag.utils import process_docs\n")
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"]
+    command += ["--model_args", f"pretrained={checkpoint},trust_remote_code=True,dtype=float32"]
+    command += ["--tasks", "hellaswag_local", "--include_path", tmp_path, "--output_path", tmp_path / "out"]
+    environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    (results,) = (tmp_path / "out").rglob("results*.json")
+    found = json.loads(results.read_text(encoding="utf-8"))["results"]["hellaswag_local"]
+    expected = hellaswag.evaluate(model, tokenizer, examples)
+    assert found["acc,none"] == expected["hellaswag_acc_chars"]
+    assert found["acc_norm,none"] == expected["hellaswag_acc_norm_chars"]
+    assert found["acc_stderr,none"] == pytest.approx(expected["hellaswag_acc_chars_stderr"])

@@ -6,7 +6,7 @@
     gpt2repro perplexity --model runs/124M --data EleutherAI/lambada_openai --split test --last_word
 
 Published for OpenAI's 124M: 37.50 per word on WikiText-103, LAMBADA 35.13 per word and 45.99 % (GPT-2 paper; its
-accuracy has a stop-word filter, this one has none). For the tasks of lm-evaluation-harness (`pip install lm_eval`):
+accuracy has a stop-word filter, this one has none). For the tasks of lm-evaluation-harness (extra `harness`):
 
     lm_eval --model hf --model_args pretrained=runs/124M/checkpoints/final,trust_remote_code=True \\
         --tasks lambada_openai,hellaswag,wikitext
