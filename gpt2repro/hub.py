@@ -175,6 +175,8 @@ class Uploader:
         quiet: bool = True,
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ):
+        from huggingface_hub.utils import disable_progress_bars, logging
+
         self.repo, self.run_dir, self.private = repo, Path(run_dir), private
         self.published: list[str] = []  # revisions that arrived, in order
         self._card, self._comparable = dict(card or {}), comparable
@@ -184,8 +186,6 @@ class Uploader:
         self._stripped: set[str] = set()  # branches known to hold no trainer state
         self._wake = threading.Condition()
         self._closing_at: float | None = None  # the deadline, once close() was called
-        from huggingface_hub.utils import disable_progress_bars, logging
-
         logging.set_verbosity_error()  # its warnings are about attempts that fail; this class says what comes of them
         if quiet:
             disable_progress_bars()  # they would run through the training's own
@@ -277,6 +277,9 @@ class Uploader:
                 self._comparable = None
                 self._errors.pop(name, None)
         except Exception as error:
+            if STEP_NAME.fullmatch(name) and not (self.uploads / name).exists():
+                self._news = True  # another Uploader of this run, such as `gpt2repro push` beside it, has sent it
+                return None
             self._errors[name] = explain(error, self.repo)
             self._say(f"{name} did not arrive: {self._errors[name]}")
             return error

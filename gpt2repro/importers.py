@@ -258,7 +258,7 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
     tensors = {}
     for name in shapes:
         tensor = state[name].t() if name.endswith(TRANSPOSED) else state[name]
-        tensors[name] = tensor.contiguous().clone()  # a copy of its own: the file's memory map can go
+        tensors[name] = tensor.clone(memory_format=torch.contiguous_format)  # the file's memory map can go
     dropout = float(sizes.get("dropout") or 0.0)
     config = {"vocab_size": vocab_size, "n_positions": T, "n_embd": C, "n_layer": L, "n_head": H}
     config |= {"activation_function": activation, "embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
