@@ -4,6 +4,7 @@
 #   make install      .venv with the project (editable) and its command `gpt2repro`
 #   make test         the tests, under 8 minutes on two cores
 #   make test-all     also kill campaigns, browser and notebooks, under 40
+#   make test-oldest  the model pair on the oldest transformers that setup.cfg admits
 #   make style        ruff: lint and format
 
 BASE_PYTHON ?= python3
@@ -13,7 +14,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # A test process holds about 1 GB, so not one per core on a big machine.
 PYTEST := $(PYTHON) -m pytest -n logical --maxprocesses 8 --timeout 600
 
-.PHONY: help install quickstart test test-all style
+.PHONY: help install quickstart test test-all test-oldest style
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -48,6 +49,15 @@ test: $(VENV)/installed-test
 
 test-all: test $(VENV)/installed-test-all
 	$(PYTEST) -m "slow or browser or notebook" --timeout 1800
+
+# An environment of its own: the project's other requirements would pull a newer transformers in.
+$(VENV)-oldest/installed: setup.cfg
+	$(BASE_PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet 'torch>=2.11,<2.14' transformers==5.4.0 accelerate pytest pytest-timeout
+	touch $@
+
+test-oldest: $(VENV)-oldest/installed
+	$(VENV)-oldest/bin/python -m pytest -q tests/test_modeling.py
 
 style: $(VENV)/installed-test
 	$(PYTHON) -m ruff check .
