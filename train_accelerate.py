@@ -24,6 +24,7 @@ import contextlib
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -262,7 +263,7 @@ def train(config: TrainConfig) -> int:
     from tqdm import tqdm
 
     from gpt2repro import checkpoint, data, hellaswag
-    from gpt2repro.evaluation import validation_loss
+    from gpt2repro.evaluation import token_byte_lengths, validation_loss
     from gpt2repro.health import HealthMonitor, step_unless_bad
     from gpt2repro.optim import build_optimizer, learning_rate, set_learning_rate
     from gpt2repro.profiling import profiling
@@ -297,6 +298,7 @@ def train(config: TrainConfig) -> int:
     compile_model(model, config.compile, device.type, world)
     model, optimizer = accelerator.prepare(model, optimizer)
 
+    token_bytes = token_byte_lengths(tokenizer)
     examples = prepare_hellaswag(config, model, tokenizer)
 
     # --- a new run, or the one that run_dir holds
@@ -397,7 +399,7 @@ def train(config: TrainConfig) -> int:
         record = {"step": step}
         if validation is not None:
             batch = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-            record |= validation_loss(model, validation, **batch, **common)
+            record |= validation_loss(model, validation, token_bytes=token_bytes, **batch, **common)
         if examples is not None:
             record |= hellaswag.evaluate(model, tokenizer, examples, **common)
         if len(record) > 1:
@@ -689,6 +691,8 @@ def find_resume(config: TrainConfig, accelerator) -> Path | None:
 
         with accelerator.local_main_process_first():
             place = fetch_checkpoint(place, config.run_dir / "from_hub")
+            if own is None and (place / "training/metrics.jsonl").is_file():  # so that the curve begins at step 0
+                shutil.copy(place / "training/metrics.jsonl", config.run_dir / "metrics.jsonl")
     found = checkpoint.find_checkpoint(place, all_ranks=True)
     if found is None:
         raise InputError(f"resume={config.resume}: no checkpoint there")
@@ -757,9 +761,22 @@ def failures_noted(log, step):
     try:
         yield
     except BaseException as error:
+        if lost_a_process(error):
+            message = "another process of this run is gone; the same command goes on from the last checkpoint"
+            log.status("failed", step(), 1, message)
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
         code = 2 if isinstance(error, InputError) else 1
         log.status("failed", step(), code, f"{type(error).__name__}: {error}" if code == 1 else str(error))
         raise
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether a collective failed since another process has ended: gloo's RuntimeError, or NCCL's DistError."""
+    import torch.distributed
+
+    by_gloo = isinstance(error, RuntimeError) and ("gloo" in str(error) or "by peer" in str(error))
+    return by_gloo or isinstance(error, torch.distributed.DistError)
 
 
 class StopSignal:
