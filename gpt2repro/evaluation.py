@@ -160,14 +160,16 @@ def validation_loss(
 
     split: anything with `.tokens`, `.bytes` and `.read(start, count)`. Each rank scores its own windows; the sums meet
     in one all-reduce (`reduce(tensor) -> tensor`, default torch's) that every rank joins, and every rank makes the same
-    number of forward passes. token_bytes: see `token_byte_lengths`; without it the bytes are the split's average per
-    token.
+    number of forward passes. token_bytes: the bytes of each id (see `token_byte_lengths`), needed where the split does
+    not know its bytes or only a part of it is scored; without it the bytes are the split's average per token.
 
     Returns {"val_loss", "perplexity", "bits_per_byte" (None if the split knows no bytes), "val_tokens"}.
     """
     predicted = split.tokens - 1 if tokens is None else min(tokens, split.tokens - 1)
     if predicted < 1:
         raise InputError(f"the validation split has {split.tokens} tokens and needs 2; prepare more validation text")
+    if split.bytes and predicted == split.tokens - 1:
+        token_bytes = None  # the split's own count is exact, also for characters the tokenizer doesn't know
     windows = math.ceil(predicted / seq_len)  # the last one may be shorter
     passes = math.ceil(windows / (batch_size * world))
     nats, scored_bytes = [], 0

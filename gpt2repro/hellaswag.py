@@ -355,8 +355,8 @@ def contexts_can_be_shared(forward: Forward, groups: Sequence[Group], device: to
         found = ending_sums(score_shared(forward, groups, device, dtype), endings)
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError) as error:
-        warnings.warn(f"contexts are not shared between endings, the model refuses it: {error}", stacklevel=2)
+    except Exception as error:  # every architecture and attention kernel refuses a 4-D mask in its own way
+        warnings.warn(f"contexts are not shared: {type(error).__name__}: {error}", stacklevel=2)
         return False
     close = torch.allclose(found, expected, rtol=SHARING_TOLERANCE, atol=SHARING_TOLERANCE)
     if expected.isfinite().all() and not close:

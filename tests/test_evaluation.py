@@ -145,6 +145,30 @@ def test_two_processes_evaluate_like_one_and_go_on_training(tmp_path, free_port)
                 assert record[name] == pytest.approx(value, rel=1e-6), (way, name)
 
 
+def test_run_on_two_processes_logs_every_number_of_an_evaluation(tmp_path):
+    from tiny_run import flags, write_tiny_shards
+
+    data = write_tiny_shards(tmp_path / "data")
+    options = {"n_positions": 600, "max_steps": 4, "eval_steps": 2, "save_steps": 4, "precision": "fp32"}
+    options |= {"hellaswag": ROOT / "tests" / "data" / "hellaswag_synthetic.jsonl", "hellaswag_limit": 5}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["train_accelerate.py", *flags(data, tmp_path / "run", **options)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    evaluations = [record for record in map(json.loads, lines) if "val_loss" in record]
+    assert [record["step"] for record in evaluations] == [0, 2, 4]
+    for record in evaluations:
+        assert record["perplexity"] == pytest.approx(math.exp(record["val_loss"]))
+        assert record["bits_per_byte"] == pytest.approx(record["val_loss"] / math.log(2), rel=0.01)  # a byte a token
+        assert record["hellaswag_examples"] == 5
+        for protocol in ("tokens", "chars"):
+            for metric in ("acc", "acc_norm"):
+                assert 0 <= record[f"hellaswag_{metric}_{protocol}"] <= 1
+                assert record[f"hellaswag_{metric}_{protocol}_stderr"] is not None
+
+
 def environment() -> dict:
     import os
 

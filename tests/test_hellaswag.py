@@ -296,6 +296,22 @@ def test_compiled_model_is_scored_without_compiling_anything(model, tokenizer, e
     assert judged(compiled, tokenizer, examples) == expected
 
 
+@pytest.mark.parametrize("way", ["autocast", "weights"])
+def test_bf16_scores_are_near_those_in_fp32(tokenizer, examples, way):
+    model = tiny(len(tokenizer))
+    exact = judged(model, tokenizer, examples)
+    if way == "weights":
+        rounded = judged(model.bfloat16(), tokenizer, examples, share_contexts=True)
+    else:
+        bf16 = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+        rounded = judged(model, tokenizer, examples, share_contexts=True, **bf16)
+    for mine, theirs in zip(rounded, exact, strict=True):
+        for protocol in hellaswag.PROTOCOLS:
+            np.testing.assert_allclose(
+                mine[protocol]["log_likelihoods"], theirs[protocol]["log_likelihoods"], rtol=0.03, atol=0.3
+            )
+
+
 def test_training_mode_and_gradients_are_as_before(tokenizer, examples):
     model = tiny(len(tokenizer)).train()
     hellaswag.evaluate(model, tokenizer, examples[:2])
