@@ -689,10 +689,10 @@ def find_resume(config: TrainConfig, accelerator) -> Path | None:
     if place.startswith("hub:"):
         from gpt2repro.hub import fetch_checkpoint
 
-        with accelerator.local_main_process_first():
-            place = fetch_checkpoint(place, config.run_dir / "from_hub")
-            if own is None and (place / "training/metrics.jsonl").is_file():  # so that the curve begins at step 0
-                shutil.copy(place / "training/metrics.jsonl", config.run_dir / "metrics.jsonl")
+        place = fetch_checkpoint(place, config.run_dir / "from_hub")  # by the first process; the others wait
+        curve = Path(place) / "training/metrics.jsonl"
+        if accelerator.is_main_process and own is None and curve.is_file():  # the log then begins at step 0
+            shutil.copy(curve, config.run_dir / "metrics.jsonl")
     found = checkpoint.find_checkpoint(place, all_ranks=True)
     if found is None:
         raise InputError(f"resume={config.resume}: no checkpoint there")
