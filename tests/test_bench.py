@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2repro.commands.bench import harness, scale, table, train
+from gpt2repro.commands.bench import harness, optimizers, scale, table, train
 from gpt2repro.commands.bench.harness import compare, figure, headline, peak_memory_gib, speedup, summary
 from gpt2repro.options import InputError
 from gpt2repro.shards import open_split
@@ -149,3 +149,14 @@ def test_step_in_two_passes_changes_the_weights_as_one_pass_does(name):
         step(x, y, passes)
         models.append(torch.nn.utils.parameters_to_vector(model.parameters()))
     torch.testing.assert_close(*models, rtol=1e-4, atol=2e-6)
+
+
+def test_optimizers_are_compared_on_the_same_data_and_the_best_rates_drawn(tmp_path: Path):
+    train.training_command(tmp_path, {**TINY, "n_positions": 64}, batch=12, seq_len=64, steps=4)
+    places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path), "--figures", str(tmp_path)]
+    assert optimizers.main([*places, "--steps", "4", "--lr", "1e-3", "1e-2", "--val_windows", "4"]) == 0
+    results = json.loads((tmp_path / f"optimizers-{harness.host_kind()}.json").read_text())["results"]
+    settings = [(run["optimizer"], run["lr"], run["steps"]) for run in results["runs"]]
+    both = [(name, lr, 4) for lr in (1e-3, 1e-2) for name in ("adamw", "muon")]
+    assert settings == [*both, ("muon", results["best_lr"]["muon"], 2)]
+    assert (tmp_path / f"optimizers-{harness.host_kind()}.png").stat().st_size > 10_000
