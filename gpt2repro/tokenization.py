@@ -12,7 +12,6 @@ or loaded, so a worker process starts in a fraction of a second.
 import hashlib
 import json
 import os
-import re
 import sys
 import tempfile
 from base64 import b64encode
@@ -222,7 +221,7 @@ class Encoder:
         return [self._tiktoken.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
     def _encode_gigatoken(self, texts: list[str]) -> list[np.ndarray]:
-        strange = [i for i, text in enumerate(texts) if not text.isascii() and self._strange.search(text)]
+        strange = [i for i, text in enumerate(texts) if not text.isascii() and self._strange[_code_points(text)].any()]
         array = self._gigatoken.encode_batch(
             texts, parallel=False
         ).layout  # awkward's: all ids, and where each text begins
@@ -233,8 +232,7 @@ class Encoder:
         return pieces
 
     def _encode_characters(self, texts: list[str]) -> list[np.ndarray]:
-        points = (np.frombuffer(text.encode("utf-32-le"), "<u4") for text in texts)
-        return [self._table[np.minimum(codes, len(self._table) - 1)] for codes in points]
+        return [self._table[np.minimum(_code_points(text), len(self._table) - 1)] for text in texts]
 
     def _encode_trained(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -256,6 +254,10 @@ def _byte_level_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]):
         vocab={**vocab, EOT: len(vocab)}, merges=merges, bos_token=EOT, eos_token=EOT, unk_token=EOT, pad_token=EOT,
         model_max_length=MODEL_MAX_LENGTH, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 def _byte_symbols() -> list[str]:
@@ -293,8 +295,8 @@ def _gigatoken(ranks: dict[bytes, int]):
         return gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2", special_tokens={})
 
 
-def _gigatoken_disagreements(encoding) -> tuple[re.Pattern | None, str | None]:
-    """(pattern of the characters that send a text to tiktoken, None), or (None, why gigatoken is not to be used).
+def _gigatoken_disagreements(encoding) -> tuple[np.ndarray | None, str | None]:
+    """(for every code point whether it sends a text to tiktoken, None), or (None, why gigatoken is not to be used).
 
     The two carry different versions of Unicode and so disagree about letters that one of them does not know. Every code
     point of the planes in use is tried in the company that shows its class (a letter, a digit, a space, a contraction),
@@ -320,7 +322,7 @@ def _gigatoken_disagreements(encoding) -> tuple[re.Pattern | None, str | None]:
     strange = [code for code in suspects if differs(probe(code))]
     if any(code < 128 for code in strange):
         return None, "this version of gigatoken does not give tiktoken's ids for ASCII"
-    pattern = re.compile(
-        r"[\U00040000-\U000dffff\U000e1000-\U0010ffff" + "".join(map(re.escape, map(chr, strange))) + "]"
-    )
-    return pattern, None
+    table = np.ones(0x110000, bool)
+    table[codes] = False
+    table[strange] = True
+    return table, None

@@ -92,7 +92,7 @@ def test_fast_tokenizer_gives_tiktoken_s_ids_where_unicode_versions_differ(gpt2)
     plain, fast = Encoder(gpt2), Encoder(gpt2, fast=True)
     assert fast.uses_gigatoken and not plain.uses_gigatoken
     rng = random.Random(1)
-    newer = [chr(code) for code in range(0x10FFFF) if fast._strange.match(chr(code)) and not 0xD800 <= code < 0xE000]
+    newer = [chr(code) for code in np.flatnonzero(fast._strange) if not 0xD800 <= code < 0xE000]
     texts = fuzz(5000, seed=2) + [f"a{c}'s {c}1{c}'ll {c}" for c in rng.sample(newer, 500)]
     copy = pickle.loads(pickle.dumps(fast))
     for a, b, c in zip(plain.encode_batch(texts), fast.encode_batch(texts), copy.encode_batch(texts), strict=True):
