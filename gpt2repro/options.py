@@ -53,7 +53,8 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     kinds = typing.get_type_hints(cls, include_extras=True)
     positional = next((name for name, field in fields.items() if field.metadata.get("positional")), None)
-    parser = _parser(cls, fields, kinds, positional, prog, description)
+    explaining = not {"-h", "--help"}.isdisjoint(argv)
+    parser = _parser(cls, fields, kinds, positional, prog, description, explaining)
     flags, rest = parser.parse_known_args([_canonical(argument, kinds) for argument in argv])
     given = vars(flags)
     problems: list[str] = []
@@ -79,7 +80,7 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
             else:
                 raw[name] = value, str(config)
     elif config is _NO_VALUE:
-        problems.append(f"--config needs a value: a YAML file or one of the presets {', '.join(preset_names())}")
+        problems.append("--config needs a value: a YAML file, or a preset that --help names")
     raw.update({name: (value, "flag") for name, value in given.items()})
 
     checked: dict[str, Any] = {}
@@ -132,10 +133,16 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def _presets_for(fields: dict) -> list[str]:
+    """The packaged presets that set nothing but `fields`: those made for this program."""
+    contents = {name: yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")) for name in preset_names()}
+    return [name for name, content in contents.items() if content.keys() <= fields.keys()]
+
+
 _NO_VALUE = object()  # a flag that stands alone although it takes a value
 
 
-def _parser(cls, fields, kinds, positional, prog, description) -> argparse.ArgumentParser:
+def _parser(cls, fields, kinds, positional, prog, description, explaining: bool) -> argparse.ArgumentParser:
     """An argparse parser that only splits and explains; values stay text until pydantic has seen all of them."""
     words = f" {positional.upper()}…" if positional else ""
     parser = argparse.ArgumentParser(
@@ -151,7 +158,8 @@ def _parser(cls, fields, kinds, positional, prog, description) -> argparse.Argum
     if positional:
         parser.add_argument_group(f"{positional.upper()}…", docs.get(positional))
     if "config" not in fields:
-        text = f"YAML file or packaged preset ({', '.join(preset_names()) or 'none'}); flags win over it"
+        fitting = _presets_for(fields) if explaining else []
+        text = f"YAML file{' or packaged preset ' * bool(fitting)}{', '.join(fitting)}; flags win over it"
         parser.add_argument("--config", nargs="?", const=_NO_VALUE, metavar="YAML", help=text.replace("%", "%%"))
     for name, field in fields.items():
         if name == positional:
