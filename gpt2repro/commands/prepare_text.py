@@ -54,7 +54,7 @@ class Options:
     "The field of jsonl and parquet rows that holds the text."
     tokenizer: Literal["gpt2", "char", "bpe"] = "bpe"
     "GPT-2's own (50,257 tokens), one token per character, or byte-level BPE trained on the train split."
-    vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 4096
+    vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 2048
     "Entries of the vocabulary that bpe learns."
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     "Part of the text kept for validation."
