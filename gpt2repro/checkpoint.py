@@ -111,7 +111,7 @@ class CheckpointWriter:
         """Write step_N; returns the seconds that the caller was held up, an unfinished earlier save included.
 
         `state` comes back from `read_state`. `extra_files` lie beside config.json. `on_written` is called on
-        rank 0, in the writing thread, when the checkpoint is whole.
+        rank 0, in the writing thread, when the checkpoint is whole; where it fails, that is said and nothing else.
 
         Raises: SaveError where this save (synchronous) or the one before (asynchronous) could not be written.
         """
@@ -246,7 +246,7 @@ class CheckpointWriter:
             pinned = tensor.device.type == "cuda"
             copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             self._host[key] = copied
-        return copied.copy_(tensor, non_blocking=True)
+        return copied.copy_(tensor, non_blocking=tensor.is_cuda)  # elsewhere nobody would wait for it
 
     def _write(self, step, model, tokenizer, weights, pieces, rows, small_files, on_written) -> None:
         """The thread's work. Whatever goes wrong is kept for the next `wait`, on every rank."""
@@ -294,7 +294,12 @@ class CheckpointWriter:
                     shutil.rmtree(aside, ignore_errors=True)
                 raise _save_error(failure, failed, step, self.directory, size)
             if self.rank == 0 and on_written is not None:
-                on_written(target)
+                try:
+                    on_written(target)
+                except Exception as error:  # a picture or an upload that fails is no reason to end a run
+                    print(
+                        f"warning: after saving {target}: {type(error).__name__}: {error}", file=sys.stderr, flush=True
+                    )
         except Exception as error:
             self._error = error
         finally:
@@ -436,7 +441,7 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
             return path
     if steps:
         raise InputError(
-            f"none of the {len(steps)} checkpoints in {directory} is whole; start over with --resume never, or in "
+            f"none of the {len(steps)} checkpoints in {directory} is whole; move them away to start over, or choose "
             "another --run_dir"
         )
     return None
@@ -663,7 +668,8 @@ def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Opti
                 part = (*rows[key], file.get_slice(key)) if key in rows else file.get_tensor(key)
                 pieces.setdefault(name, {}).setdefault(kind, []).append(part)
         if not pieces:
-            return  # saved before the first step
+            optimizer.state.clear()  # saved before the first step
+            return
 
         names = {id(parameter): name for name, parameter in _named_parameters(model).items()}
         expected = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
@@ -789,8 +795,10 @@ def _set_pointer(directory: Path, name: str, step: int) -> None:
     """Replace the pointer in one rename, so that a reader sees the old one or the new one."""
     aside = directory / f".{name}.tmp-{secrets.token_hex(4)}"
     try:
+        if os.name == "nt":  # a rename there cannot replace a link to a directory
+            raise OSError
         aside.symlink_to(_step_path(directory, step).name, target_is_directory=True)
-    except OSError:  # Windows without the privilege, filesystems without links
+    except OSError:  # such as a filesystem without links
         aside.write_text(_step_path(directory, step).name + "\n")
     os.replace(aside, directory / name)
 

@@ -36,10 +36,10 @@ def write_tiny_shards(directory: Path, repeats: int = 200) -> Path:
     return directory
 
 
-def flags(data: Path, run_dir: Path, **changes) -> list[str]:
-    """Command-line options of a tiny run."""
+def flags(shards: Path, run_dir: Path, **changes) -> list[str]:
+    """Command-line options of a tiny run; `data=` for another source than the shards."""
     arguments = []
-    for name, value in {"data": data, "run_dir": run_dir, **OPTIONS, **changes}.items():
+    for name, value in {"data": shards, "run_dir": run_dir, **OPTIONS, **changes}.items():
         values = value if isinstance(value, list) else [value]
         arguments += [f"--{name}", *(str(one) for one in values)]
     return arguments
