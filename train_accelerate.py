@@ -380,6 +380,8 @@ def train(config: TrainConfig) -> int:
         rates = throughput.measure(config.batch_tokens * len(pending), len(pending))
         for entry, (loss, grad_norm) in zip(pending, numbers, strict=True):
             entry |= {"loss": loss, "grad_norm": grad_norm}
+            if accelerator.scaler is not None:  # Accelerate's step_was_skipped never notices a fused optimizer's skip
+                entry["scaler_skipped"] = not math.isfinite(grad_norm)
             shown = {name: value for name, value in entry.items() if name != "positions"}
             tokens = entry["step"] * config.batch_tokens
             log.log(shown | {"tokens": tokens, **rates, "memory_gib": peak_memory_gib(device)})
@@ -445,17 +447,18 @@ def train(config: TrainConfig) -> int:
     def rewind(verdict) -> bool:
         """Back to the newest checkpoint before the bad steps, their windows passed over; False if there is none."""
         nonlocal state, step, best, batches
+        writer.wait()  # first: a save that is under way may be the one to return to, and prunes older ones
         path = checkpoint.find_checkpoint(config.run_dir, all_ranks=True, at_most=verdict.first_step - 1)
         if path is None:
             return False
-        writer.wait()
         state = restore(path, rewinding=True)
         state["source"] = data.skip_ahead(state["source"], verdict.start, verdict.stop)
         step, best = state["step"], state["best"]
         batches.close()
         batches = open_batches()
         log.rewind(step)
-        log.log(verdict.record())
+        # At the first step of the new way: a resume from before it meets the bad steps again and logs them itself.
+        log.log(verdict.record() | {"step": step + 1})
         bar.n = step
         return True
 
@@ -464,13 +467,14 @@ def train(config: TrainConfig) -> int:
     failure = None
     model.train()
     pending, evaluated = [], {"step": step}
-    if step == 0:
-        evaluated = evaluate()
     throughput = Throughput(flops_per_token=token_flops, peak=peak * world if peak else None)
     micro_batch_logits = (config.micro_batch_size * config.seq_len, model_config.vocab_size)
     profiled_steps = config.profile if accelerator.is_main_process else None
     profiler_of_run = profiling(config.run_dir / "profile", profiled_steps, logits=micro_batch_logits)
     with profiler_of_run as profiler, failures_noted(log, lambda: step):
+        if step == 0:
+            with throughput.pause():
+                evaluated = evaluate()
         while step < config.max_steps and not stop.agreed():
             lr = learning_rate(
                 step, lr=config.lr, min_lr=config.min_lr, warmup_steps=config.warmup_steps, max_steps=config.max_steps
@@ -478,13 +482,13 @@ def train(config: TrainConfig) -> int:
             set_learning_rate(optimizer, lr)
             start = state["source"]["position"]
             x, y, state["source"] = next(batches)  # this rank's rows of the global batch, (rows, T) each
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            x, y = (part.to(device, non_blocking=device.type == "cuda") for part in (x, y))  # there they are pinned
             torch.manual_seed(step_seed(config.seed, step, rank))
 
             loss = torch.zeros((), device=device, dtype=torch.float64 if config.precision == "fp64" else None)
             for first in range(0, len(x), config.micro_batch_size):
                 rows = slice(first, first + config.micro_batch_size)
-                with contextlib.nullcontext() if rows.stop == len(x) else accelerator.no_sync(model):
+                with contextlib.nullcontext() if rows.stop >= len(x) else accelerator.no_sync(model):
                     # This rank's sum over its tokens of the step, by their number; DDP and FSDP average over the ranks.
                     micro_loss = model(
                         input_ids=x[rows],
@@ -508,8 +512,6 @@ def train(config: TrainConfig) -> int:
             step += 1
             entry = {"step": step, "lr": lr, "loss": loss, "grad_norm": whole(grad_norm)}
             entry["positions"] = [start, state["source"]["position"]]
-            if accelerator.scaler is not None:
-                entry["scaler_skipped"] = optimizer.step_was_skipped
             pending.append(entry)
 
             is_last = step == config.max_steps
@@ -525,7 +527,7 @@ def train(config: TrainConfig) -> int:
                 if evaluating or saving:  # a saved checkpoint is always an evaluated one, or `best` would mean little
                     evaluated = evaluate()
                 if saving:
-                    if "val_loss" in evaluated and (best is None or evaluated["val_loss"] < best["val_loss"]):
+                    if evaluated.get("val_loss", math.inf) < (best["val_loss"] if best else math.inf):  # NaN never is
                         best = {"step": step, "val_loss": evaluated["val_loss"]}
                     save()
 
@@ -586,9 +588,13 @@ def build_accelerator(config: TrainConfig):
     try:
         # Without `cpu`, Accelerate takes two processes that torchrun starts on a CPU for two runs.
         cpu = not torch.accelerator.is_available()
-        return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
     except (ValueError, ImportError) as error:  # such as fp16 on a CPU
         raise InputError(f"precision={config.precision} does not work on this machine: {error}") from error
+    if config.bf16_residual and accelerator.mixed_precision != "bf16":
+        raise InputError(f"bf16_residual needs mixed precision bf16, and this run has {accelerator.mixed_precision}")
+    accelerator.gradient_accumulation_steps = 1  # whatever its environment says: it would divide the loss once more
+    return accelerator
 
 
 def build_model(config: TrainConfig, vocab_size: int, tokenizer):
@@ -854,6 +860,7 @@ def write_samples(accelerator, model, tokenizer, config: TrainConfig, step: int)
                 do_sample=True,
                 top_k=50,
                 pad_token_id=tokenizer.eos_token_id,
+                synced_gpus=is_fsdp(unwrapped),  # no rank stops while another still gathers; FSDP2 goes unnoticed else
             )
             texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
     return texts
@@ -937,10 +944,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def draw(config: TrainConfig) -> None:
-    """Refresh the run's picture."""
-    from gpt2repro.plotting import draw_runs
+    """Refresh the run's picture; no picture is a reason to end a run."""
+    try:
+        from gpt2repro.plotting import draw_runs
 
-    draw_runs([config.run_dir], config.run_dir / "loss.png")
+        draw_runs([config.run_dir], config.run_dir / "loss.png")
+    except Exception as error:
+        print(f"loss.png was not drawn: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def load_on_cpu(directory: Path):

@@ -243,3 +243,44 @@ def test_every_preset_is_a_valid_configuration():
     for name in preset_names():
         config = parse_options(train_accelerate.TrainConfig, ["--config", name], prog=sys.argv[0])
         assert config.run_dir == Path("runs") / name
+
+
+def test_an_overflow_of_fp16_is_the_scalers_business_and_no_bad_number(corpus, tmp_path, monkeypatch):
+    """Accelerate knows fp16 on GPUs only, so a scaler of torch is put into a run on the CPU; the optimizer is fused."""
+    import torch
+    from accelerate import Accelerator
+
+    def with_a_scaler(config):
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # the first losses overflow
+        accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
+        return accelerator
+
+    monkeypatch.setattr(train_accelerate, "build_accelerator", with_a_scaler)
+    assert train(tmp_path, corpus, max_steps=6, sample_tokens=0) == 0
+    steps = [record for record in records(tmp_path) if "loss" in record]
+    assert steps[0]["scaler_skipped"] and steps[0]["grad_norm"] is None
+    assert not steps[-1]["scaler_skipped"] and steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_accumulation_set_in_accelerates_environment_divides_nothing(finished, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert train(tmp_path, corpus) == 0
+    assert losses(tmp_path) == losses(finished)
+
+
+def test_a_failure_in_the_first_evaluation_is_in_status_json(corpus, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr("gpt2repro.evaluation.validation_loss", fails)
+    with pytest.raises(RuntimeError):
+        train(tmp_path, corpus)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1) and "no memory left" in status["message"]
+
+
+def test_a_bf16_residual_without_bf16_autocast_is_refused(corpus, tmp_path, capsys):
+    options = flags(**{**SETTINGS, "data": corpus, "run_dir": tmp_path})
+    assert run_main(train_accelerate.main, [*options, "--bf16_residual"]) == 2
+    assert "mixed precision bf16" in capsys.readouterr().err
