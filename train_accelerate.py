@@ -253,7 +253,9 @@ def main(argv: list[str]) -> int:
         if int(os.environ.get("RANK", 0)) == 0:  # the other processes have nothing to add
             raise
         return 2
-    return print_plan(config) if config.plan else train(config)
+    if config.plan:
+        return print_plan(config) if int(os.environ.get("RANK", 0)) == 0 else EXIT_DONE
+    return train(config)
 
 
 def train(config: TrainConfig) -> int:

@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from gpt2repro.checkpoint import STEP_NAME, list_steps, resolve_pointer, verify_checkpoint
@@ -37,6 +38,7 @@ STEP_BRANCH = re.compile(r"step-(\d+)")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 KEPT_BY_THE_HUB = (".gitattributes",)
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 300.0  # between attempts; doubled each time, with jitter
+LONGEST_FETCH_HOURS = 6  # 19 GB of the 1558M over a slow line
 FETCH_ATTEMPTS = 5  # whoever resumes is waiting: a broken line is mended, a Hub that is down is reported
 FINAL_STATUS = {400, 401, 402, 403, 404, 413, 422}  # asking again will not change the answer
 NATIVE_TOLERANCE = 1e-4  # |logit difference| in fp32; the two classes do the same sums in another order
@@ -390,13 +392,15 @@ def fetch_checkpoint(name: str, into: str | Path) -> Path:
 
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return _fetch_checkpoint(name, Path(into))
+    # The other ranks wait for the download, and NCCL would give up after 10 minutes.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=LONGEST_FETCH_HOURS))
     answer: list = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = _fetch_checkpoint(name, Path(into))
         except InputError as error:
             answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
+    dist.broadcast_object_list(answer, src=0, group=patient)
     if answer[1]:
         raise InputError(answer[1])
     return answer[0]
