@@ -27,7 +27,7 @@ import shlex
 import shutil
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -595,8 +595,16 @@ def build_accelerator(config: TrainConfig):
         raise InputError(f"precision={config.precision} does not work on this machine: {error}") from error
     if config.bf16_residual and accelerator.mixed_precision != "bf16":
         raise InputError(f"bf16_residual needs mixed precision bf16, and this run has {accelerator.mixed_precision}")
+    keep_outputs_exact(getattr(accelerator.state, "fsdp_plugin", None))
     accelerator.gradient_accumulation_steps = 1  # whatever its environment says: it would divide the loss once more
     return accelerator
+
+
+def keep_outputs_exact(fsdp_plugin) -> None:
+    """Under FSDP2 Accelerate rounds what the model returns to bf16 too: a loss of 3.3 then moves in steps of 0.016."""
+    policy = getattr(fsdp_plugin, "mixed_precision_policy", None)
+    if hasattr(policy, "output_dtype"):
+        fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
 def build_model(config: TrainConfig, vocab_size: int, tokenizer):

@@ -284,3 +284,16 @@ def test_a_bf16_residual_without_bf16_autocast_is_refused(corpus, tmp_path, caps
     options = flags(**{**SETTINGS, "data": corpus, "run_dir": tmp_path})
     assert run_main(train_accelerate.main, [*options, "--bf16_residual"]) == 2
     assert "mixed precision bf16" in capsys.readouterr().err
+
+
+def test_fsdp2_does_not_round_the_loss_to_bf16():
+    import torch
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.output_dtype is torch.bfloat16, "Accelerate's default has changed"
+    train_accelerate.keep_outputs_exact(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.output_dtype) == (torch.bfloat16, None)
+    train_accelerate.keep_outputs_exact(None)  # no FSDP
