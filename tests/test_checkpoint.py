@@ -165,6 +165,15 @@ def test_on_written_sees_the_whole_checkpoint(tmp_path, trained):
     assert seen == [("step_000001", None), ("step_000002", None)]
 
 
+def test_what_follows_a_save_may_fail_without_ending_the_run(tmp_path, trained, capsys):
+    writer = CheckpointWriter(tmp_path)
+    failing = {"state": {}, "on_written": lambda path: sharded_worker.full_disk()}
+    writer.save(1, model=trained[0], optimizer=trained[1], **failing)
+    writer.close()
+    verify_checkpoint(tmp_path / "step_000001")
+    assert "after saving" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_full_disk_leaves_earlier_checkpoints_whole_and_ends_with_a_sentence(
     tmp_path, trained, monkeypatch, asynchronous
@@ -242,6 +251,13 @@ def test_the_checkpoints_of_an_abandoned_way_are_not_continued_and_go_at_the_nex
     writer.save(2, model=trained[0], optimizer=trained[1], state={"way": "new"})
     writer.close()
     assert names(tmp_path) == ["latest", "step_000001", "step_000002"]
+
+
+def test_the_newest_checkpoint_before_a_step_is_found(tmp_path, trained):
+    save(tmp_path, trained, 10, 20, 30)
+    assert find_checkpoint(tmp_path, at_most=29).name == "step_000020"
+    assert find_checkpoint(tmp_path, at_most=30).name == "step_000030"
+    assert find_checkpoint(tmp_path, at_most=9) is None
 
 
 def test_what_a_killed_save_left_behind_is_removed_at_the_next_start(tmp_path, trained):
