@@ -540,8 +540,10 @@ def train(config: TrainConfig) -> int:
         batches.close()
         if failure is None and step < config.max_steps:
             verdict = flush(pending)
-            if verdict is None or verdict.action == "skip":  # else the next start meets the bad steps again
+            if verdict is None or verdict.action == "skip":
                 save()
+            elif verdict.action == "stop":
+                failure = verdict  # to rewind is left to the next start, which meets the bad steps again
         elif failure is None:
             writer.point("final", step)
         writer.close()
@@ -598,16 +600,22 @@ def build_accelerator(config: TrainConfig):
         raise InputError(f"precision={config.precision} does not work on this machine: {error}") from error
     if config.bf16_residual and accelerator.mixed_precision != "bf16":
         raise InputError(f"bf16_residual needs mixed precision bf16, and this run has {accelerator.mixed_precision}")
-    keep_outputs_exact(getattr(accelerator.state, "fsdp_plugin", None))
+    keep_sums_exact(getattr(accelerator.state, "fsdp_plugin", None))
     accelerator.gradient_accumulation_steps = 1  # whatever its environment says: it would divide the loss once more
     return accelerator
 
 
-def keep_outputs_exact(fsdp_plugin) -> None:
-    """Under FSDP2 Accelerate rounds what the model returns to bf16 too: a loss of 3.3 then moves in steps of 0.016."""
+def keep_sums_exact(fsdp_plugin) -> None:
+    """Under FSDP2 Accelerate rounds more to bf16 than DDP does; the weights' bf16 copies are enough.
+
+    A loss of 3.3 in bf16 moves in steps of 0.016, and gradients summed over many micro-batches in bf16 lose digits.
+    """
+    import torch
+
     policy = getattr(fsdp_plugin, "mixed_precision_policy", None)
     if hasattr(policy, "output_dtype"):
-        fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+        exact = {"output_dtype": None, "reduce_dtype": torch.float32}
+        fsdp_plugin.mixed_precision_policy = replace(policy, **exact)
 
 
 def build_model(config: TrainConfig, vocab_size: int, tokenizer):
@@ -629,6 +637,7 @@ def build_model(config: TrainConfig, vocab_size: int, tokenizer):
             model = GPT2ReproForCausalLM.from_pretrained(
                 resolve_model(config.init_from),
                 dtype=torch.float32,
+                use_safetensors=True,  # nothing is ever unpickled
                 attn_implementation=config.attn_implementation,
                 **dropout,
             )

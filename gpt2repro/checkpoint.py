@@ -744,6 +744,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter once (a tied head is its embedding) and every persistent buffer, as a plain model names them."""
     model = _unwrap(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    # state_dict() comes first: under FSDP2 it reshards a root that an evaluation left gathered.
     buffers = {_clean(name): tensor for name, tensor in model.state_dict().items() if name not in parameters}
     return {**_named_parameters(model), **buffers}
 

@@ -68,6 +68,8 @@ def memory_by_part(
     if sharded:
         # FSDP2 gathers a block while it computes on the last one, and the embeddings for the whole pass.
         gathered = (n_params - matrices) + min(2, n_layer) * matrices // max(1, n_layer)
+        # While micro-batches add up, gradients stay whole: they are reduced once, after the last.
+        parts["gradients"] = n_params * width
         parts["gathered weights"] = gathered * (2 if precision in ("bf16", "fp16") else width)
     elif precision in ("bf16", "fp16"):
         parts[f"{precision} copies of the weights"] = 2 * n_params

@@ -332,6 +332,11 @@ def _open_foreign(directory: Path, split: str) -> TokenSplit:
             f"{directory} has no manifest.json and no {split} shards (looked for {split}.bin, *{split}*.npy, "
             f"*{split}*.bin); make a data set with `gpt2repro prepare-text` or prepare_fineweb.py"
         )
+    if (directory / "meta.pkl").exists():
+        raise InputError(
+            f"{directory} holds nanoGPT's character-level tokens, whose vocabulary is pickled in meta.pkl and never "
+            "read here; prepare the text again with `gpt2repro prepare-text --tokenizer char`"
+        )
     shapes = {path: _foreign_shape(path) for path in files}
     layouts = {(dtype, offset) for dtype, offset, _ in shapes.values()}
     if len(layouts) > 1:

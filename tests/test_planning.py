@@ -132,8 +132,9 @@ def test_sharding_divides_the_states_and_muon_keeps_one_moment_of_the_matrices()
     whole = memory_by_part(**sizes, **choice, processes=8, sharded=False, optimizer="adamw")
     split = memory_by_part(**sizes, **choice, processes=8, sharded=True, optimizer="adamw")
     muon = memory_by_part(**sizes, **choice, processes=8, sharded=False, optimizer="muon")
-    for part in ("weights", "gradients", "optimizer (adamw)"):
+    for part in ("weights", "optimizer (adamw)"):
         assert split[part] == whole[part] // 8
+    assert split["gradients"] == whole["gradients"]  # until the last micro-batch has been added
     assert whole["activations"] == split["activations"]
     assert whole["optimizer (adamw)"] - muon["optimizer (muon)"] == 4 * 12 * 12 * 768 * 768
     chunked = memory_by_part(

@@ -55,11 +55,15 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype | None, tr
             from modeling_gpt2repro import GPT2ReproForCausalLM
 
             model, loaded = GPT2ReproForCausalLM.from_pretrained(
-                source, dtype=dtype or "auto", output_loading_info=True
+                source, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )
         else:
             model, loaded = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
+                source,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
     except SafetensorError as error:
         raise InputError(f"the weights of {name} are damaged ({error}); copy or download them again") from None
