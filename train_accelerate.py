@@ -140,7 +140,7 @@ class TrainConfig:
     on_bad_numbers: Literal["stop", "skip", "rewind"] = "stop"
     "NaN, infinity or a spike: stop (exit code 4), leave the step out, or return to a checkpoint and skip the data."
     spike_z: float | None = None
-    "A spike is this many deviations above the mean of the last good steps, say 10; none: only NaN and infinity are bad."
+    "A spike is this many deviations above the mean of the last good steps (10, say); none: only NaN and infinity."
     spike_window: int = 100
     "Good steps that the mean and the deviation are taken over."
     max_rewinds: int = 3
