@@ -303,7 +303,8 @@ def train(config: TrainConfig) -> int:
     compile_model(model, config.compile, device.type, world)
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    token_bytes = token_byte_lengths(tokenizer)
+    knows_all_tokens = len(tokenizer) >= source.vocab_size  # else bytes are the split's average per token
+    token_bytes = token_byte_lengths(tokenizer) if knows_all_tokens else None
     examples = prepare_hellaswag(config, model, tokenizer)
 
     # --- a new run, or the one that run_dir holds
