@@ -183,8 +183,9 @@ def test_page_in_a_real_browser(address):
             prompt.fill("The import statement")
             page.locator("#length input[type=number]").fill("200")
             page.evaluate(
-                "window.counts = new Set(); new MutationObserver(() => window.counts.add("
-                "document.querySelectorAll('#text .tok').length)).observe(document.body, {subtree: true, childList: true})"
+                "window.counts = new Set(); new MutationObserver("
+                "() => window.counts.add(document.querySelectorAll('#text .tok').length)"
+                ").observe(document.body, {subtree: true, childList: true})"
             )
             write.click()
             done.wait_for()
