@@ -215,7 +215,7 @@ class _Work:
             total=int(total_bytes / BYTES_PER_TOKEN), unit=" tokens", unit_scale=True, smoothing=0.05,
             desc="tokenising", disable=not self.show_progress,
         )  # fmt: skip
-        self.in_flight = max(2, 2 * workers // min(UNITS_AT_ONCE, len(indices)) + 1)  # batches per unit
+        self.in_flight = max(8, 2 * workers // min(UNITS_AT_ONCE, len(indices)) + 1)  # batches per unit
         with self.bar, self.pool, ThreadPoolExecutor(UNITS_AT_ONCE) as readers:
             try:
                 futures = [readers.submit(self._unit, index) for index in indices]

@@ -1,5 +1,6 @@
 """Tokenizers: the ids are those of the reference, whichever way they are made."""
 
+import itertools
 import os
 import pickle
 import random
@@ -75,6 +76,23 @@ def test_gpt2_ids_equal_tiktoken_s_on_odd_strings(gpt2):
     assert [gpt2.decode(ids) for ids in expected] == [well_formed(text) for text in texts]
     assert (len(gpt2), gpt2.eos_token_id, gpt2.pad_token_id, gpt2.model_max_length) == (50257, 50256, 50256, 1024)
     assert gpt2(EOT)["input_ids"] == [50256]
+
+
+def test_gpt2_pieces_are_cut_where_tiktoken_cuts_them(gpt2):
+    import tiktoken
+
+    reference, encoder = tiktoken.get_encoding("gpt2"), Encoder(gpt2)
+    texts = ["".join(characters) for characters in itertools.product("as1!' \n\u3000", repeat=5)]
+    for ids, expected in zip(encoder.encode_batch(texts), reference.encode_ordinary_batch(texts), strict=True):
+        assert ids.tolist() == expected, reference.decode(expected)
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["tiktoken", "gigatoken"])
+def test_more_spaces_than_the_regex_engine_can_stack(gpt2, fast):
+    """tiktoken itself raises on a run of a million spaces before a letter; the ids are the Hugging Face tokenizer's."""
+    for text in (" " * 1_100_000 + "x", "\n\u3000 " * 400_000 + "\x1cy" + "\t" * 1_100_000):
+        (ids,) = Encoder(gpt2, fast=fast).encode_batch([text])
+        assert ids.tolist() == gpt2(text, split_special_tokens=True)["input_ids"]
 
 
 def test_pathological_documents_neither_hang_nor_crash(gpt2):

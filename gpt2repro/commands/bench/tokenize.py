@@ -44,8 +44,8 @@ ROW_GROUP_DOCUMENTS = 1000  # FineWeb's
 class Options:
     input: list[str] = field(default_factory=list)
     "More text: files, directories, globs."
-    megabytes: Annotated[int, Field(gt=0)] = 200
-    "Text to tokenise; what is at hand is repeated."
+    megabytes: Annotated[int, Field(gt=0)] = 400
+    "Text to tokenise; what is at hand is repeated. Less, and the start of the pools is what is measured."
     rounds: Annotated[int, Field(gt=0)] = 3
     "Measurements of each; they take turns."
     shard_tokens: Annotated[int, Field(gt=0)] = 10_000_000
