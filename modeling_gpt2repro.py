@@ -229,15 +229,21 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             raise ValueError(f"{T} tokens, but this model has n_positions={self.config.n_positions}; pass fewer")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        plain = attention_mask is None and position_ids is None and past_key_values is None
+        if plain and self.config._attn_implementation == "sdpa":
+            # Training: nothing but the triangle, which SDPA's flash kernels know as is_causal. Under torch.compile
+            # create_causal_mask writes it out, since there it can't look whether any tokens are masked.
+            causal_mask = None
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,  # given ones that start again at 0 are documents that don't see each other
+            )
         if position_ids is None:
             position_ids = self._positions(T, attention_mask, past_key_values, inputs_embeds.device)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         if residual_dtype is not None:
             hidden_states = hidden_states.to(residual_dtype)

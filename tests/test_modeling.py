@@ -42,6 +42,32 @@ def token_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def test_compiled_training_leaves_the_causal_mask_to_sdpa(reference):
+    """A mask that is written out keeps SDPA from its flash kernels; transformers writes one under torch.compile."""
+    calls = []
+
+    def look(graph, inputs):
+        calls.extend(node.kwargs for node in graph.graph.nodes if node.target is F.scaled_dot_product_attention)
+        return graph.forward
+
+    ids = token_ids(2, 16)
+    step = torch.compile(twin(reference), fullgraph=True, dynamic=False, backend=look)
+    step(ids, shift_labels=ids, use_cache=False, output_logits=False).loss.backward()
+    assert len(calls) == SIZES["n_layer"]
+    assert all(call["attn_mask"] is None and call["is_causal"] for call in calls)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_documents_whose_positions_start_again_do_not_see_each_other(reference, attention):
+    model = twin(reference).double().eval()
+    model.set_attn_implementation(attention)
+    documents = [token_ids(2, 7, seed=1), token_ids(2, 12, seed=2)]
+    positions = torch.cat([torch.arange(7), torch.arange(12)])[None]
+    together = model(torch.cat(documents, dim=1), position_ids=positions, use_cache=False).logits
+    alone = torch.cat([model(ids, use_cache=False).logits for ids in documents], dim=1)
+    assert (together - alone).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_logits_loss_and_gradients_equal_transformers(reference, attention, dtype, tolerance):
