@@ -36,7 +36,6 @@ import functools
 import hashlib
 import json
 import math
-import random
 import sys
 import threading
 import time
@@ -50,6 +49,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from gpt2repro import hub_text
 from gpt2repro.options import InputError
 from gpt2repro.ordering import Permutation, derive_seed
 from gpt2repro.shards import HEADER_BYTES, ShardWriter, TokenSplit, write_json
@@ -65,8 +65,6 @@ GROUP_ORDER, ROW_ORDER = 1, 2  # the two uses of the seed
 # llm.c validates on); a smaller one holds out every 20th document, so it is read once before the first batch.
 GROUPS_TO_HOLD_OUT_WHOLE, MOST_HELD_OUT, HELD_OUT_ROWS = 20, 10, 20
 
-RETRY_SECONDS, LONGEST_RETRY_SECONDS, RETRIES = 1.0, 300.0, 15  # in all about an hour
-PASSING_STATUS = {408, 425, 429}  # and every 5xx
 DAY_SECONDS = 86400
 NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
 
@@ -407,9 +405,9 @@ def retried(
 ) -> Result:
     """The result of `action`, tried again after faults of the network that may pass.
 
-    Raises InputError for what will not pass, and when it has not passed after RETRIES.
+    Raises InputError for what will not pass, and when it has not passed after `hub_text.RETRIES` pauses.
     """
-    for attempt in range(RETRIES + 1):
+    for attempt in range(hub_text.RETRIES + 1):
         try:
             return action()
         except Exception as error:
@@ -420,15 +418,15 @@ def retried(
             if not is_fault(error):
                 raise
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            if not (remote and may_pass(error)):
+            if not (remote and hub_text.may_pass(error)):
                 raise InputError(f"{what}: {reason}") from error
-            if attempt == RETRIES:
+            if attempt == hub_text.RETRIES:
                 raise InputError(
-                    f"{what} failed {RETRIES + 1} times, at last with {reason}. "
+                    f"{what} failed {hub_text.RETRIES + 1} times, at last with {reason}. "
                     "The same command continues from the last checkpoint when the source is back"
                 ) from error
-            pause = seconds_before_retry(error, attempt)
-            report(f"{what}: {reason}; trying again in {pause:.1f} s ({attempt + 1} of {RETRIES})")
+            pause = hub_text.seconds_before_retry(error, attempt)
+            report(f"{what}: {reason}; trying again in {pause:.1f} s ({attempt + 1} of {hub_text.RETRIES})")
             deadline = time.monotonic() + pause
             while time.monotonic() < deadline:
                 if _given_up(stop):
@@ -453,22 +451,6 @@ def is_fault(error: Exception) -> bool:
     return isinstance(error, (OSError, EOFError, UnicodeDecodeError)) or any(
         kind.__module__.startswith(outside) for kind in type(error).__mro__
     )
-
-
-def may_pass(error: Exception) -> bool:
-    """True for a fault that waiting may cure; False for a missing file, a refused login and the like."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status in PASSING_STATUS or status >= 500
-    return not isinstance(error, (FileNotFoundError, PermissionError, UnicodeDecodeError))
-
-
-def seconds_before_retry(error: Exception, attempt: int) -> float:
-    """What the server asks for, or twice as long each time; with jitter, so that many ranks do not come at once."""
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    asked = str(headers.get("Retry-After", ""))
-    pause = float(asked) if asked.isdigit() else RETRY_SECONDS * 2**attempt
-    return min(pause, LONGEST_RETRY_SECONDS) * random.SystemRandom().uniform(1.0, 1.5)
 
 
 def _given_up(stop: threading.Event) -> bool:
@@ -536,7 +518,7 @@ def _resolve_or_remember(spec: str, text_column: str, cache_dir: Path, report: C
         try:
             return resolve(spec, text_column=text_column)
         except Exception as error:
-            if not (is_fault(error) and may_pass(error) and remembered.exists()):
+            if not (is_fault(error) and hub_text.may_pass(error) and remembered.exists()):
                 raise
             source = TextSource(**json.loads(remembered.read_text(encoding="utf-8")))
             report(f"the Hub is out of reach ({type(error).__name__}); using {source.name} as of {source.revision}")

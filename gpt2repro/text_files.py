@@ -16,7 +16,6 @@ last document that arrived. Knows no tokens.
 import codecs
 import glob
 import json
-import random
 import re
 import sys
 import threading
@@ -26,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from gpt2repro import hub_text
+from gpt2repro.hub_text import first_line, text_of
 from gpt2repro.options import InputError
 from gpt2repro.preparation import BYTES_PER_TOKEN, Piece, pieces_of, pieces_of_stream
 from gpt2repro.shards import file_sha256
@@ -39,8 +40,6 @@ PACKED_RATIO = 3  # of text; only used to guess
 BLOCK_BYTES = 2**20
 REMOTE_BLOCK_BYTES = 2**24  # one request to the Hub; its latency of about 0.1 s must not count
 ROWS_AT_ONCE = 256
-# Waits before the n-th retry: 1, 2, 4 … 60 s, each times 0.5 to 1.5; ten of them sit out about five minutes.
-RETRIES, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 10, 1.0, 60.0
 
 _downloads = threading.Lock()
 
@@ -163,7 +162,7 @@ class TextFiles:
                     raise InputError(_undecodable(file.path, position + error.start, error)) from None
                 except ValueError as error:
                     raise InputError(f"{where}, is not JSON ({error})") from None
-                text = self._text(row, where)
+                text = text_of(row, self.text_column, where)
                 if text is not None:
                     yield text
 
@@ -180,7 +179,7 @@ class TextFiles:
             return iter(data.skip(skip))
 
         for row in resuming(rows, file.path):
-            text = self._text(row, file.path)
+            text = text_of(row, self.text_column, file.path)
             if text is not None:
                 yield text
 
@@ -208,15 +207,6 @@ class TextFiles:
                 verified.touch()
         return str(self.copies / file.name)
 
-    def _text(self, row, where: str) -> str | None:
-        if not isinstance(row, dict) or self.text_column not in row:
-            have = ", ".join(row) if isinstance(row, dict) else f"no columns but {type(row).__name__}"
-            raise InputError(f"{where}: there is no column {self.text_column!r}, only {have}; set --text_column")
-        text = row[self.text_column]
-        if text is not None and not isinstance(text, str):
-            raise InputError(f"{where}: {self.text_column!r} holds {type(text).__name__}, not text; set --text_column")
-        return text
-
 
 def find(
     inputs: list[str], *, text_column: str = "text", config: str | None = None, revision: str | None = None
@@ -226,12 +216,8 @@ def find(
     Raises InputError where nothing matches, the Hub refuses, or the text column is missing.
     """
     paths = [path for item in inputs for path in _local(item)]
-    if (
-        not paths
-        and len(inputs) == 1
-        and (match := re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?", inputs[0]))
-    ):
-        return _find_on_hub(match[1], match[2] or config, match[3] or revision, text_column)
+    if not paths and len(inputs) == 1 and (match := hub_text.SPEC.fullmatch(inputs[0])):
+        return _find_on_hub(match["id"], match["config"] or config, match["revision"] or revision, text_column)
     missing = [item for item in inputs if not _local(item)]
     if missing:
         raise InputError(f"no files matched {', '.join(missing)} (looked for {', '.join(FORMATS)}, packed or not)")
@@ -247,22 +233,9 @@ def find(
     return TextFiles(files, text_column, {"files": listed})
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: time-outs, broken connections, 429 and 5xx; not a missing file or permission."""
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-        return False
-    # The Hub's client has changed its HTTP library twice; pyarrow complains about a reply that was cut short.
-    network = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "pyarrow")
-    return isinstance(error, OSError | EOFError) or type(error).__module__.startswith(network)
-
-
 def retrying(call: Callable, what: str):
     """`call()`, again after a pause where the network failed; local files get one attempt."""
-    for attempt in range(RETRIES + 1):
+    for attempt in range(hub_text.RETRIES + 1):
         try:
             return call()
         except Exception as error:
@@ -285,24 +258,18 @@ def resuming(open_rows: Callable[[int], Iterator], what: str) -> Iterator:
 
 def wait_or_raise(error: Exception, attempt: int, what: str) -> None:
     """Pause before the next attempt, or raise: InputError when the network stays away, the error itself otherwise."""
-    if isinstance(error, InputError) or not is_transient(error):
+    if isinstance(error, InputError) or not hub_text.may_pass(error):
         raise error
     if not what.startswith("hf://"):
-        raise InputError(f"{what} can't be read: {_first_line(error)}") from error
-    if attempt >= RETRIES:
+        raise InputError(f"{what} can't be read: {first_line(error)}") from error
+    if attempt >= hub_text.RETRIES:
         raise InputError(
-            f"{what} can't be read after {RETRIES} retries ({type(error).__name__}: {_first_line(error)}); "
+            f"{what} can't be read after {hub_text.RETRIES} retries ({type(error).__name__}: {first_line(error)}); "
             "finished units are kept, run the same command again later"
         ) from error
-    seconds = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt) * random.uniform(0.5, 1.5)
-    asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-    seconds = max(seconds, float(asked)) if asked.isdigit() else seconds
+    seconds = hub_text.seconds_before_retry(error, attempt)
     print(f"{what}: {type(error).__name__}, again in {seconds:.1f} s", file=sys.stderr, flush=True)
     time.sleep(seconds)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _local(item: str) -> list[Path]:
@@ -329,38 +296,21 @@ def _named_format(name: str) -> tuple[str, bool]:
 
 
 def _find_on_hub(dataset: str, config: str | None, revision: str | None, text_column: str) -> TextFiles:
-    from datasets import load_dataset_builder
-    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-    from huggingface_hub import HfApi, HfFileSystem
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import HfFileSystem
 
-    remote = f"hf://datasets/{dataset}"
-    try:
-        commit = retrying(lambda: HfApi().dataset_info(dataset, revision=revision).sha, remote)
-        builder = retrying(lambda: load_dataset_builder(dataset, config, revision=commit), remote)
-    except GatedRepoError:
-        raise InputError(f"{dataset} is gated: accept its terms on the Hub and log in with `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise InputError(f"{dataset} has no revision {revision}") from None
-    except (RepositoryNotFoundError, DatasetNotFoundError, HFValidationError) as error:
-        raise InputError(f"no file matches {dataset}, and the Hub has no such dataset (or it is private)") from error
-    except (DataFilesNotFoundError, RuntimeError, ValueError, OSError) as error:  # ValueError: unknown subset
-        raise InputError(f"{dataset} can't be opened: {_first_line(error)}") from error
-    urls = [str(url) for url in (builder.config.data_files or {}).get("train", [])]
-    if not urls:
-        raise InputError(f"{dataset} ({builder.config.name}) has no train split with data files")
+    found = retrying(lambda: hub_text.resolve(dataset, config, revision), f"hf://datasets/{dataset}")
     system = HfFileSystem()
     with ThreadPoolExecutor(16) as pool:
-        infos = list(pool.map(lambda url: retrying(lambda: system.info(url), url), urls))
+        infos = list(pool.map(lambda url: retrying(lambda: system.info(url), url), found.files))
     files = []
-    for url, info in zip(urls, infos, strict=True):
-        name = url.split(f"@{commit}/", 1)[-1]
+    for url, info in zip(found.files, infos, strict=True):
+        name = url.split(f"@{found.revision}/", 1)[-1]
         file_format, packed = _format(name)
         lfs = info.get("lfs") or {}
         digest = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
         files.append(TextFile(url, name, file_format or "datasets", packed, info["size"], digest))
     listed = [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in files]
-    source = {"dataset": dataset, "config": builder.config.name, "revision": commit, "files": listed}
+    source = {"dataset": dataset, "config": found.config, "revision": found.revision, "files": listed}
     return TextFiles(files, text_column, source)
 
 
@@ -381,7 +331,7 @@ def _row_group_bytes(path: str, text_column: str) -> list[int]:
         try:
             file = parquet.ParquetFile(raw)
         except pyarrow.ArrowInvalid as error:
-            raise InputError(f"{path} is damaged or not parquet: {_first_line(error)}") from error
+            raise InputError(f"{path} is damaged or not parquet: {first_line(error)}") from error
         names = file.schema_arrow.names
         if text_column not in names:
             raise InputError(f"{path}: there is no column {text_column!r}, only {', '.join(names)}; set --text_column")

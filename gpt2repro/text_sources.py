@@ -21,12 +21,13 @@ import importlib.util
 import io
 import itertools
 import json
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpt2repro import hub_text
+from gpt2repro.hub_text import checked, text_of
 from gpt2repro.options import InputError
 
 LINES_GROUP_BYTES = 4 << 20  # about a million GPT-2 tokens of English, as in one row group of FineWeb
@@ -88,12 +89,12 @@ class TextSource:
         ):
             for batch in file.iter_batches(DOCUMENTS_AT_ONCE, row_groups=[row_group], columns=[self.text_column]):
                 for text in batch.column(0).to_pylist():
-                    yield _checked(text, self.text_column, path)
+                    yield checked(text, self.text_column, path)
 
     def _shard_documents(self, shard: int) -> Iterator[str]:
         dataset = _iterable_dataset(self.name, self.config, self.revision, self.files)
         for row in dataset.shard(num_shards=len(self.groups), index=shard):
-            yield _text_of(row, self.text_column, self.name)
+            yield text_of(row, self.text_column, self.name)
 
     def _json_documents(self, path: str, start: int, stop: int) -> Iterator[str]:
         for first_byte, line in _lines(path, start, stop):
@@ -103,7 +104,7 @@ class TextSource:
                     row = json.loads(line)
                 except ValueError as error:
                     raise InputError(f"{where} is not JSON: {error}") from error
-                yield _text_of(row, self.text_column, where)
+                yield text_of(row, self.text_column, where)
 
 
 def resolve(spec: str, *, text_column: str = "text") -> TextSource:
@@ -113,7 +114,7 @@ def resolve(spec: str, *, text_column: str = "text") -> TextSource:
     """
     if paths := local_files(spec):
         return _resolve_files(spec, [str(path) for path in paths], text_column)
-    match = re.fullmatch(r"(?P<id>[\w.-]+/[\w.-]+|[\w.-]+)(:(?P<config>[\w.+-]+))?(@(?P<revision>[\w./-]+))?", spec)
+    match = hub_text.SPEC.fullmatch(spec)
     if match is None or Path(spec).suffix in {".parquet", ".txt", ".md", ".csv", ".gz", ".zst", *JSON_LINES}:
         raise InputError(f"stream:{spec} names no file here, and is no Hub dataset written as ID[:config][@revision]")
     return _resolve_hub(match["id"], match["config"], match["revision"], text_column)
@@ -144,29 +145,10 @@ def _resolve_files(spec: str, files: list[str], text_column: str) -> TextSource:
 
 def _resolve_hub(name: str, config: str | None, revision: str | None, text_column: str) -> TextSource:
     _need("datasets", name)
-    from datasets import load_dataset_builder
-    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        commit = HfApi().dataset_info(name, revision=revision).sha
-        builder = load_dataset_builder(name, config, revision=commit)
-    except GatedRepoError as error:
-        raise InputError(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`") from error
-    except (RepositoryNotFoundError, HFValidationError, DatasetNotFoundError) as error:
-        raise InputError(f"there is no file {name} here and no dataset {name} on the Hub (or it is private)") from error
-    except RevisionNotFoundError as error:
-        raise InputError(f"the dataset {name} has no revision {revision}") from error
-    except (DataFilesNotFoundError, ValueError) as error:  # an unknown or missing configuration is a ValueError
-        raise InputError(f"stream:{name}: {str(error).splitlines()[0]}") from error
-    data_files = builder.config.data_files or {}
-    if "train" not in data_files:
-        raise InputError(f"{name} has no train split; it has {', '.join(map(str, data_files)) or 'no data files'}")
-    files = [str(path) for path in data_files["train"]]
-    kind = _kind(files, name)
-    groups = _groups(kind, files, text_column, name, config, commit)
-    return TextSource(name, kind, files, groups, text_column, config, commit)
+    found = hub_text.resolve(name, config, revision)
+    kind = _kind(found.files, name)
+    groups = _groups(kind, found.files, text_column, name, config, found.revision)
+    return TextSource(name, kind, found.files, groups, text_column, config, found.revision)
 
 
 def _kind(files: list[str], name: str) -> str:
@@ -209,7 +191,7 @@ def _row_groups(path: str, text_column: str) -> list[int]:
     footer = _footer(path)
     columns = footer.schema.to_arrow_schema().names
     if text_column not in columns:
-        raise InputError(f"{path} has no column {text_column!r}; set --text_column to one of {', '.join(columns)}")
+        raise InputError(f"{path}: there is no column {text_column!r}, only {', '.join(columns)}; set --text_column")
     return [footer.row_group(g).num_rows for g in range(footer.num_row_groups)]
 
 
@@ -243,19 +225,6 @@ def _iterable_dataset(name: str, config: str | None, revision: str | None, files
         paths = [str(Path(file).resolve()) for file in files]
         return load_dataset(where, data_files=paths, split="train", streaming=True)
     return load_dataset(name, config, revision=revision, split="train", streaming=True)
-
-
-def _text_of(row, text_column: str, where: str) -> str:
-    if not isinstance(row, dict) or text_column not in row:
-        have = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{where} has no column {text_column!r} (it has {have}); set --text_column")
-    return _checked(row[text_column], text_column, where)
-
-
-def _checked(text, text_column: str, where: str) -> str:
-    if text is not None and not isinstance(text, str):
-        raise InputError(f"{where} has a {type(text).__name__} in {text_column!r}, not text; set --text_column")
-    return text or ""
 
 
 def _lines(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:

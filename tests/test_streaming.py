@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2repro import streaming
+from gpt2repro import hub_text, streaming
 from gpt2repro.data import merge_states, open_source, prefetch, skip_ahead
 from gpt2repro.options import InputError
 from gpt2repro.text_sources import TextSource, resolve
@@ -56,7 +56,7 @@ def open_stream(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("gpt2repro.text_sources.LINES_GROUP_BYTES", 1024)
     monkeypatch.setattr("gpt2repro.text_sources.TEXT_DOCUMENT_BYTES", 64)
     monkeypatch.setattr(streaming, "FEWEST_LANES", 8)
-    monkeypatch.setattr(streaming, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(hub_text, "RETRY_SECONDS", 0.01)
     reports = []
 
     def open_stream(spec, cache="cache", sequences=SEQUENCES, **options):
@@ -284,7 +284,7 @@ def test_bad_sources_are_sentences(open_stream, tmp_path):
         open_stream(tmp_path / "broken.parquet")
     with pytest.raises(InputError, match="names no file here"):
         open_stream(tmp_path / "missing.jsonl")
-    with pytest.raises(InputError, match="has no column 'body'; set --text_column to one of id, text"):
+    with pytest.raises(InputError, match="no column 'body', only id, text; set --text_column"):
         open_stream(write(tmp_path / "text.parquet", documents(50)), text_column="body")
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n')
     with pytest.raises(InputError, match="the line at byte 17, is not JSON"):
@@ -391,7 +391,7 @@ def test_an_outage_does_not_stop_a_run_whose_groups_are_cached(hub, open_stream)
 
 
 def test_an_endless_outage_ends_with_a_sentence(hub, open_stream, monkeypatch):
-    monkeypatch.setattr(streaming, "RETRIES", 3)
+    monkeypatch.setattr(hub_text, "RETRIES", 3)
     source = open_stream("user/text")
     hub.fail("GET .*parquet", status=502, times=10**6)
     with pytest.raises(InputError, match=r"failed 4 times.*continues from the last checkpoint"):
@@ -399,7 +399,7 @@ def test_an_endless_outage_ends_with_a_sentence(hub, open_stream, monkeypatch):
 
 
 def test_closing_a_stream_that_waits_for_the_hub_is_prompt(hub, open_stream, monkeypatch):
-    monkeypatch.setattr(streaming, "RETRY_SECONDS", 60.0)
+    monkeypatch.setattr(hub_text, "RETRY_SECONDS", 60.0)
     source = open_stream("user/text")
     hub.fail("GET .*parquet", status=502, times=10**6)
     ahead = prefetch(source.batches(source.initial_state(), rank=0, world=1, sequences=SEQUENCES), depth=1)
@@ -418,7 +418,7 @@ def test_missing_datasets_configurations_and_revisions_are_sentences(hub, open_s
     with pytest.raises(InputError, match="sample-10BT"):
         open_stream("user/text:sample-10BT")
     hub.add_file("user/tables", "train.csv", b"a,b\n1,2\n3,4\n", "dataset")
-    with pytest.raises(InputError, match="has no column 'text'"):
+    with pytest.raises(InputError, match="no column 'text'"):
         open_stream("user/tables")
 
 

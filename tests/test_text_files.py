@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from gpt2repro import text_files
+from gpt2repro import hub_text, text_files
 from gpt2repro.options import InputError
 from gpt2repro.text_files import find
 
@@ -242,9 +242,9 @@ def test_other_formats_of_the_hub_come_through_datasets(hub, tmp_path):
 
 def test_what_the_hub_refuses_is_a_sentence(hub, tmp_path):
     publish(hub, tmp_path)
-    with pytest.raises(InputError, match=r"no file matches user/nothing, and the Hub has no such dataset"):
+    with pytest.raises(InputError, match=r"no file user/nothing here and no dataset user/nothing on the Hub"):
         find(["user/nothing"])
-    with pytest.raises(InputError, match=r"user/texts has no revision v9"):
+    with pytest.raises(InputError, match=r"the dataset user/texts has no revision v9"):
         find(["user/texts@v9"])
     with pytest.raises(InputError, match=r"user/texts can't be opened: .*sample-10BT"):
         find(["user/texts"], config="sample-10BT")
@@ -252,9 +252,19 @@ def test_what_the_hub_refuses_is_a_sentence(hub, tmp_path):
 
 def test_a_network_that_stays_away_ends_with_a_sentence(hub, tmp_path, monkeypatch):
     publish(hub, tmp_path)
-    monkeypatch.setattr(text_files, "RETRIES", 2)
+    monkeypatch.setattr(hub_text, "RETRIES", 2)
     files = find(["user/texts"])
     units = files.units(10**9)
     hub.fail(r"GET .*resolve.*parquet", status=503, times=10_000)
     with pytest.raises(InputError, match=r"can't be read after 2 retries .*503.*; finished units are kept"):
         [list(document) for document in files.read(units[0])]
+
+
+def test_faults_that_may_pass_and_those_that_never_do():
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    unreachable, offline, absent = (LocalEntryNotFoundError("no copy here") for _ in range(3))
+    unreachable.__cause__, offline.__cause__ = ConnectionError("no route"), OfflineModeIsEnabled("HF_HUB_OFFLINE")
+    assert all(map(hub_text.may_pass, (TimeoutError(), ConnectionResetError(), EOFError(), unreachable)))
+    never = (FileNotFoundError(), PermissionError(), ValueError(), offline, absent, offline.__cause__)
+    assert not any(map(hub_text.may_pass, never))
