@@ -333,7 +333,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self._logits(hidden_states[:, keep])  # (B, T, V)
         if shift_labels is not None:
-            total = self._sum_of_losses(hidden_states, logits, shift_labels.to(hidden_states.device), loss_chunk_tokens)
+            total = self.sum_of_losses(hidden_states, logits, shift_labels.to(hidden_states.device), loss_chunk_tokens)
             loss = total / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -351,7 +351,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             return F.linear(hidden_states, F.pad(weight, (0, 0, 0, padding)))[..., : weight.shape[0]]
         return self.lm_head(hidden_states)
 
-    def _sum_of_losses(
+    def sum_of_losses(
         self,
         hidden_states: torch.Tensor,
         logits: torch.Tensor | None,

@@ -166,6 +166,18 @@ def test_precisions_train_alike(finished, corpus, tmp_path, precision, tolerance
 
 
 @pytest.mark.slow
+def test_two_processes_with_compiled_blocks_agree_with_one_that_compiles_nothing(
+    finished, corpus, tmp_path, run_program
+):
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(Path(train_accelerate.__file__))]
+    options = flags(**SETTINGS, data=corpus, run_dir=tmp_path, compile="block")
+    done = run_program([*launch, *options], timeout=400)
+    assert done.returncode == 0, done.stderr
+    expected, got = losses(finished), losses(tmp_path)
+    assert max(abs(expected[step] - got[step]) for step in expected) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["model", "block"])
 def test_compiled_run_equals_eager_run_with_evaluation_and_samples(finished, corpus, tmp_path, how):
     assert train(tmp_path, corpus, compile=how) == 0
