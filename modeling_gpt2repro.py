@@ -215,7 +215,9 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """(B, T) ids -> (B, T, C) hidden states, after the final layer norm.
 
-        `residual_dtype=torch.bfloat16` keeps the residual stream in bf16 under autocast, where it would be fp32.
+        `residual_dtype=torch.bfloat16` keeps the residual stream in bf16 under autocast, where it would be fp32. Given
+        `position_ids` that start again within a row mark documents packed into it, which then don't see each other;
+        without them attention crosses documents, as in GPT-2's training.
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds, or more tokens than n_positions.
@@ -240,7 +242,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                position_ids=position_ids,  # given ones that start again at 0 are documents that don't see each other
+                position_ids=position_ids,
             )
         if position_ids is None:
             position_ids = self._positions(T, attention_mask, past_key_values, inputs_embeds.device)
