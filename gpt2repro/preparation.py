@@ -52,6 +52,7 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20
 PIECE_CHARACTERS = 2**20
 # Reads of several units overlap: while one waits for the network or the disk, the tokenisers work for the others.
 UNITS_AT_ONCE = 4
+BATCHES_AHEAD = 8  # of each unit, at least: what is read while the workers start
 # Below this a process pool costs more than it brings (each process takes about a second to start).
 PROCESSES_FROM_BYTES = 30_000_000
 # A newline between visible characters: the pre-tokeniser of GPT-2 always ends a token behind it.
@@ -215,7 +216,7 @@ class _Work:
             total=int(total_bytes / BYTES_PER_TOKEN), unit=" tokens", unit_scale=True, smoothing=0.05,
             desc="tokenising", disable=not self.show_progress,
         )  # fmt: skip
-        self.in_flight = max(8, 2 * workers // min(UNITS_AT_ONCE, len(indices)) + 1)  # batches per unit
+        self.in_flight = max(BATCHES_AHEAD, 2 * workers // min(UNITS_AT_ONCE, len(indices)) + 1)  # per unit
         with self.bar, self.pool, ThreadPoolExecutor(UNITS_AT_ONCE) as readers:
             try:
                 futures = [readers.submit(self._unit, index) for index in indices]

@@ -175,7 +175,7 @@ def test_reading_waits_for_writing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(preparation._UnitWriters, "append", counting_append)
     make(tmp_path / "out", units=[UNITS[0]], read=counting_read, val_fraction=0.0, workers=1)
-    assert written == 2000 and most <= 10 * 5
+    assert written == 2000 and most <= 10 * (preparation.BATCHES_AHEAD + 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
