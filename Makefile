@@ -48,7 +48,7 @@ test: $(VENV)/installed-test
 	$(PYTEST) -m "not slow and not browser and not notebook"
 
 test-all: test $(VENV)/installed-test-all
-	$(PYTEST) -m "slow or browser or notebook" --timeout 1800
+	$(PYTEST) -m "slow or browser or notebook or extra" --timeout 1800
 
 # An environment of its own: the project's other requirements would pull a newer transformers in.
 $(VENV)-oldest/installed: setup.cfg

@@ -54,6 +54,7 @@ def shown_text(page: str) -> str:
     return html.unescape(re.sub(r"<[^>]*>", "", page))
 
 
+@pytest.mark.extra
 def test_page_shows_the_prompt_and_the_tokens_each_with_its_probability(served):
     prompt = "The <b>import</b> & ${1+1} {{x}}"
     page, below = last_answer(served, prompt)
@@ -65,6 +66,7 @@ def test_page_shows_the_prompt_and_the_tokens_each_with_its_probability(served):
     assert last_answer(served, prompt, seed=4)[0] != page
 
 
+@pytest.mark.extra
 def test_shown_probability_is_the_models_own(served):
     page, _ = last_answer(served, "The import", new_tokens=1, temperature=0)
     ids = served.tokenizer("The import", return_tensors="pt")["input_ids"]
@@ -73,6 +75,7 @@ def test_shown_probability_is_the_models_own(served):
     assert math.isclose(float(shown[1]), 100 * probability, abs_tol=0.051)
 
 
+@pytest.mark.extra
 def test_character_of_several_tokens_becomes_one_span(served):
     from gpt2repro.demo_page import Spans
     from gpt2repro.generation import Step, TextStream
@@ -87,6 +90,7 @@ def test_character_of_several_tokens_becomes_one_span(served):
     assert math.isclose(found[0][1], math.log(len(served.tokenizer)), rel_tol=1e-5)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("prompt", "settings", "sentence"),
     [
@@ -105,6 +109,7 @@ def test_what_a_visitor_gets_wrong_is_said_in_a_sentence(served, prompt, setting
     assert 'role="alert"' in below and sentence in shown_text(below)
 
 
+@pytest.mark.extra
 def test_failure_on_our_side_is_a_sentence_for_the_visitor_and_a_traceback_for_the_log(served, monkeypatch, capsys):
     monkeypatch.setattr("gpt2repro.demo_page.decoder_for", lambda *_, **__: 1 / 0)
     _, below = last_answer(served, "The")

@@ -194,6 +194,7 @@ def test_sliding_window_gives_every_token_its_promised_context(model, length, st
     assert found["total_nats"] == pytest.approx(nats, rel=1e-6)
 
 
+@pytest.mark.extra
 def test_last_words_are_scored_as_in_lm_evaluation_harness():
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance

@@ -130,10 +130,12 @@ def test_shipped_examples_score_as_one_example_at_a_time(model, tokenizer, examp
     assert_like_build_nanogpt(judged(model, tokenizer, examples), build_nanogpt_way(model, tokenizer, examples))
 
 
+@pytest.mark.extra
 def test_shipped_examples_score_as_in_lm_evaluation_harness(model, tokenizer, examples):
     assert_like_the_harness(judged(model, tokenizer, examples), harness_way(model, tokenizer, examples))
 
 
+@pytest.mark.extra
 def test_context_that_is_too_long_loses_its_left_side_as_in_lm_evaluation_harness(tokenizer, examples):
     longest_ending = max(len(ids) for e in examples for ids in tokenizer([" " + t for t in e["endings"]])["input_ids"])
     model = tiny(len(tokenizer), n_positions=longest_ending + 4)
@@ -142,6 +144,7 @@ def test_context_that_is_too_long_loses_its_left_side_as_in_lm_evaluation_harnes
     assert_like_the_harness(judged(model, tokenizer, examples), harness_way(model, tokenizer, examples))
 
 
+@pytest.mark.extra
 def test_token_across_the_border_of_context_and_ending_is_cut_as_in_lm_evaluation_harness(examples):
     tokenizer = merging_tokenizer(examples)
     contexts = [f"{e['activity_label']}: {e['ctx_a']} {e['ctx_b'].capitalize()}".strip() for e in examples]

@@ -155,6 +155,7 @@ def test_datatrove_tasks_give_the_bytes_of_one_process(tmp_path, files, tokenize
     assert same(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.extra
 def test_fast_tokenizer_gives_the_same_bytes(tmp_path, files, shared_data, monkeypatch):
     pytest.importorskip("gigatoken")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))

@@ -87,7 +87,9 @@ def test_gpt2_pieces_are_cut_where_tiktoken_cuts_them(gpt2):
         assert ids.tolist() == expected, reference.decode(expected)
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["tiktoken", "gigatoken"])
+@pytest.mark.parametrize(
+    "fast", [pytest.param(False, id="tiktoken"), pytest.param(True, id="gigatoken", marks=pytest.mark.extra)]
+)
 def test_more_spaces_than_the_regex_engine_can_stack(gpt2, fast):
     """tiktoken itself raises on a run of a million spaces before a letter; the ids are the Hugging Face tokenizer's."""
     for text in (" " * 1_100_000 + "x", "\n\u3000 " * 400_000 + "\x1cy" + "\t" * 1_100_000):
@@ -95,6 +97,7 @@ def test_more_spaces_than_the_regex_engine_can_stack(gpt2, fast):
         assert ids.tolist() == gpt2(text, split_special_tokens=True)["input_ids"]
 
 
+@pytest.mark.extra
 def test_pathological_documents_neither_hang_nor_crash(gpt2):
     import tiktoken
 
@@ -105,6 +108,7 @@ def test_pathological_documents_neither_hang_nor_crash(gpt2):
             assert ids.tolist() == reference.encode_ordinary(text), (fast, text[:20])
 
 
+@pytest.mark.extra
 def test_fast_tokenizer_gives_tiktoken_s_ids_where_unicode_versions_differ(gpt2):
     pytest.importorskip("gigatoken")
     plain, fast = Encoder(gpt2), Encoder(gpt2, fast=True)
