@@ -21,15 +21,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from gpt2repro.models import ModelOptions
 from gpt2repro.options import InputError, parse_options, run_main
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 
-@dataclass
-class Options:
-    model: str
-    "A run, a checkpoint directory, or a Hub id."
+@dataclass(kw_only=True)
+class Options(ModelOptions):
     data: str = "Rowan/hellaswag"
     "HellaSwag in its original .jsonl format, a directory that holds it, or a dataset of the Hub."
     split: Literal["val", "test", "train"] = "val"
@@ -42,12 +41,8 @@ class Options:
     "Write every example's scores and choices to this JSON-lines file."
     batch_tokens: AtLeastOne | None = None
     "Tokens per forward pass, padding included; none: 512 on a CPU, 32768 elsewhere."
-    device: str | None = None
-    "cuda, cuda:1, mps or cpu; none: the best one here."
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     "Precision of the weights."
-    trust_remote_code: bool = False
-    "Run the Python code that a Hub repo of another architecture brings along."
 
 
 def main(argv: list[str]) -> int:
@@ -71,8 +66,6 @@ def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
     import torch
     from tqdm import tqdm
 
-    from gpt2repro.commands.loading import load_model, pick_device
-
     rank, world, device = 0, 1, options.device
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import PartialState
@@ -80,11 +73,7 @@ def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
         state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available())
         at_exit.callback(state.destroy_process_group)
         rank, world, device = state.process_index, state.num_processes, str(state.device)
-    device = pick_device(device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    model, tokenizer = load_model(
-        options.model, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code
-    )
+    model, tokenizer, device = options.load(device=device)
     start = time.perf_counter()
     prepared = hellaswag.prepare(examples, tokenizer, hellaswag.max_length_of(model, tokenizer))
     scores = hellaswag.score(
@@ -133,7 +122,7 @@ def report(
     options: Options, results: dict, near_ties: list[dict], truncated: dict[str, int], examples: int, seconds: float
 ) -> str:
     """The table for people: both protocols, standard errors, and the published numbers of the same protocol."""
-    from gpt2repro.hellaswag import PROTOCOL_NAMES, PUBLISHED
+    from gpt2repro.evaluation.hellaswag import PROTOCOL_NAMES, PUBLISHED
 
     lines = [f"HellaSwag, split '{options.split}', {examples:,} examples, {options.model} ({seconds:.1f} s)"]
     if not results:

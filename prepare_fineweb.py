@@ -19,7 +19,7 @@ way the data set is the one that a single machine makes. As a Slurm array:
         'python prepare_fineweb.py --out /shared/fineweb --num_nodes 16 --node_index $SLURM_ARRAY_TASK_ID'
 
 Beyond a static split, `--executor datatrove` runs the same units as tasks of datatrove's local executor (its Slurm and
-Ray executors take the same `gpt2repro.datatrove_task.PreparePart`).
+Ray executors take the same `gpt2repro.data.datatrove_task.PreparePart`).
 
 Needs: cores, network and 2 bytes of disk per token; memory of about 0.2 GB per core. `gpt2repro bench tokenize` tells
 the tokens per second of a machine: 10B tokens are 10^10 / that many seconds. 1T tokens (2 TB, 10,000 shards) is the
@@ -33,11 +33,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gpt2repro import text_files
-from gpt2repro.dataset_upload import push_dataset
+from gpt2repro.data import text_files
+from gpt2repro.data.preparation import prepare
+from gpt2repro.data.tokenization import Encoder, gpt2_tokenizer, load_tokenizer
+from gpt2repro.data.upload import push_dataset
 from gpt2repro.options import InputError, parse_options, run_main
-from gpt2repro.preparation import prepare
-from gpt2repro.tokenization import Encoder, gpt2_tokenizer, load_tokenizer
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Options:
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="prepare_fineweb.py", description=__doc__)
     if options.executor == "datatrove":
-        from gpt2repro.datatrove_task import run_locally
+        from gpt2repro.data.datatrove_task import run_locally
 
         run_locally(argv, options.workers, options.out)
     manifest = prepare_part(options)

@@ -31,6 +31,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from gpt2repro.files import step_in_name
+from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, parse_options, run_main, to_yaml
 
 EXIT_DONE, EXIT_STOPPED, EXIT_BAD_NUMBERS = 0, 3, 4
@@ -38,7 +40,6 @@ UPLOAD_SECONDS_AT_EXIT = (
     1800  # a finished run waits so long for its uploads; a stopped one leaves them to the next start
 )
 LARGEST_MODEL = 10**12  # parameters: more is a typing mistake, and building it would fill the memory
-ARCHITECTURE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function")
 
 
 @dataclass
@@ -269,14 +270,19 @@ def train(config: TrainConfig) -> int:
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from gpt2repro import checkpoint, data, hellaswag
-    from gpt2repro.evaluation import token_byte_lengths, validation_loss
-    from gpt2repro.health import HealthMonitor, step_unless_bad
-    from gpt2repro.optim import build_optimizer, learning_rate, set_learning_rate
-    from gpt2repro.profiling import profiling
-    from gpt2repro.reference import Referee
-    from gpt2repro.shards import open_split
-    from gpt2repro.tracking import RunLog, Throughput, flops_per_token, peak_flops
+    from gpt2repro.checkpoint.reader import find_checkpoint, read_state
+    from gpt2repro.checkpoint.restore import restore as restore_tensors
+    from gpt2repro.checkpoint.writer import CheckpointWriter
+    from gpt2repro.data import sources as data
+    from gpt2repro.data.shards import open_split
+    from gpt2repro.evaluation import hellaswag
+    from gpt2repro.evaluation.losses import token_byte_lengths, validation_loss
+    from gpt2repro.models import build_model, compile_model, load_for_comparison
+    from gpt2repro.training.health import HealthMonitor, step_unless_bad
+    from gpt2repro.training.optim import build_optimizer, learning_rate, set_learning_rate
+    from gpt2repro.training.profiling import profiling
+    from gpt2repro.training.reference import Referee
+    from gpt2repro.training.tracking import RunLog, Throughput, flops_per_token, peak_flops
 
     # --- the machine, the data, the model, the optimizer
     accelerator = build_accelerator(config)
@@ -311,7 +317,7 @@ def train(config: TrainConfig) -> int:
 
     # --- a new run, or the one that run_dir holds
     run_lock = lock_run(config.run_dir) if accelerator.is_main_process else None  # held until the process ends
-    writer = checkpoint.CheckpointWriter(
+    writer = CheckpointWriter(
         config.run_dir / "checkpoints", keep_last=config.keep_last, milestone_steps=config.milestone_steps
     )
     identity = {
@@ -327,10 +333,10 @@ def train(config: TrainConfig) -> int:
 
     def restore(path: Path, *, rewinding: bool = False) -> dict:
         """Put everything back to what it was when `path` was saved; checkpoints of later steps are abandoned."""
-        state = checkpoint.read_state(path)
+        state = read_state(path)
         refuse_foreign_state(state, path)
         refuse_another_run(state["identity"], identity, path)
-        checkpoint.restore(path, model, optimizer)
+        restore_tensors(path, model, optimizer)
         if state["scaler"] is not None and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         monitor.load_state(state["health"], rewinding=rewinding)
@@ -357,10 +363,10 @@ def train(config: TrainConfig) -> int:
 
     uploader = None
     if config.push_to_hub is not None and accelerator.is_main_process:
-        from gpt2repro.hub import Uploader
+        from gpt2repro.publishing.hub import Uploader
 
         private = not config.hub_public
-        uploader = Uploader(config.push_to_hub, run_dir=config.run_dir, private=private, comparable=load_on_cpu)
+        uploader = Uploader(config.push_to_hub, run_dir=config.run_dir, private=private, comparable=load_for_comparison)
 
     step, best = state["step"], state["best"]
     referee = Referee(flat_config(config), manifest_of(source.directory))
@@ -443,9 +449,11 @@ def train(config: TrainConfig) -> int:
         draw(config)
         if uploader is not None:
             uploader.checkpoint(path)
-            log.checkpoint_link(step_of(path), f"https://huggingface.co/{config.push_to_hub}/tree/step-{step_of(path)}")
+            log.checkpoint_link(
+                step_in_name(path), f"https://huggingface.co/{config.push_to_hub}/tree/step-{step_in_name(path)}"
+            )
         else:
-            log.checkpoint_link(step_of(path), path)
+            log.checkpoint_link(step_in_name(path), path)
 
     def open_batches():
         """This rank's batches from the current position on, made ahead of time in a thread."""
@@ -456,7 +464,7 @@ def train(config: TrainConfig) -> int:
         """Back to the newest checkpoint before the bad steps, their windows passed over; False if there is none."""
         nonlocal state, step, best, batches
         writer.wait()  # first: a save that is under way may be the one to return to, and prunes older ones
-        path = checkpoint.find_checkpoint(config.run_dir, all_ranks=True, at_most=verdict.first_step - 1)
+        path = find_checkpoint(config.run_dir, all_ranks=True, at_most=verdict.first_step - 1)
         if path is None:
             return False
         state = restore(path, rewinding=True)
@@ -621,76 +629,6 @@ def keep_sums_exact(fsdp_plugin) -> None:
         fsdp_plugin.mixed_precision_policy = replace(policy, **exact)
 
 
-def build_model(config: TrainConfig, vocab_size: int, tokenizer):
-    """The model with its first weights, random or those of `init_from`, on the CPU: the same on every machine.
-
-    Raises InputError where `init_from` is no GPT-2 or too small for the data.
-    """
-    import torch
-
-    from configuration_gpt2repro import GPT2ReproConfig
-    from modeling_gpt2repro import GPT2ReproForCausalLM
-
-    torch.manual_seed(config.seed)
-    if config.init_from is not None:
-        from gpt2repro.checkpoint import resolve_model
-
-        dropout = {name: getattr(config, name) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-        try:
-            model = GPT2ReproForCausalLM.from_pretrained(
-                resolve_model(config.init_from),
-                dtype=torch.float32,
-                use_safetensors=True,  # nothing is ever unpickled
-                attn_implementation=config.attn_implementation,
-                **dropout,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"init_from={config.init_from}: {str(error).splitlines()[0]}") from error
-        if vocab_size > model.config.vocab_size:
-            raise InputError(
-                f"the data has a vocabulary of {vocab_size}, but {config.init_from} only of {model.config.vocab_size}; "
-                "prepare the data with its tokenizer"
-            )
-        if config.seq_len > model.config.n_positions:
-            raise InputError(
-                f"seq_len={config.seq_len} is longer than n_positions={model.config.n_positions} of init_from"
-            )
-    else:
-        names = [*ARCHITECTURE, "resid_pdrop", "embd_pdrop", "attn_pdrop"]
-        sizes = {name: getattr(config, name) for name in names} | {"vocab_size": config.vocab_size or vocab_size}
-        ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        model = GPT2ReproForCausalLM._from_config(
-            GPT2ReproConfig(**sizes, **ends), attn_implementation=config.attn_implementation, dtype=torch.float32
-        )
-    if config.precision == "fp64":
-        model = model.double()
-    if config.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
-    return model
-
-
-def compile_model(model, how: str, device_type: str, world: int) -> None:
-    """torch.compile in place, before `prepare`: state-dict keys stay clean and autocast ends up inside the graph.
-
-    "model" traces forward and loss as one graph. Several processes get "block" by default, every block and the loss a
-    graph of its own: the backward of one big graph hands over all gradients at its end, so DDP could not overlap their
-    exchange, and FSDP2's hooks break it.
-    """
-    import torch
-
-    if how == "auto":
-        can_compile = device_type == "cuda" and sys.platform != "win32"  # Triton has no build for Windows
-        how = "off" if not can_compile else "model" if world == 1 else "block"
-    if how == "model":
-        model.compile(fullgraph=True, dynamic=False)
-    elif how == "block":
-        for block in model.transformer.h:
-            block.compile(fullgraph=True, dynamic=False)
-        # Uncompiled, it would write the logits out in fp32, twice: 26 GB at 64 x 1024 tokens.
-        model.sum_of_losses = torch.compile(model.sum_of_losses, fullgraph=True, dynamic=False)
-
-
 def lock_run(run_dir: Path):
     """A lock that dies with its process. Raises InputError where another process already trains this run."""
     from filelock import FileLock, Timeout
@@ -712,9 +650,9 @@ def find_resume(config: TrainConfig, accelerator) -> Path | None:
     A run that was started from elsewhere and interrupted continues from its own checkpoints: the same command again.
     Naming an earlier checkpoint of the run itself goes back to it and abandons the later ones.
     """
-    from gpt2repro import checkpoint
+    from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 
-    own = checkpoint.find_checkpoint(config.run_dir, all_ranks=True)
+    own = find_checkpoint(config.run_dir, all_ranks=True)
     if config.resume == "auto":
         return own
     if config.resume == "never":
@@ -723,17 +661,17 @@ def find_resume(config: TrainConfig, accelerator) -> Path | None:
         return None
     place = config.resume
     if place.startswith("hub:"):
-        from gpt2repro.hub import fetch_checkpoint
+        from gpt2repro.publishing.hub import fetch_checkpoint
 
         place = fetch_checkpoint(place, config.run_dir / "from_hub")  # by the first process; the others wait
         curve = Path(place) / "training/metrics.jsonl"
         if accelerator.is_main_process and own is None and curve.is_file():  # the log then begins at step 0
             shutil.copy(curve, config.run_dir / "metrics.jsonl")
-    found = checkpoint.find_checkpoint(place, all_ranks=True)
+    found = find_checkpoint(place, all_ranks=True)
     if found is None:
         raise InputError(f"resume={config.resume}: no checkpoint there")
     elsewhere = own is not None and found.resolve().parent != own.resolve().parent
-    is_newer = elsewhere and checkpoint.read_state(own)["step"] >= checkpoint.read_state(found)["step"]
+    is_newer = elsewhere and read_state(own)["step"] >= read_state(found)["step"]
     return own if is_newer else found
 
 
@@ -871,7 +809,7 @@ def write_samples(accelerator, model, tokenizer, config: TrainConfig, step: int)
     """Continuations of `sample_prompts`. Under FSDP every rank must take part; the main process writes them down."""
     import torch
 
-    from gpt2repro.evaluation import inference, is_fsdp
+    from gpt2repro.evaluation.losses import inference, is_fsdp
 
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     if not (accelerator.is_main_process or is_fsdp(unwrapped)):
@@ -898,7 +836,7 @@ def write_samples(accelerator, model, tokenizer, config: TrainConfig, step: int)
 
 def open_data(config: TrainConfig, sequences: int):
     """The source of the batches; a stream also needs a tokenizer, and a place for what it has tokenised."""
-    from gpt2repro.data import open_source
+    from gpt2repro.data.sources import open_source
 
     options = {"seq_len": config.seq_len, "seed": config.seed, "sequences": sequences, "vocab_size": config.vocab_size}
     if config.data.startswith("stream:"):
@@ -909,8 +847,8 @@ def open_data(config: TrainConfig, sequences: int):
 
 def find_tokenizer(config: TrainConfig, directory: Path | None):
     """The tokenizer that made the data: named, or lying beside the shards; foreign shards and streams are GPT-2's."""
-    from gpt2repro.shards import TOKENIZER
-    from gpt2repro.tokenization import gpt2_tokenizer, load_tokenizer
+    from gpt2repro.data.shards import TOKENIZER
+    from gpt2repro.data.tokenization import gpt2_tokenizer, load_tokenizer
 
     if config.tokenizer not in (None, "gpt2"):
         return load_tokenizer(config.tokenizer)
@@ -923,7 +861,7 @@ def prepare_hellaswag(config: TrainConfig, model, tokenizer):
     """HellaSwag's examples, rendered once for the whole run; None where it is off."""
     if config.hellaswag is None:
         return None
-    from gpt2repro import hellaswag
+    from gpt2repro.evaluation import hellaswag
 
     unwrapped = getattr(model, "module", model)
     examples = hellaswag.read_examples(config.hellaswag, limit=config.hellaswag_limit)
@@ -969,27 +907,14 @@ def flat_config(config: TrainConfig) -> dict:
     return yaml.safe_load(to_yaml(config))
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
-
-
 def draw(config: TrainConfig) -> None:
     """Refresh the run's picture; no picture is a reason to end a run."""
     try:
-        from gpt2repro.plotting import draw_runs
+        from gpt2repro.training.plotting import draw_runs
 
         draw_runs([config.run_dir], config.run_dir / "loss.png")
     except Exception as error:
         print(f"loss.png was not drawn: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-
-
-def load_on_cpu(directory: Path):
-    """A checkpoint as our class, in fp32: what its native twin on the Hub has to agree with."""
-    import torch
-
-    from modeling_gpt2repro import GPT2ReproForCausalLM
-
-    return GPT2ReproForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 def print_run(accelerator, config: TrainConfig, source, model_config, n_params: int, resumed_from, step: int) -> None:
@@ -1026,7 +951,7 @@ def evaluation_line(record: dict) -> str:
 
 def print_result(config: TrainConfig, source) -> None:
     """The end of a finished run: losses before and after, xz beside bits per byte, samples, where everything is."""
-    from gpt2repro.tracking import read_metrics
+    from gpt2repro.training.tracking import read_metrics
 
     _, evaluations = read_metrics(config.run_dir)
     lines = []
@@ -1050,7 +975,7 @@ def print_result(config: TrainConfig, source) -> None:
 
 def manifest_of(directory: Path | None):
     """The manifest of a data set made here; None for streams and foreign shards."""
-    from gpt2repro.shards import MANIFEST, load_manifest
+    from gpt2repro.data.shards import MANIFEST, load_manifest
 
     return load_manifest(directory) if directory is not None and (directory / MANIFEST).exists() else None
 
@@ -1069,8 +994,8 @@ def print_plan(config: TrainConfig) -> int:
     """`--plan`: what the run would need and cost, without training. Raises InputError where something does not fit."""
     import torch
 
-    from gpt2repro import planning
-    from gpt2repro.shards import has_split, open_split
+    from gpt2repro.data.shards import has_split, open_split
+    from gpt2repro.training import planning
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
     directory = Path(config.data)

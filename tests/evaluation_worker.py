@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import hellaswag
-from gpt2repro.evaluation import validation_loss
-from gpt2repro.tokenization import bpe_tokenizer
+from gpt2repro.data.tokenization import bpe_tokenizer
+from gpt2repro.evaluation import hellaswag
+from gpt2repro.evaluation.losses import validation_loss
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 EXAMPLES = Path(__file__).parent / "data" / "hellaswag_synthetic.jsonl"

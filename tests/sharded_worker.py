@@ -6,9 +6,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import checkpoint
-from gpt2repro.optim import build_optimizer
+from gpt2repro.checkpoint import writer as writing
+from gpt2repro.checkpoint.reader import find_checkpoint
+from gpt2repro.checkpoint.restore import restore
+from gpt2repro.checkpoint.writer import CheckpointWriter, SaveError
 from gpt2repro.options import InputError
+from gpt2repro.training.optim import build_optimizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
@@ -40,8 +43,8 @@ def work(rank: int, world: int, folder, tiny: dict, out) -> None:
     for name in ("adamw", "muon"):
         plain = folder / name / "plain"
         model, optimizer = build(tiny, name, seed=1, sharded=True)
-        checkpoint.restore(checkpoint.find_checkpoint(plain, all_ranks=True), model, optimizer)
-        writer = checkpoint.CheckpointWriter(folder / name / "sharded", keep_last=1)
+        restore(find_checkpoint(plain, all_ranks=True), model, optimizer)
+        writer = CheckpointWriter(folder / name / "sharded", keep_last=1)
         writer.save(
             2, model=model, optimizer=optimizer, state={"world": world}
         )  # before any step here: must equal plain
@@ -51,26 +54,24 @@ def work(rank: int, world: int, folder, tiny: dict, out) -> None:
         report[f"{name} next loss"] = train_step(model, optimizer, seed=3)
         writer.close()
         again, again_optimizer = build(tiny, name, seed=5, sharded=True)
-        checkpoint.restore(
-            checkpoint.find_checkpoint(folder / name / "sharded", all_ranks=True), again, again_optimizer
-        )
+        restore(find_checkpoint(folder / name / "sharded", all_ranks=True), again, again_optimizer)
         report[f"{name} next loss, resumed"] = train_step(again, again_optimizer, seed=3)
 
     # One rank cannot write its part: every rank is told, and the checkpoint does not exist.
-    writer = checkpoint.CheckpointWriter(folder / "broken")
+    writer = CheckpointWriter(folder / "broken")
     if rank == 1:
-        checkpoint.save_file = full_disk
+        writing.save_file = full_disk
     writer.save(4, model=model, optimizer=optimizer, state={})
     try:
         writer.close()
         report["broken"] = "no error"
-    except checkpoint.SaveError as error:
+    except SaveError as error:
         report["broken"] = str(error)
 
     # The nodes do not share the directory.
-    checkpoint.VISIBLE_SECONDS = 0.5
+    writing.VISIBLE_SECONDS = 0.5
     try:
-        checkpoint.CheckpointWriter(folder / f"only on node {rank}")
+        CheckpointWriter(folder / f"only on node {rank}")
         report["apart"] = "no error"
     except InputError as error:
         report["apart"] = str(error)

@@ -9,8 +9,8 @@ import torch
 
 from gpt2repro.commands.bench import harness, optimizers, scale, table, train
 from gpt2repro.commands.bench.harness import compare, figure, headline, peak_memory_gib, speedup, summary
+from gpt2repro.data.shards import open_split
 from gpt2repro.options import InputError
-from gpt2repro.shards import open_split
 
 
 def test_rounds_are_interleaved_in_alternating_order_after_the_warmup():

@@ -14,10 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from gpt2repro import checkpoint
-from gpt2repro.checkpoint import CheckpointWriter, SaveError, find_checkpoint, resolve_model, restore, verify_checkpoint
+from gpt2repro.checkpoint import writer as writing
+from gpt2repro.checkpoint.layout import POINTERS, list_steps, resolve_pointer
+from gpt2repro.checkpoint.reader import find_checkpoint, read_state, resolve_model, verify_checkpoint
+from gpt2repro.checkpoint.restore import restore
+from gpt2repro.checkpoint.tensors import named_weights
+from gpt2repro.checkpoint.writer import CheckpointWriter, SaveError
+from gpt2repro.data.tokenization import char_tokenizer
 from gpt2repro.options import InputError
-from gpt2repro.tokenization import char_tokenizer
 
 
 @pytest.fixture
@@ -54,7 +58,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(tmp_path, ti
     other, other_optimizer = sharded_worker.build(tiny_model, optimizer_name, seed=9)
     path = find_checkpoint(tmp_path)
     restore(path, other, other_optimizer)
-    assert checkpoint.read_state(path) == {"best": {"val_loss": math.inf}, "list": [1, 2]}
+    assert read_state(path) == {"best": {"val_loss": math.inf}, "list": [1, 2]}
     for seed in range(3, 6):
         assert sharded_worker.train_step(model, optimizer, seed) == sharded_worker.train_step(
             other, other_optimizer, seed
@@ -103,7 +107,7 @@ def test_a_native_gpt2_is_saved_and_restored_like_our_own(tmp_path):
 
 def test_a_compiled_model_saves_the_names_of_a_plain_one(tmp_path, trained):
     model, optimizer = trained
-    plain = set(checkpoint.named_weights(model))
+    plain = set(named_weights(model))
     model.transformer.h[0] = torch.compile(model.transformer.h[0])
     save(tmp_path, (torch.compile(model), optimizer), 1)
     assert set(load_file(tmp_path / "step_000001/model.safetensors")) == plain
@@ -122,7 +126,7 @@ def test_a_save_returns_before_the_files_are_written_and_the_next_one_waits(tmp_
         running.pop()
         save_file(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save_file", slow)
+    monkeypatch.setattr(writing, "save_file", slow)
     writer = CheckpointWriter(tmp_path)
     stall = writer.save(1, model=trained[0], optimizer=trained[1], state={})
     assert stall < 5 and find_checkpoint(tmp_path) is None
@@ -131,13 +135,13 @@ def test_a_save_returns_before_the_files_are_written_and_the_next_one_waits(tmp_
     assert stall > 0.2, "waiting for the save before counts as stall"
     writer.close()
     assert max(overlaps) == 0, "two saves at once"
-    assert [step for step, _ in checkpoint.list_steps(tmp_path)] == [1, 2]
+    assert [step for step, _ in list_steps(tmp_path)] == [1, 2]
 
 
 def test_what_is_saved_is_the_moment_of_the_call_not_of_the_writing(tmp_path, trained, monkeypatch):
     go_on = threading.Event()
-    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: (go_on.wait(20), save_file(*a, **k)))
-    before = {name: weight.clone() for name, weight in checkpoint.named_weights(trained[0]).items()}
+    monkeypatch.setattr(writing, "save_file", lambda *a, **k: (go_on.wait(20), save_file(*a, **k)))
+    before = {name: weight.clone() for name, weight in named_weights(trained[0]).items()}
     state = {"list": [1]}
     writer = CheckpointWriter(tmp_path)
     writer.save(1, model=trained[0], optimizer=trained[1], state=state)
@@ -147,7 +151,7 @@ def test_what_is_saved_is_the_moment_of_the_call_not_of_the_writing(tmp_path, tr
     writer.close()
     saved = load_file(tmp_path / "step_000001/model.safetensors")
     assert all(torch.equal(saved[name], before[name]) for name in before)
-    assert checkpoint.read_state(tmp_path / "step_000001") == {"list": [1]}
+    assert read_state(tmp_path / "step_000001") == {"list": [1]}
 
 
 def test_on_written_sees_the_whole_checkpoint(tmp_path, trained):
@@ -179,7 +183,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole_and_ends_with_a_sentence(
     tmp_path, trained, monkeypatch, asynchronous
 ):
     writer = save(tmp_path, trained, 1, asynchronous=asynchronous)
-    monkeypatch.setattr(checkpoint, "save_file", sharded_worker.full_disk)
+    monkeypatch.setattr(writing, "save_file", sharded_worker.full_disk)
     with pytest.raises(SaveError, match=r"step 2 could not be written .*No space left.*are whole; make room.*MB"):
         writer.save(2, model=trained[0], optimizer=trained[1], state={})
         writer.wait()
@@ -219,8 +223,8 @@ def test_keep_last_best_final_and_milestones_stay_and_the_rest_goes(tmp_path, tr
             writer.point("best", 3)
     writer.point("final", 9)
     writer.close()
-    assert [step for step, _ in checkpoint.list_steps(tmp_path)] == [3, 4, 8, 9]
-    assert {name: checkpoint.resolve_pointer(tmp_path, name).name for name in checkpoint.POINTERS} == {
+    assert [step for step, _ in list_steps(tmp_path)] == [3, 4, 8, 9]
+    assert {name: resolve_pointer(tmp_path, name).name for name in POINTERS} == {
         "latest": "step_000009",
         "best": "step_000003",
         "final": "step_000009",
@@ -246,8 +250,8 @@ def test_the_checkpoints_of_an_abandoned_way_are_not_continued_and_go_at_the_nex
     writer.point("best", 3)
     writer.discard_after(1)
     assert find_checkpoint(tmp_path).name == "step_000001"
-    assert checkpoint.resolve_pointer(tmp_path, "latest").name == "step_000001"
-    assert checkpoint.resolve_pointer(tmp_path, "best") is None
+    assert resolve_pointer(tmp_path, "latest").name == "step_000001"
+    assert resolve_pointer(tmp_path, "best") is None
     writer.save(2, model=trained[0], optimizer=trained[1], state={"way": "new"})
     writer.close()
     assert names(tmp_path) == ["latest", "step_000001", "step_000002"]
@@ -389,7 +393,7 @@ def test_a_state_of_another_format_is_refused(tmp_path, trained, header):
     path = tmp_path / "step_000001/trainer_state/state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **header}))
     with pytest.raises(InputError, match=r"state\.json|format version"):
-        checkpoint.read_state(tmp_path / "step_000001")
+        read_state(tmp_path / "step_000001")
 
 
 # --- which model a name means

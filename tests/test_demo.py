@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from gpt2repro.commands import demo
+from gpt2repro.data.tokenization import bpe_tokenizer
 from gpt2repro.options import InputError
-from gpt2repro.tokenization import bpe_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 TEXT = "The import statement binds a name. A <tag> & “quotes”, 中文 and 🙂 too.\n" * 30
@@ -37,13 +37,13 @@ def make_model():
 @pytest.fixture(scope="module")
 def served():
     pytest.importorskip("gradio", reason="the page is the extra `demo`")
-    from gpt2repro.demo_page import Served
+    from gpt2repro.generation.demo_page import Served
 
     return Served(*make_model())
 
 
 def last_answer(served, prompt: str, **settings) -> tuple[str, str]:
-    from gpt2repro.demo_page import answer
+    from gpt2repro.generation.demo_page import answer
 
     return list(answer(served, prompt, **{**SETTINGS, **settings}))[-1]
 
@@ -77,8 +77,8 @@ def test_shown_probability_is_the_models_own(served):
 
 @pytest.mark.extra
 def test_character_of_several_tokens_becomes_one_span(served):
-    from gpt2repro.demo_page import Spans
-    from gpt2repro.generation import Step, TextStream
+    from gpt2repro.generation.decoder import Step, TextStream
+    from gpt2repro.generation.demo_page import Spans
 
     ids = served.tokenizer("🙃", add_special_tokens=False)["input_ids"]
     assert len(ids) > 1
@@ -111,7 +111,7 @@ def test_what_a_visitor_gets_wrong_is_said_in_a_sentence(served, prompt, setting
 
 @pytest.mark.extra
 def test_failure_on_our_side_is_a_sentence_for_the_visitor_and_a_traceback_for_the_log(served, monkeypatch, capsys):
-    monkeypatch.setattr("gpt2repro.demo_page.decoder_for", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("gpt2repro.generation.demo_page.decoder_for", lambda *_, **__: 1 / 0)
     _, below = last_answer(served, "The")
     assert "Something went wrong on this side" in below and "ZeroDivision" not in below
     assert "ZeroDivisionError" in capsys.readouterr().err

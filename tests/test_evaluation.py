@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from evaluation_worker import Tokens, build, evaluate
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import evaluation
+from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer
+from gpt2repro.evaluation import losses as evaluation
 from gpt2repro.options import InputError
-from gpt2repro.tokenization import bpe_tokenizer, char_tokenizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -293,9 +293,9 @@ def test_perplexity_command_refuses_what_it_cannot_read(checkpoint, tmp_path, ca
 @pytest.fixture
 def metrics(tmp_path):
     pytest.importorskip("evaluate")
-    from gpt2repro.metrics.bits_per_byte import BitsPerByte
-    from gpt2repro.metrics.hellaswag import HellaSwag
-    from gpt2repro.metrics.perplexity import Perplexity
+    from gpt2repro.evaluation.metrics.bits_per_byte import BitsPerByte
+    from gpt2repro.evaluation.metrics.hellaswag import HellaSwag
+    from gpt2repro.evaluation.metrics.perplexity import Perplexity
 
     def make(name: str, **how):
         known = {"hellaswag": HellaSwag, "perplexity": Perplexity, "bits_per_byte": BitsPerByte}
@@ -305,7 +305,7 @@ def metrics(tmp_path):
 
 
 def test_hellaswag_metric_counts_like_the_evaluation_itself(metrics):
-    from gpt2repro import hellaswag
+    from gpt2repro.evaluation import hellaswag
 
     model, tokenizer, examples = build()
     prepared = hellaswag.prepare(examples, tokenizer, 384)
@@ -343,7 +343,7 @@ def test_metrics_describe_themselves_and_load_by_path_without_network(metrics, n
 
 ACCUMULATE = """
 import sys
-from gpt2repro.metrics.perplexity import Perplexity
+from gpt2repro.evaluation.metrics.perplexity import Perplexity
 metric = Perplexity(num_process=2, process_id=1, experiment_id="two", cache_dir=sys.argv[1], timeout=240)
 metric.add_batch(predictions=[2.0], references=[1])
 assert metric.compute() is None  # the first process has the result

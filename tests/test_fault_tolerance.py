@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import tiny_run
 
-from gpt2repro import checkpoint
+from gpt2repro.checkpoint.layout import list_steps
+from gpt2repro.checkpoint.reader import find_checkpoint, read_state, verify_checkpoint
 from gpt2repro.commands import verify_resume
 
 ENDLESS = {"max_steps": 1_000_000, "save_steps": 1_000_000, "eval_steps": 1_000_000}
@@ -79,7 +80,7 @@ def cut_back(run_dir: Path, copy: Path, step: int) -> Path:
     copy.mkdir()
     shutil.copy(run_dir / "metrics.jsonl", copy)
     (copy / "checkpoints").mkdir()
-    for at, path in checkpoint.list_steps(run_dir / "checkpoints"):
+    for at, path in list_steps(run_dir / "checkpoints"):
         if at <= step:
             shutil.copytree(path, copy / "checkpoints" / path.name)
     return copy
@@ -174,7 +175,7 @@ def test_a_run_goes_from_one_process_to_two_and_back_with_the_same_losses(whole_
         assert [r["step"] for r in found] == [r["step"] for r in expected]
         assert [r.get("lr") for r in found] == [r.get("lr") for r in expected]
         assert max(verify_resume.differences(whole_run, run_dir).values()) < 1e-5
-        states.append(checkpoint.read_state(checkpoint.find_checkpoint(run_dir)))
+        states.append(read_state(find_checkpoint(run_dir)))
     assert states[0]["source"] == states[1]["source"]
     assert losses(two)[9] == pytest.approx(losses(whole_run)[9], abs=1e-6)
 
@@ -186,8 +187,8 @@ def stopped_cleanly(run_dir: Path, name: str) -> None:
     """Saved at the step where it stopped, logged up to it, and says so."""
     said = status(run_dir)
     assert (said["state"], said["exit_code"]) == ("stopped", 3), said
-    newest = checkpoint.find_checkpoint(run_dir)
-    assert checkpoint.read_state(newest)["step"] == said["step"] == max(losses(run_dir))
+    newest = find_checkpoint(run_dir)
+    assert read_state(newest)["step"] == said["step"] == max(losses(run_dir))
     assert name in said["message"] or "another process" in said["message"], said
 
 
@@ -271,10 +272,10 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_it_goes_on_when_t
         flags = tiny_run.flags(shards, small / "run", keep_last="none", save_steps=1, eval_steps=8)
         output = finished(PLAIN, flags, code=2)
         assert "could not be written" in output and "o space left" in output and "Traceback" not in output, output
-        steps = [step for step, _ in checkpoint.list_steps(small / "run/checkpoints")]
+        steps = [step for step, _ in list_steps(small / "run/checkpoints")]
         assert steps == list(range(1, len(steps) + 1)) and steps
-        for _, path in checkpoint.list_steps(small / "run/checkpoints"):
-            checkpoint.verify_checkpoint(path)
+        for _, path in list_steps(small / "run/checkpoints"):
+            verify_checkpoint(path)
         for line in (small / "run/metrics.jsonl").read_text().splitlines():
             json.loads(line)
         assert status(small / "run")["state"] == "failed"
@@ -312,7 +313,7 @@ def test_a_node_that_loses_its_rank_ends_the_job_on_all_and_the_job_resumes(shar
     jobs = nodes(**endless)
     try:
         training(jobs[0], tmp_path / "run")
-        while checkpoint.find_checkpoint(tmp_path / "run") is None:
+        while find_checkpoint(tmp_path / "run") is None:
             time.sleep(0.1)
         workers = [p for p in psutil.Process(jobs[1].pid).children(recursive=True) if str(SCRIPT) in p.cmdline()]
         workers[0].kill()
@@ -326,7 +327,7 @@ def test_a_node_that_loses_its_rank_ends_the_job_on_all_and_the_job_resumes(shar
         for job in jobs:
             verify_resume.kill_all(job)
 
-    newest = checkpoint.read_state(checkpoint.find_checkpoint(tmp_path / "run"))["step"]
+    newest = read_state(find_checkpoint(tmp_path / "run"))["step"]
     jobs = nodes(**{**endless, "max_steps": newest + 10})
     try:
         outputs = [job.communicate(timeout=120)[0] for job in jobs]
@@ -348,7 +349,7 @@ def test_a_run_whose_loss_is_no_number_stops_with_exit_code_4_and_keeps_its_good
     output = finished(PLAIN, tiny_run.flags(shards, run_dir, **bad), code=4)
     assert "Traceback" not in output and "steps" in output
     assert status(run_dir)["exit_code"] == 4
-    assert checkpoint.find_checkpoint(run_dir).name == "step_000008", "nothing poisoned was saved"
+    assert find_checkpoint(run_dir).name == "step_000008", "nothing poisoned was saved"
     events = [record for record in verify_resume.records(run_dir) if "event" in record]
     assert [event["event"] for event in events] == ["stop"]
 
@@ -357,7 +358,8 @@ def shards_with_one_bad_stretch(directory: Path) -> Path:
     """Two words in turn, easily learned, and one stretch of windows that is nothing like them."""
     import numpy as np
 
-    from gpt2repro.shards import MANIFEST, write_json, write_shard
+    from gpt2repro.data.shards import MANIFEST, write_shard
+    from gpt2repro.files import write_json
 
     tiny_run.write_tiny_shards(directory)
     manifest = json.loads((directory / MANIFEST).read_text())
@@ -382,7 +384,7 @@ def test_a_bad_stretch_of_data_is_left_out_and_a_killed_run_leaves_out_the_same(
     events = [record for record in verify_resume.records(tmp_path / "run") if "event" in record]
     assert events and {event["event"] for event in events} == {policy}, events
     assert sorted(losses(tmp_path / "run")) == list(range(1, 121))
-    state = checkpoint.read_state(checkpoint.find_checkpoint(tmp_path / "run"))
+    state = read_state(find_checkpoint(tmp_path / "run"))
     if policy == "rewind":
         assert state["source"]["skipped"], "the windows stay skipped for good"
         assert state["health"]["rewinds"] == len(events)

@@ -17,8 +17,8 @@ def plain_loop(initial, data, dtype: torch.dtype) -> list[float]:
     """What any textbook would write: no accumulation, no Accelerate, nothing of this project but the windows' order."""
     from transformers import GPT2LMHeadModel
 
-    from gpt2repro.data import ShardSource
-    from gpt2repro.shards import open_split
+    from gpt2repro.data.shards import open_split
+    from gpt2repro.data.sources import ShardSource
 
     model = GPT2LMHeadModel.from_pretrained(initial).to(dtype).train()
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -58,7 +58,7 @@ def initial(data, tmp_path_factory):
     """First weights for both, made and written by transformers."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from gpt2repro.tokenization import load_tokenizer
+    from gpt2repro.data.tokenization import load_tokenizer
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer(data / "tokenizer")

@@ -14,7 +14,8 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from gpt2repro.commands import generate, loading
 from gpt2repro.commands.bench import generate as bench
 from gpt2repro.commands.bench.harness import NotEqual
-from gpt2repro.generation import (
+from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer
+from gpt2repro.generation.decoder import (
     Decoder,
     GPT2Decoder,
     Sampling,
@@ -28,7 +29,6 @@ from gpt2repro.generation import (
     uniforms,
 )
 from gpt2repro.options import InputError
-from gpt2repro.tokenization import bpe_tokenizer, char_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]

@@ -7,8 +7,8 @@ import statistics
 import pytest
 import torch
 
-from gpt2repro.health import HealthMonitor, step_unless_bad
-from gpt2repro.optim import build_optimizer
+from gpt2repro.training.health import HealthMonitor, step_unless_bad
+from gpt2repro.training.optim import build_optimizer
 
 
 def record(step, loss=2.0, grad_norm=1.0, **more):

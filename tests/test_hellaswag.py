@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import hellaswag
+from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer, gpt2_tokenizer
+from gpt2repro.evaluation import hellaswag
 from gpt2repro.options import InputError
-from gpt2repro.tokenization import bpe_tokenizer, char_tokenizer, gpt2_tokenizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 SYNTHETIC = Path(__file__).parent / "data" / "hellaswag_synthetic.jsonl"

@@ -14,13 +14,15 @@ import yaml
 from loopback_hub import TOKEN
 from tiny_run import flags, write_tiny_shards
 
-from gpt2repro import hub as our_hub
-from gpt2repro.checkpoint import CheckpointWriter, find_checkpoint, read_state, resolve_pointer, verify_checkpoint
+from gpt2repro.checkpoint.layout import resolve_pointer
+from gpt2repro.checkpoint.reader import find_checkpoint, read_state, verify_checkpoint
+from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.commands import push
-from gpt2repro.hub import Uploader, fetch_checkpoint
-from gpt2repro.model_card import card_files
 from gpt2repro.options import InputError, run_main
-from gpt2repro.tracking import read_metrics
+from gpt2repro.publishing import hub as our_hub
+from gpt2repro.publishing.hub import Uploader, fetch_checkpoint
+from gpt2repro.publishing.model_card import card_files
+from gpt2repro.training.tracking import read_metrics
 
 REPO = "user/tiny"
 STATE = {
@@ -57,7 +59,7 @@ class Run:
     """A run's directory as the trainer leaves it, one checkpoint at a time."""
 
     def __init__(self, directory: Path, model):
-        from gpt2repro.tokenization import char_tokenizer
+        from gpt2repro.data.tokenization import char_tokenizer
 
         self.dir, self.model = directory, model
         self.writer = CheckpointWriter(directory / "checkpoints", keep_last=2)
@@ -484,7 +486,7 @@ for revision, trust in (("main", True), ("native", False), ("step-4", True)):
 
 
 def greedy_text(directory: Path, prompt: str, tokens: int) -> str:
-    from gpt2repro.tokenization import load_tokenizer
+    from gpt2repro.data.tokenization import load_tokenizer
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     model, tokenizer = GPT2ReproForCausalLM.from_pretrained(directory), load_tokenizer(directory)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from gpt2repro.commands import import_checkpoint
-from gpt2repro.importers import read_checkpoint
 from gpt2repro.options import InputError, run_main
+from gpt2repro.publishing.importers import read_checkpoint
 
 T, L, H, C = 32, 2, 4, 32
 

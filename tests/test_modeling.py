@@ -300,7 +300,7 @@ print(repr(write("ab", max_new_tokens=5, do_sample=False)[0]["generated_text"][:
 
 
 def test_hub_copy_loads_from_an_empty_directory(reference, tmp_path):
-    from gpt2repro.tokenization import bpe_tokenizer
+    from gpt2repro.data.tokenization import bpe_tokenizer
 
     model = twin(reference)
     model.resize_token_embeddings(300)

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from gpt2repro.hub import check_native, export_native
 from gpt2repro.options import InputError
+from gpt2repro.publishing.hub import check_native, export_native
 
 SENTENCES = ["the cat sat on the mat", "a dog ran", "birds can fly over the hill", "the sun is warm today"]
 
@@ -30,7 +30,7 @@ def model():
 @pytest.fixture(scope="module")
 def directory(model, tmp_path_factory):
     """A directory of ours with a tokenizer, as training and the importers write it."""
-    from gpt2repro.tokenization import char_tokenizer
+    from gpt2repro.data.tokenization import char_tokenizer
 
     path = tmp_path_factory.mktemp("ours") / "model"
     model.save_pretrained(path)

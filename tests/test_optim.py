@@ -1,4 +1,4 @@
-"""gpt2repro.optim against formulas written out here: the schedule, the groups, Muon's update by a float64 SVD."""
+"""training/optim.py against formulas written out here: the schedule, the groups, Muon's update by a float64 SVD."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ import torch.multiprocessing
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2repro.optim import build_optimizer, learning_rate, muon_change, set_learning_rate
+from gpt2repro.training.optim import build_optimizer, learning_rate, muon_change, set_learning_rate
 
 SCHEDULE = {"lr": 6e-4, "min_lr": 6e-5, "warmup_steps": 10, "max_steps": 100}
 RECIPE = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}

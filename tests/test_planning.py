@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpt2repro import planning
-from gpt2repro.planning import GIB, hub_permission, memory_by_part, parameter_count, plan
+from gpt2repro.training import planning
+from gpt2repro.training.planning import GIB, hub_permission, memory_by_part, parameter_count, plan
 
 # Source: Radford et al. 2019 and the published checkpoints.
 SIZES = {

@@ -7,7 +7,7 @@ import pytest
 
 from gpt2repro.commands import plot
 from gpt2repro.options import run_main
-from gpt2repro.plotting import draw_runs, run_names, series, smooth
+from gpt2repro.training.plotting import draw_runs, run_names, series, smooth
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import time
 import numpy as np
 import pytest
 
-from gpt2repro import preparation
+from gpt2repro.data import preparation
+from gpt2repro.data.preparation import PIECE_CHARACTERS, pieces_of, pieces_of_stream, prepare, split_of
+from gpt2repro.data.shards import open_split, verify_dataset
+from gpt2repro.data.tokenization import EOT, Encoder, bpe_tokenizer, char_tokenizer
 from gpt2repro.options import InputError
-from gpt2repro.preparation import PIECE_CHARACTERS, pieces_of, pieces_of_stream, prepare, split_of
-from gpt2repro.shards import open_split, verify_dataset
-from gpt2repro.tokenization import EOT, Encoder, bpe_tokenizer, char_tokenizer
 
 rng = random.Random(0)
 WORDS = ["the", "token", "shards", "of", "naïve", "models", "é", "\n", "learn", "🙂", EOT]
@@ -204,7 +204,7 @@ PROGRAM = """
 import json, os, signal, sys
 from pathlib import Path
 from tokenizers import Tokenizer
-from gpt2repro import preparation
+from gpt2repro.data import preparation
 
 class Saved:
     def __init__(self, path):

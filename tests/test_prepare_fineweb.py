@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import prepare_fineweb
-from gpt2repro.data import download_shards
-from gpt2repro.dataset_upload import push_dataset
+from gpt2repro.data.shards import load_manifest, open_split, verify_dataset
+from gpt2repro.data.sources import download_shards
+from gpt2repro.data.tokenization import EOT, Encoder, bpe_tokenizer, load_tokenizer
+from gpt2repro.data.upload import push_dataset
 from gpt2repro.options import InputError
-from gpt2repro.shards import load_manifest, open_split, verify_dataset
-from gpt2repro.tokenization import EOT, Encoder, bpe_tokenizer, load_tokenizer
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -98,7 +98,7 @@ def test_upload_continues_where_it_was_cut_and_trains_from_the_hub(
     tmp_path, files, tokenizer, loopback_hub, monkeypatch
 ):
     loopback_hub.adopt_clients(monkeypatch, tmp_path / "home")
-    monkeypatch.setattr("gpt2repro.dataset_upload.FILES_PER_COMMIT", 2)
+    monkeypatch.setattr("gpt2repro.data.upload.FILES_PER_COMMIT", 2)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     manifest = run(files, tmp_path / "out", tokenizer)
     shards = [shard["file"] for split in manifest["splits"].values() for shard in split["shards"]]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from gpt2repro.commands.prepare_text import main
+from gpt2repro.data.preparation import split_of
+from gpt2repro.data.python_docs import python_docs
+from gpt2repro.data.shards import load_manifest, open_split, verify_dataset
+from gpt2repro.data.tokenization import Encoder, load_tokenizer
 from gpt2repro.options import InputError
-from gpt2repro.preparation import split_of
-from gpt2repro.python_docs import python_docs
-from gpt2repro.shards import load_manifest, open_split, verify_dataset
-from gpt2repro.tokenization import Encoder, load_tokenizer
 
 PROSE = "It was the best of times, it was the worst of times.\nIt was the age of wisdom.\n"
 
@@ -54,7 +54,7 @@ def test_python_docs_do_without_the_help_topics(monkeypatch, capsys, tmp_path):
         'def g(): "Another function."\nraise SystemExit("never imported")\n'
     )
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
-    monkeypatch.setattr("gpt2repro.python_docs.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr("gpt2repro.data.python_docs.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     assert list(python_docs()) == ["A module.\n\nA class.\n\nA method.\n\nAnother function.\n"]
     assert "pydoc_data is not installed, so the corpus is the docstrings alone" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from gpt2repro.profiling import WAIT_STEPS, WARMUP_STEPS, profiling
+from gpt2repro.training.profiling import WAIT_STEPS, WARMUP_STEPS, profiling
 
 ROWS, VOCABULARY = 64, 1000
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from gpt2repro import reference
+from gpt2repro.data.shards import Manifest, load_manifest
 from gpt2repro.options import InputError
-from gpt2repro.shards import Manifest, load_manifest
+from gpt2repro.training import reference
 
 CONFIG = {"n_layer": 4, "n_embd": 192, "lr": 0.003, "max_steps": 500, "warmup_steps": 30, "seed": 1}
 

@@ -7,8 +7,9 @@ import pickle
 import numpy as np
 import pytest
 
+from gpt2repro.data.shards import MANIFEST, has_split, load_manifest, open_split, verify_dataset, write_shard
+from gpt2repro.files import write_json
 from gpt2repro.options import InputError
-from gpt2repro.shards import MANIFEST, has_split, load_manifest, open_split, verify_dataset, write_json, write_shard
 
 
 def make_dataset(directory, shards, vocab_size=300):
@@ -72,7 +73,7 @@ def test_an_id_outside_the_vocabulary_is_named_before_training(tmp_path):
 
 
 def test_an_id_outside_the_vocabulary_deep_in_a_file_is_named_when_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt2repro.shards.CHECKED_TOKENS", 16)
+    monkeypatch.setattr("gpt2repro.data.shards.CHECKED_TOKENS", 16)
     make_dataset(tmp_path, [np.arange(100)])
     with (tmp_path / "train_000000.bin").open("r+b") as file:
         file.seek(1024 + 2 * 50)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2repro import hub_text, streaming
-from gpt2repro.data import merge_states, open_source, prefetch, skip_ahead
+from gpt2repro.data import hub_text, streaming
+from gpt2repro.data.sources import merge_states, open_source, prefetch, skip_ahead
+from gpt2repro.data.text_sources import TextSource, resolve
 from gpt2repro.options import InputError
-from gpt2repro.text_sources import TextSource, resolve
 
 SEQ_LEN, SEQUENCES = 16, 4
 FORMATS = ["parquet", "jsonl", "txt", "jsonl.gz", "csv"]
@@ -45,7 +45,7 @@ def write(path, texts, rows_per_group=20):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from gpt2repro.tokenization import char_tokenizer
+    from gpt2repro.data.tokenization import char_tokenizer
 
     return char_tokenizer(["".join(map(chr, range(32, 127))) + "\n"])
 
@@ -53,8 +53,8 @@ def tokenizer():
 @pytest.fixture
 def open_stream(tokenizer, tmp_path, monkeypatch):
     """open_stream(spec, …) with small groups, a cache of its own, and short pauses; collects what is reported."""
-    monkeypatch.setattr("gpt2repro.text_sources.LINES_GROUP_BYTES", 1024)
-    monkeypatch.setattr("gpt2repro.text_sources.TEXT_DOCUMENT_BYTES", 64)
+    monkeypatch.setattr("gpt2repro.data.text_sources.LINES_GROUP_BYTES", 1024)
+    monkeypatch.setattr("gpt2repro.data.text_sources.TEXT_DOCUMENT_BYTES", 64)
     monkeypatch.setattr(streaming, "FEWEST_LANES", 8)
     monkeypatch.setattr(hub_text, "RETRY_SECONDS", 0.01)
     reports = []
@@ -269,7 +269,7 @@ def test_full_disk_is_a_sentence(open_stream, parquet_file, monkeypatch):
         raise OSError(28, "No space left on device")
 
     source = open_stream(parquet_file)
-    monkeypatch.setattr("gpt2repro.shards.ShardWriter.append", full)
+    monkeypatch.setattr("gpt2repro.data.shards.ShardWriter.append", full)
     with pytest.raises(InputError, match="no space is left for the token cache"):
         take(source, 1)
     assert not list(source.cache.directory.glob("*.tmp*"))
@@ -330,7 +330,7 @@ def test_lines_are_cut_into_groups_without_loss_at_any_border(tmp_path, monkeypa
     texts = [*documents(50), "x" * 500, "ü" * 40]
     path = write(tmp_path / "text.jsonl", texts)
     for size in (1, 7, 64, 65, 1000, 100_000):
-        monkeypatch.setattr("gpt2repro.text_sources.LINES_GROUP_BYTES", size)
+        monkeypatch.setattr("gpt2repro.data.text_sources.LINES_GROUP_BYTES", size)
         source = resolve(str(path))
         assert [text for g in range(len(source.groups)) for some in source.read(g) for text in some] == texts
     text_file = write(tmp_path / "text.txt", texts)

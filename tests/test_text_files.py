@@ -8,9 +8,9 @@ import tracemalloc
 
 import pytest
 
-from gpt2repro import hub_text, text_files
+from gpt2repro.data import hub_text, text_files
+from gpt2repro.data.text_files import find
 from gpt2repro.options import InputError
-from gpt2repro.text_files import find
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -12,8 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpt2repro import tracking
-from gpt2repro.tracking import RunLog, Throughput, cut_metrics, flops_per_token, peak_flops, read_metrics, scrub
+from gpt2repro.training import tracking
+from gpt2repro.training.tracking import (
+    RunLog,
+    Throughput,
+    cut_metrics,
+    flops_per_token,
+    peak_flops,
+    read_metrics,
+    scrub,
+)
 
 
 def run_log(run_dir, **changes) -> RunLog:
@@ -70,7 +78,7 @@ def test_a_torn_last_line_is_left_out_by_the_reader_and_the_cut(tmp_path, torn):
 
 def test_a_killed_process_leaves_every_line_it_logged(tmp_path):
     code = (
-        "import sys; from gpt2repro.tracking import RunLog\n"
+        "import sys; from gpt2repro.training.tracking import RunLog\n"
         "log = RunLog(sys.argv[1], config={}, trackers=[], project='', run_ids=None, resume_step=None, is_main=True)\n"
         "for step in range(1, 10**9): log.log({'step': step, 'loss': 1.0}); print(step, flush=True)"
     )

@@ -59,7 +59,7 @@ def finished(corpus, tmp_path_factory) -> Path:
 def test_a_run_leaves_its_log_picture_samples_and_loadable_checkpoints(finished):
     from transformers import AutoTokenizer
 
-    from gpt2repro.checkpoint import resolve_pointer
+    from gpt2repro.checkpoint.layout import resolve_pointer
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     assert json.loads((finished / "status.json").read_text())["exit_code"] == 0
@@ -285,7 +285,7 @@ def test_a_failure_in_the_first_evaluation_is_in_status_json(corpus, tmp_path, m
     def fails(*arguments, **options):
         raise RuntimeError("no memory left")
 
-    monkeypatch.setattr("gpt2repro.evaluation.validation_loss", fails)
+    monkeypatch.setattr("gpt2repro.evaluation.losses.validation_loss", fails)
     with pytest.raises(RuntimeError):
         train(tmp_path, corpus)
     status = json.loads((tmp_path / "status.json").read_text())

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2repro.shards import FORMAT, MANIFEST, TOKENIZER, VERSION, write_json, write_shard
-from gpt2repro.tokenization import char_tokenizer, fingerprint
+from gpt2repro.data.shards import FORMAT, MANIFEST, TOKENIZER, VERSION, write_shard
+from gpt2repro.data.tokenization import char_tokenizer, fingerprint
+from gpt2repro.files import write_json
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. "
 OPTIONS = {

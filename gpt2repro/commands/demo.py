@@ -49,8 +49,9 @@ def main(argv: list[str]) -> int:
     except ImportError:
         raise InputError('the page needs Gradio; install it with: pip install "gpt2repro[demo]"') from None
 
-    from gpt2repro.commands.loading import load_model, pick_device, pick_dtype
-    from gpt2repro.demo_page import Served, build, launch_options
+    from gpt2repro.checkpoint.layout import find_run
+    from gpt2repro.generation.demo_page import Served, build, launch_options
+    from gpt2repro.models import load_model, pick_device, pick_dtype
 
     device = pick_device(options.device)
     models = {}
@@ -72,16 +73,10 @@ def main(argv: list[str]) -> int:
 
 def labels(names: list[str]) -> list[str]:
     """What visitors call the models: a directory's last parts, as few as tell them apart; a Hub id as it is."""
-    from gpt2repro.plotting import run_names
+    from gpt2repro.training.plotting import run_names
 
     if len(set(names)) < len(names):
         raise InputError(f"a model is named twice in --model {' '.join(names)}")
     paths = [name for name in names if Path(name).exists()]
     short = dict(zip(paths, run_names([Path(path) for path in paths]), strict=True)) if paths else {}
     return [short.get(name, name) for name in names]
-
-
-def find_run(name: str) -> Path | None:
-    """The run that a model belongs to: the directory itself or the one around its checkpoints."""
-    path = Path(name).resolve()
-    return next((place for place in [path, *list(path.parents)[:2]] if (place / "metrics.jsonl").is_file()), None)

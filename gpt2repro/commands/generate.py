@@ -15,19 +15,18 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from gpt2repro.models import ModelOptions
 from gpt2repro.options import InputError, parse_options
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 
-@dataclass
-class Options:
-    model: str
-    "A run, a checkpoint directory, or a Hub id."
+@dataclass(kw_only=True)
+class Options(ModelOptions):
     prompt: str | None = None
     'The text to continue; "" begins a new document.'
     interactive: bool = False
@@ -50,17 +49,11 @@ class Options:
     "How many continuations of each prompt."
     batch_size: AtLeastOne = 64
     "Sequences decoded at a time."
-    device: str | None = None
-    "cuda, cuda:1, mps or cpu; none: the best one here."
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    "Precision of the weights; none: bf16 on CUDA, fp32 elsewhere."
     compile: bool = False
     "Fuse the decode step with torch.compile: slower to start, faster for many tokens on a GPU."
-    trust_remote_code: bool = False
-    "Run the Python code that a Hub repo of another architecture brings along."
 
     def problems(self) -> list[str]:
-        from gpt2repro.generation import Sampling
+        from gpt2repro.generation.decoder import Sampling
 
         found = Sampling(self.temperature, self.top_k, self.top_p).problems()
         sources = [self.prompt is not None, self.interactive, self.prompts_file is not None]
@@ -79,15 +72,7 @@ def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro generate", description=__doc__)
     prompts = read_prompts(options.prompts_file) if options.prompts_file else []  # before a model is loaded
 
-    import torch
-
-    from gpt2repro.commands.loading import load_model, pick_device, pick_dtype
-
-    device = pick_device(options.device)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: pick_dtype(device)}
-    model, tokenizer = load_model(
-        options.model, device=device, dtype=dtypes[options.dtype], trust_remote_code=options.trust_remote_code
-    )
+    model, tokenizer, _ = options.load()
     try:
         if options.interactive:
             return converse(model, tokenizer, options)
@@ -101,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 def print_samples(model, tokenizer, options: Options) -> int:
     """`--prompt`: one sample streams as it is made; several are made together and printed one after the other."""
-    from gpt2repro.generation import complete, decoder_for, encode_prompt
+    from gpt2repro.generation.decoder import complete, decoder_for, encode_prompt
 
     ids = encode_prompt(tokenizer, options.prompt)
     limit = shorten(model, len(ids), options.max_new_tokens)
@@ -129,7 +114,7 @@ def print_samples(model, tokenizer, options: Options) -> int:
 
 def converse(model, tokenizer, options: Options) -> int:
     """`--interactive`: every line is a prompt of its own; an empty line or end of input ends the program."""
-    from gpt2repro.generation import decoder_for, encode_prompt
+    from gpt2repro.generation.decoder import decoder_for, encode_prompt
 
     with contextlib.suppress(ImportError):  # arrow keys and history, where Python has them
         import readline  # noqa: F401
@@ -167,7 +152,7 @@ def write_samples(model, tokenizer, prompts: list[str], options: Options) -> int
     """`--prompts_file`: all samples of all prompts in left-padded batches -> JSON lines, in the prompts' order."""
     from tqdm import tqdm
 
-    from gpt2repro.generation import complete, encode_prompt, room_for
+    from gpt2repro.generation.decoder import complete, encode_prompt, room_for
 
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for number, ids in enumerate(encoded, 1):
@@ -212,7 +197,7 @@ def write_samples(model, tokenizer, prompts: list[str], options: Options) -> int
 
 def stream(decoder, tokenizer, ids: list[int], limit: int, options: Options, *, row: int) -> None:
     """Print one continuation while it is made, then its speed."""
-    from gpt2repro.generation import TextStream
+    from gpt2repro.generation.decoder import TextStream
 
     text = TextStream(tokenizer)
     count, start = 0, time.perf_counter()
@@ -230,7 +215,7 @@ def stream(decoder, tokenizer, ids: list[int], limit: int, options: Options, *, 
 
 def chance(tokenizer, options: Options) -> dict:
     """How tokens are chosen, as the decode engine takes it."""
-    from gpt2repro.generation import Sampling
+    from gpt2repro.generation.decoder import Sampling
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     return {"sampling": sampling, "end_token": tokenizer.eos_token_id, "seed": options.seed}
@@ -238,7 +223,7 @@ def chance(tokenizer, options: Options) -> dict:
 
 def shorten(model, prompt_tokens: int, wanted: int) -> int:
     """`wanted` tokens, or as many as fit behind the prompt, saying so."""
-    from gpt2repro.generation import room_for
+    from gpt2repro.generation.decoder import room_for
 
     room = room_for(model, prompt_tokens)
     if room is None or room >= wanted:

@@ -48,7 +48,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro import-checkpoint", description=__doc__)
-    from gpt2repro.importers import GPT2_VOCAB_SIZE, read_checkpoint, read_nanogpt_characters
+    from gpt2repro.publishing.importers import GPT2_VOCAB_SIZE, read_checkpoint, read_nanogpt_characters
 
     imported = read_checkpoint(options.format, options.input)
     model = build_model(imported)
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
             )
         tokenizer = character_tokenizer(characters, model.config.n_positions)
     elif model.config.vocab_size == GPT2_VOCAB_SIZE:
-        from gpt2repro.tokenization import gpt2_tokenizer
+        from gpt2repro.data.tokenization import gpt2_tokenizer
 
         tokenizer = gpt2_tokenizer()
 

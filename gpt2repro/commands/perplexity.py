@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from gpt2repro.models import ModelOptions
 from gpt2repro.options import InputError, parse_options
 
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -35,10 +36,8 @@ PUBLISHED = {
 }
 
 
-@dataclass
-class Options:
-    model: str
-    "A run, a checkpoint directory, or a Hub id."
+@dataclass(kw_only=True)
+class Options(ModelOptions):
     data: str
     "A text file, a .jsonl file with a text in each line, or a dataset of the Hub."
     subset: str | None = None
@@ -61,12 +60,8 @@ class Options:
     "Windows or passages per forward pass."
     out: Path | None = None
     "Write the numbers to this JSON file."
-    device: str | None = None
-    "cuda, cuda:1, mps or cpu; none: the best one here."
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     "Precision of the weights."
-    trust_remote_code: bool = False
-    "Run the Python code that a Hub repo of another architecture brings along."
 
     def problems(self) -> list[str]:
         found = []
@@ -81,17 +76,11 @@ def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro perplexity", description=__doc__)
     texts = read_texts(options)  # before a model is loaded
 
-    import torch
     from tqdm import tqdm
 
-    from gpt2repro import evaluation
-    from gpt2repro.commands.loading import load_model, pick_device
+    from gpt2repro.evaluation import losses as evaluation
 
-    device = pick_device(options.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    model, tokenizer = load_model(
-        options.model, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code
-    )
+    model, tokenizer, device = options.load()
     limit = evaluation.max_length_of(model, tokenizer)
     if options.max_length is not None and options.max_length > limit:
         raise InputError(f"max_length={options.max_length} is longer than the model's input of {limit} tokens")
@@ -118,7 +107,7 @@ def text_perplexity(model, tokenizer, text: str, options: Options, how: dict) ->
     """The sliding window's sum of nats per token, per word of the text as given, and per byte of what was read."""
     import numpy as np
 
-    from gpt2repro import evaluation
+    from gpt2repro.evaluation import losses as evaluation
 
     words = len(text.split())
     if options.detokenize == "wikitext":
@@ -188,9 +177,3 @@ def show(results: dict, published: dict, options: Options) -> None:
         print(f"  {name:26} {value:,.4f}" if isinstance(value, float) else f"  {name:26} {value}")
     for name, values in published.items():
         print(f"published, {name}: " + ", ".join(f"GPT-2 {size} {value}" for size, value in values.items()))
-
-
-if __name__ == "__main__":
-    from gpt2repro.options import run_main
-
-    raise SystemExit(run_main(main))

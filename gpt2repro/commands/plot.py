@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt2repro.options import InputError, parse_options
-from gpt2repro.plotting import draw_runs
+from gpt2repro.training.plotting import draw_runs
 
 
 @dataclass

@@ -25,12 +25,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gpt2repro import text_files
+from gpt2repro.data import text_files
+from gpt2repro.data.preparation import pieces_of, prepare, split_of, tokenizer_of_plan
+from gpt2repro.data.python_docs import python_docs
+from gpt2repro.data.shards import Manifest
+from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer, gpt2_tokenizer
 from gpt2repro.options import InputError, parse_options
-from gpt2repro.preparation import pieces_of, prepare, split_of, tokenizer_of_plan
-from gpt2repro.python_docs import python_docs
-from gpt2repro.shards import Manifest
-from gpt2repro.tokenization import bpe_tokenizer, char_tokenizer, gpt2_tokenizer
 
 # Source: the corpus of nanoGPT's shakespeare examples, public domain.
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

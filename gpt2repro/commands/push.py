@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from gpt2repro.models import load_for_comparison
 from gpt2repro.options import InputError, parse_options
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -56,8 +57,9 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro push", description=__doc__)
-    from gpt2repro import hub
-    from gpt2repro.checkpoint import resolve_model
+    from gpt2repro.checkpoint.layout import find_run
+    from gpt2repro.checkpoint.reader import resolve_model
+    from gpt2repro.publishing import hub
 
     model = Path(resolve_model(options.model))
     if not model.is_dir():
@@ -80,8 +82,8 @@ def main(argv: list[str]) -> int:
 
 def send_run(run_dir: Path, options: Options, card: dict) -> list[str]:
     """Every checkpoint of a run, by the same code that sends them during training. Returns the revisions."""
-    from gpt2repro.checkpoint import list_steps
-    from gpt2repro.hub import Uploader
+    from gpt2repro.checkpoint.layout import list_steps
+    from gpt2repro.publishing.hub import Uploader
 
     comparable = load_for_comparison if options.native else None
     private = not options.public
@@ -95,8 +97,8 @@ def send_run(run_dir: Path, options: Options, card: dict) -> list[str]:
 
 def send_one(api, model: Path, run_dir: Path | None, options: Options, card: dict) -> list[str]:
     """One directory as one revision. Its native twin goes first: where the two do not agree, nothing is sent."""
-    from gpt2repro import hub
-    from gpt2repro.model_card import card_files
+    from gpt2repro.publishing import hub
+    from gpt2repro.publishing.model_card import card_files
 
     cards = partial(card_files, repo=options.repo, run_dir=run_dir, **card)
     revisions = [options.revision or "main"]
@@ -110,27 +112,13 @@ def send_one(api, model: Path, run_dir: Path | None, options: Options, card: dic
 
 def send_space(options: Options) -> None:
     """The demo as a Space of the model's name."""
-    from gpt2repro import hub
+    from gpt2repro.publishing import hub
 
     api = hub.open_repo(options.repo, private=not options.public, kind="space", space_sdk="gradio")
     hub.publish(api, options.repo, space_files(options.repo), revision="main", message="The demo", kind="space")
     print(f"{api.endpoint}/spaces/{options.repo}")
     if not options.public:
         print("the model is private: give the Space a secret HF_TOKEN that may read it, or it cannot load it")
-
-
-def find_run(model: Path) -> Path | None:
-    """The run whose checkpoint `model` is: its log lies two levels above."""
-    return next((place for place in list(model.resolve().parents)[:2] if (place / "metrics.jsonl").is_file()), None)
-
-
-def load_for_comparison(model: Path):
-    """Our class with these weights, in fp32 on the CPU."""
-    import torch
-
-    from gpt2repro.commands.loading import load_model
-
-    return load_model(str(model), device=torch.device("cpu"), dtype=torch.float32)[0]
 
 
 def space_files(repo: str) -> dict[str, bytes | Path]:
@@ -177,6 +165,7 @@ A page to talk to [{repo}](https://huggingface.co/{repo}), made by `gpt2repro pu
 SPACE_APP = '''"""Started by the Space: the page of `gpt2repro demo` with one model."""
 
 from gpt2repro.commands.demo import main
+from gpt2repro.models import load_for_comparison
 from gpt2repro.options import run_main
 
 if __name__ == "__main__":

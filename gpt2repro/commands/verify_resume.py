@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2repro.checkpoint import POINTERS, find_checkpoint, list_steps, read_state, resolve_pointer
+from gpt2repro.checkpoint.layout import POINTERS, list_steps, resolve_pointer
+from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 from gpt2repro.options import InputError, parse_options
 
 MEASURED = ("tokens_per_second", "step_seconds", "mfu", "memory_gib")  # what no two runs have in common

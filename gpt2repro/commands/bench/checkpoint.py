@@ -50,8 +50,10 @@ def measure(folder: Path, rounds: int) -> dict:
     from accelerate import Accelerator
 
     from configuration_gpt2repro import GPT2ReproConfig
-    from gpt2repro.checkpoint import CheckpointWriter, find_checkpoint, restore
-    from gpt2repro.optim import build_optimizer
+    from gpt2repro.checkpoint.reader import find_checkpoint
+    from gpt2repro.checkpoint.restore import restore
+    from gpt2repro.checkpoint.writer import CheckpointWriter
+    from gpt2repro.training.optim import build_optimizer
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     accelerator = Accelerator()

@@ -64,8 +64,8 @@ def bench_loaders(folder: Path, options: Options) -> dict:
     """Batches per second of the three loaders, after a look at whether ours holds what it should."""
     import torch
 
-    from gpt2repro.data import ShardSource, prefetch
-    from gpt2repro.shards import open_split
+    from gpt2repro.data.shards import open_split
+    from gpt2repro.data.sources import ShardSource, prefetch
 
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, TOKENS, dtype=np.uint16)
     write_dataset(folder / "shards", tokens)
@@ -117,8 +117,8 @@ def bench_loaders(folder: Path, options: Options) -> dict:
 
 def bench_indices(options: Options) -> dict:
     """Milliseconds for the windows of a batch of 512 sequences, at a corpus that no disk here would hold."""
-    from gpt2repro.data import ShardSource
-    from gpt2repro.ordering import next_positions
+    from gpt2repro.data.ordering import next_positions
+    from gpt2repro.data.sources import ShardSource
 
     source = ShardSource(TrillionTokens(), seq_len=SEQ_LEN, seed=0)
     position = itertools.count(source.windows // 3, 512)
@@ -130,8 +130,8 @@ def bench_indices(options: Options) -> dict:
 
 def bench_stream(folder: Path, options: Options) -> dict:
     """Tokens per second from text to batches, one tokenising thread, from an empty and from a full cache."""
-    from gpt2repro.data import open_source, prefetch
-    from gpt2repro.tokenization import Encoder, bpe_tokenizer, gpt2_tokenizer
+    from gpt2repro.data.sources import open_source, prefetch
+    from gpt2repro.data.tokenization import Encoder, bpe_tokenizer, gpt2_tokenizer
 
     texts = python_topics()
     try:
@@ -181,7 +181,7 @@ def python_topics() -> list[str]:
 
 def write_dataset(directory: Path, tokens: np.ndarray) -> None:
     """Token shards in llm.c's layout, which are used in place."""
-    from gpt2repro.shards import write_shard
+    from gpt2repro.data.shards import write_shard
 
     directory.mkdir()
     for number, piece in enumerate(np.array_split(tokens, SHARDS)):

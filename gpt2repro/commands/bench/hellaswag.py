@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
     import torch
 
     from configuration_gpt2repro import GPT2ReproConfig
-    from gpt2repro import hellaswag
-    from gpt2repro.commands.loading import pick_device
+    from gpt2repro.evaluation import hellaswag
+    from gpt2repro.models import pick_device
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     device = pick_device(options.device)
@@ -104,8 +104,8 @@ def main(argv: list[str]) -> int:
 
 def read_rendered(path: Path, count: int) -> list:
     """`count` examples of a real file, evenly spread over it."""
-    from gpt2repro import hellaswag
-    from gpt2repro.tokenization import gpt2_tokenizer
+    from gpt2repro.data.tokenization import gpt2_tokenizer
+    from gpt2repro.evaluation import hellaswag
 
     examples = hellaswag.read_examples(path)
     chosen = [examples[i] for i in np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int)]
@@ -114,7 +114,7 @@ def read_rendered(path: Path, count: int) -> list:
 
 def random_rendered(count: int, vocab_size: int) -> list:
     """Random tokens with the lengths of real examples."""
-    from gpt2repro.hellaswag import Rendered
+    from gpt2repro.evaluation.hellaswag import Rendered
 
     rng = np.random.default_rng(0)
 

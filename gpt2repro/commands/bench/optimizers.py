@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from gpt2repro.commands.bench.harness import RECORDS, figure, host_kind, write_record
-from gpt2repro.data import ShardSource
-from gpt2repro.optim import build_optimizer, learning_rate, set_learning_rate
+from gpt2repro.data.shards import open_split
+from gpt2repro.data.sources import ShardSource
 from gpt2repro.options import InputError, parse_options
-from gpt2repro.shards import open_split
+from gpt2repro.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 64}
 SEQUENCES = 12

@@ -17,7 +17,7 @@ import torch
 
 from gpt2repro.commands.bench.harness import GIB, RECORDS, figure, host_kind, peak_memory_gib, summary, write_record
 from gpt2repro.commands.bench.train import OURS, SIZES, candidate
-from gpt2repro.data import ShardSource
+from gpt2repro.data.sources import ShardSource
 from gpt2repro.options import parse_options
 
 # (n_layer, n_head, n_embd) and, for the sweep over batches, sequences per step

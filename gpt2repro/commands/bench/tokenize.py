@@ -27,13 +27,13 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from gpt2repro import text_files
 from gpt2repro.commands.bench import harness
+from gpt2repro.data import text_files
+from gpt2repro.data.preparation import prepare
+from gpt2repro.data.python_docs import docstrings, python_docs
+from gpt2repro.data.shards import has_split, open_split
+from gpt2repro.data.tokenization import Encoder, gpt2_tokenizer
 from gpt2repro.options import parse_options
-from gpt2repro.preparation import prepare
-from gpt2repro.python_docs import docstrings, python_docs
-from gpt2repro.shards import has_split, open_split
-from gpt2repro.tokenization import Encoder, gpt2_tokenizer
 
 PACKAGES = ("torch", "numpy")
 DOCUMENT_CHARACTERS = 4700  # FineWeb's mean: 1,030 tokens

@@ -38,9 +38,9 @@ from gpt2repro.commands.bench.harness import (
     synchronize,
     write_record,
 )
-from gpt2repro.optim import build_optimizer
 from gpt2repro.options import parse_options
-from gpt2repro.tracking import flops_per_token, peak_flops
+from gpt2repro.training.optim import build_optimizer
+from gpt2repro.training.tracking import flops_per_token, peak_flops
 
 # layers, heads, width. Radford et al. 2019, table 2; `small` is for CPUs.
 SIZES = {
@@ -466,8 +466,9 @@ def measure_startup(rounds: int = 3) -> dict:
 
 def training_command(directory: Path, shape: dict, *, batch: int, seq_len: int, steps: int) -> list[str]:
     """A command line of train_accelerate.py for `steps` steps on random tokens, which are written into `directory`."""
-    from gpt2repro.shards import FORMAT, MANIFEST, TOKENIZER, VERSION, write_json, write_shard
-    from gpt2repro.tokenization import char_tokenizer
+    from gpt2repro.data.shards import FORMAT, MANIFEST, TOKENIZER, VERSION, write_shard
+    from gpt2repro.data.tokenization import char_tokenizer
+    from gpt2repro.files import write_json
 
     data = directory / "data"
     char_tokenizer(["any"]).save_pretrained(data / TOKENIZER)  # never used, but a run has one

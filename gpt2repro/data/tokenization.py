@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2repro.data.shards import TOKENIZER, token_dtype
 from gpt2repro.options import InputError
-from gpt2repro.shards import TOKENIZER, token_dtype
 
 EOT = "<|endoftext|>"
 MODEL_MAX_LENGTH = 1024  # GPT-2's positions

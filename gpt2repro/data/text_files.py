@@ -25,11 +25,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from gpt2repro import hub_text
-from gpt2repro.hub_text import first_line, text_of
+from gpt2repro.data import hub_text
+from gpt2repro.data.hub_text import first_line, text_of
+from gpt2repro.data.preparation import BYTES_PER_TOKEN, Piece, pieces_of, pieces_of_stream
+from gpt2repro.files import sha256_of
 from gpt2repro.options import InputError
-from gpt2repro.preparation import BYTES_PER_TOKEN, Piece, pieces_of, pieces_of_stream
-from gpt2repro.shards import file_sha256
 
 FORMATS = {
     ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt", ".md": "txt"
@@ -201,7 +201,7 @@ class TextFiles:
             if not verified.exists():
                 where = {"repo_type": "dataset", "revision": self.source["revision"], "local_dir": self.copies}
                 path = retrying(lambda: hf_hub_download(self.source["dataset"], file.name, **where), file.path)
-                if file.sha256 is not None and file_sha256(path) != file.sha256:
+                if file.sha256 is not None and sha256_of(path) != file.sha256:
                     Path(path).unlink()
                     raise InputError(f"{file.path} arrived damaged (sha256); run the same command again")
                 verified.touch()
@@ -222,7 +222,7 @@ def find(
     if missing:
         raise InputError(f"no files matched {', '.join(missing)} (looked for {', '.join(FORMATS)}, packed or not)")
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(file_sha256, paths)
+        digests = pool.map(sha256_of, paths)
         files = [
             TextFile(str(path), path.name, *_named_format(path.name), path.stat().st_size, digest)
             for path, digest in zip(paths, digests, strict=True)

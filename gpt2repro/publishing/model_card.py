@@ -16,7 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from gpt2repro.tracking import read_metrics, scrub
+from gpt2repro.files import read_json_if_whole, step_in_name
+from gpt2repro.training.tracking import read_metrics, scrub
 
 LICENSE = "mit"
 SAMPLE_CHARACTERS = 4000  # a card shows what the model writes, it is no archive
@@ -80,11 +81,11 @@ def card_files(
 def collect(directory: str | Path, run_dir: str | Path | None = None) -> Facts:
     """Everything that the checkpoint and its run say about it."""
     directory = Path(directory)
-    facts = Facts(model=_read_json(directory / "config.json"))
+    facts = Facts(model=(read_json_if_whole(directory / "config.json") or {}))
     weights = directory / "model.safetensors"
     if weights.is_file():
         facts.parameters = _count_parameters(weights)
-    header = _read_json(directory / "trainer_state" / "state.json")
+    header = read_json_if_whole(directory / "trainer_state" / "state.json") or {}
     state = header.get("state") or {}
     facts.step = header.get("step")
     facts.environment = scrub(state.get("environment") or {})
@@ -96,11 +97,11 @@ def collect(directory: str | Path, run_dir: str | Path | None = None) -> Facts:
     run_dir = Path(run_dir)
     if (run_dir / "config.yaml").is_file():
         facts.options = scrub(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")) or {})
-    facts.manifest = _read_json(Path(str(facts.options.get("data", ""))) / "manifest.json")
+    facts.manifest = read_json_if_whole(Path(str(facts.options.get("data", ""))) / "manifest.json") or {}
     _, evaluations = read_metrics(run_dir)
     facts.evaluation = next((r for r in reversed(evaluations) if r["step"] == facts.step), {})
-    samples = sorted((run_dir / "samples").glob("step_*.md"), key=_step_of)
-    samples = [path for path in samples if facts.step is None or _step_of(path) <= facts.step]
+    samples = sorted((run_dir / "samples").glob("step_*.md"), key=step_in_name)
+    samples = [path for path in samples if facts.step is None or step_in_name(path) <= facts.step]
     if samples:
         facts.samples = samples[-1].read_text(encoding="utf-8")
     facts.has_picture = (run_dir / "loss.png").is_file()
@@ -355,15 +356,3 @@ def _log_until(path: Path, step: int | None) -> bytes:
         if step is None or record_step <= step:
             kept.append(line)
     return b"".join(kept)
-
-
-def _step_of(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.stem) or 0)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gpt2repro.files import write_json
+
 # Dense bf16 tensor-core FLOP/s of one device (fp16 where it has no bf16), without the datasheets' 2x for sparsity.
 # Source: the makers' datasheets. First match wins; word borders keep "A10" from matching "A100" and "A10G".
 PEAK_FLOPS = {
@@ -152,7 +154,7 @@ class RunLog:
         if not self.is_main:
             return
         content = {"state": state, "step": step, "exit_code": exit_code, "message": scrub(message)}
-        _replace(self.run_dir / "status.json", json.dumps(content, ensure_ascii=False) + "\n")
+        write_json(self.run_dir / "status.json", content)
 
     def close(self) -> None:
         """Finish the trackers. Calling it twice does no harm."""
@@ -320,13 +322,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the new one, never half of it."""
-    rest = path.with_name(path.name + ".tmp")
-    rest.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(rest, path)
 
 
 def _code_block(text: str) -> str:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from gpt2repro.data.shards import MANIFEST, TOKENIZER, Manifest, verify_dataset
 from gpt2repro.options import InputError
-from gpt2repro.shards import MANIFEST, TOKENIZER, Manifest, verify_dataset
 
 # The Hub advises against more than 100 files per commit; fewer also means less to repeat after an interruption.
 FILES_PER_COMMIT = 25

@@ -29,19 +29,10 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from gpt2repro.data.shards import FORMAT, MANIFEST, SPLITS, TOKENIZER, VERSION, Manifest, ShardWriter, load_manifest
+from gpt2repro.data.tokenization import Encoder, load_tokenizer, well_formed
+from gpt2repro.files import read_json_if_whole, write_json
 from gpt2repro.options import InputError
-from gpt2repro.shards import (
-    FORMAT,
-    MANIFEST,
-    SPLITS,
-    TOKENIZER,
-    VERSION,
-    Manifest,
-    ShardWriter,
-    load_manifest,
-    write_json,
-)
-from gpt2repro.tokenization import Encoder, load_tokenizer, well_formed
 
 PLAN = "plan.json"
 UNITS = "units"
@@ -126,7 +117,7 @@ def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite:
     plan = {**identity, "units": units}
     if overwrite and (out / PLAN).exists():
         _remove_dataset(out)
-    if (found := _read_json(out / PLAN)) is not None:
+    if (found := read_json_if_whole(out / PLAN)) is not None:
         if different := [key for key in plan if json.loads(json.dumps(plan[key])) != found.get(key)]:
             raise InputError(
                 f"{out} holds another data set (it differs in {_differences(plan, found, different)}); "
@@ -160,7 +151,7 @@ def tokenizer_of_plan(out: str | Path, source: dict, settings: dict):
 
     Saves a continued run from training its tokenizer again.
     """
-    plan = _read_json(Path(out) / PLAN)
+    plan = read_json_if_whole(Path(out) / PLAN)
     if plan is None or plan.get("source") != source or any(plan["settings"].get(k) != v for k, v in settings.items()):
         return None
     return load_tokenizer(out)
@@ -378,7 +369,7 @@ def _note_tokens(note: dict) -> int:
 
 def _read_note(out: Path, index: int) -> dict | None:
     """The note of a finished unit whose shards are there, whole in size; else None, and the unit is done again."""
-    note = _read_json(out / UNITS / f"{index:06d}.json")
+    note = read_json_if_whole(out / UNITS / f"{index:06d}.json")
     if note is None:
         return None
     itemsizes = {2, 4}
@@ -387,13 +378,6 @@ def _read_note(out: Path, index: int) -> dict | None:
         if not path.exists() or path.stat().st_size not in {1024 + record["tokens"] * size for size in itemsizes}:
             return None
     return note
-
-
-def _read_json(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _differences(plan: dict, found: dict, keys: list[str]) -> str:

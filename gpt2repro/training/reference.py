@@ -21,7 +21,7 @@ from pathlib import Path
 
 from gpt2repro.options import InputError
 
-DIRECTORY = Path(__file__).parent / "references"
+DIRECTORY = Path(__file__).parents[1] / "references"
 
 # What decides the loss curve, beside the data. Not the seed: curves of different seeds stay within CLOSE of each other.
 RECIPE = (
@@ -33,7 +33,7 @@ RECIPE = (
 CLOSE = 0.02  # nats: what another seed or another precision may move
 OFF = 0.1  # nats: more than that has a cause
 
-# Validation loss over the first 10,485,760 predictions (see gpt2repro.evaluation) of models with GPT-2's tokenizer.
+# Validation loss over the first 10,485,760 predictions (see evaluation/losses.py) of models with GPT-2's tokenizer.
 MILESTONES = {
     "HuggingFaceFW/fineweb": (
         ("OpenAI's 124M", 3.425, "llm.c"),
@@ -152,8 +152,8 @@ def record(run_dir: str | Path, *, name: str, data: str | Path | None = None, di
     """
     import yaml
 
-    from gpt2repro.shards import load_manifest
-    from gpt2repro.tracking import read_metrics
+    from gpt2repro.data.shards import load_manifest
+    from gpt2repro.training.tracking import read_metrics
 
     run_dir = Path(run_dir)
     try:
@@ -185,7 +185,7 @@ def record(run_dir: str | Path, *, name: str, data: str | Path | None = None, di
 
 
 def _commit() -> str:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     try:
         shown = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
     except OSError:

@@ -28,10 +28,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from gpt2repro.checkpoint import STEP_NAME, list_steps, resolve_pointer, verify_checkpoint
-from gpt2repro.model_card import card_files
+from gpt2repro.checkpoint.layout import STEP_NAME, list_steps, resolve_pointer
+from gpt2repro.checkpoint.reader import verify_checkpoint
 from gpt2repro.options import InputError
-from gpt2repro.tracking import scrub
+from gpt2repro.publishing.model_card import card_files
+from gpt2repro.training.tracking import scrub
 
 TRAINER_STATE = "trainer_state"
 STEP_BRANCH = re.compile(r"step-(\d+)")

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt2repro.evaluation import Forward, Reduce, inference, max_length_of, sum_over_ranks, target_log_probs
+from gpt2repro.evaluation.losses import Forward, Reduce, inference, max_length_of, sum_over_ranks, target_log_probs
 from gpt2repro.options import InputError
 
 PROTOCOLS = ("tokens", "chars")

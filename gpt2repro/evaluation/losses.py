@@ -1,8 +1,8 @@
 """Numbers about a trained model on plain text: validation loss, perplexity, bits per byte, last-word accuracy.
 
 Owns how token losses are summed, over windows and over processes. Knows no checkpoint, no run and no file format:
-models, tokenizers and token splits come in as arguments. `gpt2repro.metrics` has the same numbers as `evaluate`
-modules.
+models, tokenizers and token splits come in as arguments. `gpt2repro.evaluation.metrics` has the same numbers as
+`evaluate` modules.
 
 **The validation set behind "3.28 on FineWeb".** llm.c, build-nanogpt and modded-nanogpt all score the first 10,485,760
 predictions (20 batches of 8 processes x 64 sequences x 1024 tokens) of the first shard:

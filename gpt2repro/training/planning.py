@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2repro.tracking import flops_per_token, peak_flops
+from gpt2repro.training.tracking import flops_per_token, peak_flops
 
 # Devices to quote hours for; their peaks are those of tracking.PEAK_FLOPS.
 DEVICES = ("RTX 4090", "A100", "H100 PCIe", "H100", "H200")

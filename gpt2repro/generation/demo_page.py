@@ -18,9 +18,9 @@ from pathlib import Path
 
 import gradio as gr
 
-from gpt2repro.generation import Sampling, Step, TextStream, decoder_for, encode_prompt, room_for
+from gpt2repro.generation.decoder import Sampling, Step, TextStream, decoder_for, encode_prompt, room_for
 from gpt2repro.options import InputError
-from gpt2repro.plotting import draw_runs
+from gpt2repro.training.plotting import draw_runs
 
 MOST_PROMPT_CHARACTERS = 20_000  # what is worth tokenising before the model's own limit is looked at
 SECONDS_BETWEEN_UPDATES = 0.04  # faster than the eye follows, slow enough for a thin connection

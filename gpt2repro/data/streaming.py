@@ -49,12 +49,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from gpt2repro import hub_text
+from gpt2repro.data import hub_text
+from gpt2repro.data.ordering import Permutation, derive_seed
+from gpt2repro.data.shards import HEADER_BYTES, ShardWriter, TokenSplit
+from gpt2repro.data.text_sources import TextSource, local_files, resolve
+from gpt2repro.data.tokenization import Encoder, well_formed
+from gpt2repro.files import write_json
 from gpt2repro.options import InputError
-from gpt2repro.ordering import Permutation, derive_seed
-from gpt2repro.shards import HEADER_BYTES, ShardWriter, TokenSplit, write_json
-from gpt2repro.text_sources import TextSource, local_files, resolve
-from gpt2repro.tokenization import Encoder, well_formed
 
 STREAM_ORDER_VERSION = 1  # raise it when the same (source, seed, state) would give another window
 FEWEST_LANES = 64

@@ -26,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gpt2repro import hub_text
-from gpt2repro.hub_text import checked, text_of
+from gpt2repro.data import hub_text
+from gpt2repro.data.hub_text import checked, text_of
 from gpt2repro.options import InputError
 
 LINES_GROUP_BYTES = 4 << 20  # about a million GPT-2 tokens of English, as in one row group of FineWeb

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gpt2repro.data.ordering import Permutation, derive_seed, next_positions, skip_ahead
+from gpt2repro.data.shards import has_split, open_split, verify_dataset
 from gpt2repro.options import InputError
-from gpt2repro.ordering import Permutation, derive_seed, next_positions, skip_ahead
-from gpt2repro.shards import has_split, open_split, verify_dataset
 
 __all__ = ["Permutation", "Prefetch", "ShardSource", "merge_states", "open_source", "prefetch", "skip_ahead"]
 
@@ -246,8 +246,8 @@ def open_source(
     Raises InputError where the data is missing, damaged, of another vocabulary, or shorter than one batch.
     """
     if data.startswith("stream:"):
-        from gpt2repro.streaming import open_stream
-        from gpt2repro.tokenization import gpt2_tokenizer
+        from gpt2repro.data.streaming import open_stream
+        from gpt2repro.data.tokenization import gpt2_tokenizer
 
         tokenizer = gpt2_tokenizer() if tokenizer is None else tokenizer
         check_vocabulary(len(tokenizer), vocab_size)

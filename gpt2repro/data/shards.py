@@ -16,12 +16,12 @@ This module knows nothing of text, tokenizers or batches; it never writes anythi
 import hashlib
 import json
 import os
-import secrets
 from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
 
+from gpt2repro.files import name_aside, publish, sha256_of
 from gpt2repro.options import InputError
 
 FORMAT, VERSION = "gpt2repro-shards", 1
@@ -56,7 +56,7 @@ class ShardWriter:
     def __init__(self, path: str | Path, vocab_size: int):
         self.path, self.vocab_size, self.dtype = Path(path), vocab_size, token_dtype(vocab_size)
         self.tokens = 0
-        self._temporary = _temporary_name(self.path)
+        self._temporary = name_aside(self.path)
         self._file = self._temporary.open("wb")
         self._file.write(bytes(HEADER_BYTES))
 
@@ -79,8 +79,8 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        digest = file_sha256(self._temporary)
-        _publish(self._temporary, self.path)
+        digest = sha256_of(self._temporary)
+        publish(self._temporary, self.path)
         return {"file": self.path.name, "tokens": self.tokens, "sha256": digest}
 
     def abandon(self) -> None:
@@ -98,25 +98,6 @@ def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> dict:
         writer.abandon()
         raise
     return writer.close()
-
-
-def write_json(path: str | Path, value: dict) -> None:
-    """Write a small JSON file atomically: a reader sees the old content or the new, also after a power cut."""
-    path = Path(path)
-    temporary = _temporary_name(path)
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    _publish(temporary, path)
-
-
-def file_sha256(path: str | Path) -> str:
-    with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Manifest(dict):
@@ -286,7 +267,7 @@ def verify_dataset(directory: str | Path) -> Manifest:
                 raise InputError(
                     f"{path} is missing, though manifest.json lists it; prepare or download the data again"
                 )
-            if file_sha256(path) != record["sha256"]:
+            if sha256_of(path) != record["sha256"]:
                 raise InputError(
                     f"{path} is damaged (its sha256 is not the manifest's); delete it and prepare or download again"
                 )
@@ -406,19 +387,3 @@ def _read_header(path: Path) -> tuple[np.dtype, int]:
             f"{path} has {size} bytes but its header promises {tokens} tokens = {expected} bytes: truncated or damaged"
         )
     return dtype, tokens
-
-
-def _temporary_name(path: Path) -> Path:
-    """A name of its own for every writer, on whichever machine: two at the same file must not write into each other."""
-    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Rename, and make the rename itself durable."""
-    os.replace(temporary, path)
-    if os.name == "posix":  # Windows has no handle on a directory
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,0 +1,74 @@
+"""Names and places of a run's checkpoints: step_N directories, the pointers to them, the optimizer's pieces."""
+
+import os
+import re
+import secrets
+from pathlib import Path
+
+import torch.distributed as dist
+
+FORMAT, VERSION = "gpt2repro-checkpoint", 1
+STEP_NAME = re.compile(r"step_(\d{6,12})")
+PIECE_NAME = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.safetensors")
+POINTERS = ("latest", "best", "final")
+
+
+def list_steps(directory: str | Path) -> list[tuple[int, Path]]:
+    """(step, path) of every step_N in a checkpoints directory, ascending."""
+    found = []
+    if Path(directory).is_dir():
+        for path in Path(directory).iterdir():
+            match = STEP_NAME.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def resolve_pointer(directory: str | Path, name: str) -> Path | None:
+    """The step_N that `latest`, `best` or `final` points to, if that exists."""
+    step = pointed_step(Path(directory), name)
+    if step is None or not step_path(Path(directory), step).is_dir():
+        return None
+    return step_path(Path(directory), step)
+
+
+def find_run(model: str | Path) -> Path | None:
+    """The run that a model belongs to: the directory itself, or the one around its checkpoints."""
+    path = Path(model).resolve()
+    return next((place for place in [path, *list(path.parents)[:2]] if (place / "metrics.jsonl").is_file()), None)
+
+
+def step_path(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:06d}"
+
+
+def set_pointer(directory: Path, name: str, step: int) -> None:
+    """Replace the pointer in one rename, so that a reader sees the old one or the new one."""
+    aside = directory / f".{name}.tmp-{secrets.token_hex(4)}"
+    try:
+        if os.name == "nt":  # a rename there cannot replace a link to a directory
+            raise OSError
+        aside.symlink_to(step_path(directory, step).name, target_is_directory=True)
+    except OSError:  # such as a filesystem without links
+        aside.write_text(step_path(directory, step).name + "\n")
+    os.replace(aside, directory / name)
+
+
+def pointed_step(directory: Path, name: str) -> int | None:
+    path = directory / name
+    try:
+        target = os.readlink(path) if path.is_symlink() else path.read_text()[:64]
+    except (OSError, UnicodeDecodeError):
+        return None
+    match = STEP_NAME.fullmatch(target.strip())
+    return int(match[1]) if match else None
+
+
+def piece_name(rank: int, writers: int) -> str:
+    return f"trainer_state/optimizer-{rank:05d}-of-{writers:05d}.safetensors"
+
+
+def rank_and_world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

@@ -1,0 +1,183 @@
+"""Checkpoints and models found by name, and verified before anything in them is used. Nothing is ever unpickled."""
+
+import re
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from gpt2repro.checkpoint.layout import FORMAT, POINTERS, VERSION, list_steps, rank_and_world, resolve_pointer
+from gpt2repro.checkpoint.tensors import open_tensors
+from gpt2repro.files import is_plain_name, read_json, sha256_of
+from gpt2repro.options import InputError
+
+MODEL_TYPES = ("gpt2repro", "gpt2")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".msgpack", ".h5")
+
+
+def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int | None = None) -> Path | None:
+    """The newest whole checkpoint of a run (or of its checkpoints directory), or `place` itself where it is one.
+
+    Damaged ones are named on stderr and skipped. None where there is no checkpoint yet. With `all_ranks` every rank
+    has to call it: rank 0 looks and verifies, the others take its answer. `at_most` leaves out later steps.
+
+    Raises: InputError where `place` is a damaged checkpoint, or a run with nothing but damaged ones.
+    """
+    rank, world = rank_and_world()
+    if all_ranks and world > 1:
+        answer: list = [None, None]
+        if rank == 0:
+            try:
+                answer[0] = find_checkpoint(place, at_most=at_most)
+            except InputError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1]:
+            raise InputError(answer[1])
+        return answer[0]
+
+    place = Path(place)
+    directory = place / "checkpoints" if (place / "checkpoints").is_dir() else place
+    if place.name in POINTERS and (pointed := resolve_pointer(place.parent, place.name)):
+        directory = pointed
+    if (directory / "trainer_state").is_dir() or (directory / "checksums.json").is_file():
+        verify_checkpoint(directory)
+        return directory
+    steps = [(step, path) for step, path in list_steps(directory) if at_most is None or step <= at_most]
+    for _, path in reversed(steps):
+        try:
+            verify_checkpoint(path)
+        except InputError as error:
+            print(f"warning: damaged checkpoint skipped: {error}", file=sys.stderr, flush=True)
+        else:
+            return path
+    if steps:
+        raise InputError(
+            f"none of the {len(steps)} checkpoints in {directory} is whole; move them away to start over, or choose "
+            "another --run_dir"
+        )
+    return None
+
+
+def resolve_model(model: str, *, any_architecture: bool = False) -> str:
+    """RUN | DIR | HUB_ID -> what `from_pretrained` takes: a run's best (else latest) checkpoint, a directory, an id.
+
+    Raises: InputError for a directory that holds no model, nothing but pickled weights, or (unless
+    `any_architecture`) a model of another architecture.
+    """
+    path = Path(model)
+    if not path.exists() and not path.is_symlink():
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model) and not Path(model.split("/")[0]).exists():
+            return model
+        raise InputError(
+            f"there is no model {model}: expected a run, a checkpoint's directory, or a Hub id like user/name"
+        )
+    if path.name in POINTERS and not (path / "config.json").is_file():
+        path = resolve_pointer(path.parent, path.name) or path
+    if path.is_file():
+        raise InputError(f"{model} is a file: expected a run's directory, a checkpoint's directory, or a Hub id")
+    if not (path / "config.json").is_file():
+        directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        candidates = [resolve_pointer(directory, name) for name in ("best", "latest")]
+        candidates += [step for _, step in reversed(list_steps(directory))]
+        path = next((candidate for candidate in candidates if candidate), None)
+        if path is None:
+            raise InputError(f"{model} holds neither a model (config.json) nor a run's checkpoints")
+    check_model_directory(path, any_architecture=any_architecture)
+    return str(path)
+
+
+def verify_checkpoint(path: str | Path) -> None:
+    """Raises InputError unless every file is there, of its recorded size and sha256, and none is pickled."""
+    path = Path(path)
+    checksums = read_json(path / "checksums.json")
+    if not checksums:
+        raise InputError(f"{path}: checksums.json lists no files")
+    for name, record in checksums.items():
+        if not is_plain_name(name):
+            raise InputError(f"{path}: checksums.json names {name!r}, which is not a plain path inside the checkpoint")
+        if not isinstance(record, dict) or not isinstance(record.get("bytes"), int) or "sha256" not in record:
+            raise InputError(f"{path}: checksums.json has no size and sha256 for {name}")
+        if not (path / name).is_file():
+            raise InputError(f"{path}: {name} is missing")
+        if (path / name).stat().st_size != record["bytes"]:
+            raise InputError(f"{path}: {name} has {(path / name).stat().st_size} bytes, expected {record['bytes']}")
+    for name in ("config.json", "model.safetensors", "trainer_state/state.json"):
+        if name not in checksums:
+            raise InputError(f"{path}: checksums.json does not list {name}")
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.suffix.lower() in PICKLES:
+            raise InputError(f"{path}: {name} may hold pickled objects; a checkpoint has only safetensors and JSON")
+        if file.parent.name == "trainer_state" and name not in checksums:
+            raise InputError(f"{path}: {name} is not listed in checksums.json")
+    for name, record in checksums.items():
+        if sha256_of(path / name) != record["sha256"]:
+            raise InputError(f"{path}: {name} is not what was written (its sha256 differs)")
+    read_state(path)
+    check_model_directory(path)
+
+
+def check_model_directory(path: str | Path, *, any_architecture: bool = False) -> None:
+    """Raises InputError unless a directory can be loaded safely: known architecture, safetensors, plain names."""
+    path = Path(path)
+    config = read_json(path / "config.json")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or (model_type not in MODEL_TYPES and not any_architecture):
+        raise InputError(f"{path} is a model of type {model_type!r}; expected {' or '.join(MODEL_TYPES)}")
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    elif index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index}: expected a weight_map from tensor names to files")
+        shards = sorted(set(weight_map.values()))
+    else:
+        pickled = sorted(file.name for file in path.glob("*") if file.suffix in PICKLES)
+        hint = f"; {pickled[0]} is not read, since unpickling runs code" if pickled else ""
+        raise InputError(f"{path} has no model.safetensors{hint}")
+    shapes: dict[str, list[int]] = {}
+    for shard in shards:
+        if not is_plain_name(shard) or "/" in shard or not shard.endswith(".safetensors"):
+            raise InputError(f"{index}: {shard!r} is not a plain name of a safetensors file")
+        if not (path / shard).is_file():
+            raise InputError(f"{path}: {shard} is missing")
+        with open_tensors(path / shard) as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if (path / name).is_file():
+            read_json(path / name)
+    if model_type in MODEL_TYPES:
+        _check_sizes(path, config, shapes)
+
+
+def _check_sizes(path: Path, config: dict, shapes: dict[str, list[int]]) -> None:
+    """A configuration of other sizes than the weights would build another model, or one that fills the memory."""
+    blocks = {match[1] for name in shapes if (match := re.match(r"(?:transformer\.)?h\.(\d+)\.", name))}
+    found = {"n_layer": len(blocks)}
+    for part, size in (("wte", "vocab_size"), ("wpe", "n_positions")):
+        shape = next((shape for name, shape in shapes.items() if name.endswith(f"{part}.weight")), [])
+        found[size], found["n_embd"] = shape if len(shape) == 2 else (None, None)
+    wrong = [
+        f"{name} {config[name]!r} (they have {size})" for name, size in found.items() if config.get(name, size) != size
+    ]
+    if wrong:
+        raise InputError(f"{path}: config.json does not belong to its weights: {', '.join(wrong)}")
+
+
+def read_state(path: str | Path) -> dict:
+    """What the training loop gave to `save` as `state`."""
+    return read_header(Path(path))["state"]
+
+
+def read_header(path: Path) -> dict:
+    header = read_json(path / "trainer_state/state.json")
+    if header.get("format") != FORMAT or not isinstance(header.get("state"), dict):
+        raise InputError(f"{path / 'trainer_state/state.json'} is not the state of a {FORMAT}")
+    if header.get("version") != VERSION:
+        raise InputError(
+            f"{path} was written in format version {header.get('version')!r}, this program reads {VERSION}; "
+            "use the program that wrote it"
+        )
+    return header

@@ -1,0 +1,387 @@
+"""Checkpoints: written aside and renamed, verified before use, found, restored on any number of processes, pruned.
+
+    checkpoints/step_000500/
+        config.json  generation_config.json  model.safetensors  tokenizer files  the Hub pair's two .py files
+        trainer_state/state.json                                 what the training loop wants back, as JSON
+        trainer_state/optimizer-RRRRR-of-WWWWW.safetensors       tensors "parameter name/kind", rows [start, stop)
+        checksums.json                                           size and sha256 of every file above
+    checkpoints/latest, best, final -> step_N                    relative symlinks, or text files where there are none
+
+A save copies everything to host memory (that is all the training loop waits for) and a thread writes the copy into
+`.step_000500.tmp-<random>`, fsyncs it and renames it. So a directory named step_N is whole at every instant. Of a
+replicated model rank 0 writes all; of a sharded one (FSDP2) every rank writes its own rows of the optimizer's tensors
+and rank 0 the gathered weights. Both are one format: whoever restores reads the rows it needs.
+
+Nothing here is ever pickled or unpickled. Knows no data, no schedule, no Accelerator; reads no model code.
+"""
+
+import copy
+import errno
+import inspect
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from gpt2repro.checkpoint.layout import (
+    FORMAT,
+    POINTERS,
+    VERSION,
+    list_steps,
+    piece_name,
+    pointed_step,
+    rank_and_world,
+    set_pointer,
+    step_path,
+)
+from gpt2repro.checkpoint.tensors import named_parameters, named_weights, rows_of, unwrap
+from gpt2repro.files import is_plain_name, sha256_of, sync_folder
+from gpt2repro.options import InputError
+
+VISIBLE_SECONDS = 30  # how long a network filesystem may take to show one node what another wrote
+
+
+class SaveError(InputError):
+    """A checkpoint could not be written: the message says why and what is still whole."""
+
+
+class CheckpointWriter:
+    """Saves checkpoints under `directory`. Every rank builds one and makes the same calls in the same order.
+
+    `keep_last` newest are kept (None keeps all), besides the best, the final and every `milestone_steps`-th step.
+    `asynchronous=False` waits for each save, for comparison and for debugging.
+
+    Raises: InputError where the ranks do not see one common `directory`.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep_last: int | None = None,
+        milestone_steps: int | None = None,
+        asynchronous: bool = True,
+    ):
+        self.directory = Path(directory)
+        self.keep_last, self.milestone_steps, self.asynchronous = keep_last, milestone_steps, asynchronous
+        self.rank, self.world = rank_and_world()
+        # The writing threads talk through a group of their own: the training loop's may be NCCL, and is busy.
+        self._group = dist.new_group(backend="gloo") if self.world > 1 else None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._in_flight: int | None = None  # the step being written
+        self._awaiting: list[str] = []  # pointers to set as soon as it is whole
+        self._lock = threading.Lock()
+        self._host: dict[str, Tensor] = {}  # copies, reused by every save: pinned memory is expensive to get
+        self._constant_files: dict[str, bytes] = {}  # config, tokenizer, model code: the same in every checkpoint
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._token = self._common_token()
+        if self.rank == 0:
+            for left_over in self.directory.glob(".*.tmp-*"):
+                if left_over.name.endswith(self._token):
+                    continue
+                shutil.rmtree(left_over) if left_over.is_dir() and not left_over.is_symlink() else left_over.unlink()
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        tokenizer=None,
+        state: dict,
+        extra_files: dict[str, bytes | str] | None = None,
+        on_written: Callable[[Path], None] | None = None,
+    ) -> float:
+        """Write step_N; returns the seconds that the caller was held up, an unfinished earlier save included.
+
+        `state` comes back from `read_state`. `extra_files` lie beside config.json. `on_written` is called on
+        rank 0, in the writing thread, when the checkpoint is whole; where it fails, that is said and nothing else.
+
+        Raises: SaveError where this save (synchronous) or the one before (asynchronous) could not be written.
+        """
+        started = time.perf_counter()
+        self.wait()
+        model, optimizer = unwrap(model), getattr(optimizer, "optimizer", optimizer)
+        header = {"format": FORMAT, "version": VERSION, "step": step, "optimizer": type(optimizer).__name__}
+        small_files = {"trainer_state/state.json": json.dumps({**header, "state": state}, indent=1).encode()}
+        for name, content in (extra_files or {}).items():
+            if not is_plain_name(name):
+                raise ValueError(f"extra file {name!r}: expected a relative path inside the checkpoint")
+            small_files[name] = content.encode() if isinstance(content, str) else content
+        weights, pieces, rows = self._host_copy(model, optimizer)
+
+        self._in_flight = step
+        work = (step, model, tokenizer, weights, pieces, rows, small_files, on_written)
+        # Not a daemon: an interpreter that ends finishes writing first.
+        self._thread = threading.Thread(target=self._write, args=work, name=f"checkpoint-{step}")
+        self._thread.start()
+        if not self.asynchronous:
+            self.wait()
+        return time.perf_counter() - started
+
+    def point(self, name: str, step: int) -> None:
+        """Let `name` (best, final) point to step_N: at once, or as soon as that step is written."""
+        if name not in POINTERS:
+            raise ValueError(f"no pointer is called {name!r}; there are {', '.join(POINTERS)}")
+        with self._lock:
+            if self._in_flight == step:
+                self._awaiting.append(name)
+                return
+        if self.rank == 0 and step_path(self.directory, step).is_dir():
+            set_pointer(self.directory, name, step)
+
+    def discard_after(self, step: int) -> None:
+        """Set aside the checkpoints of later steps as abandoned_step_N: the run goes on from `step` another way.
+
+        Call it after resuming or rewinding to `step`, else the next start would continue from the abandoned ones.
+        They are deleted at the next pruning.
+        """
+        self.wait()
+        if self.rank == 0:
+            for later, path in list_steps(self.directory):
+                if later > step:
+                    aside = path.with_name(f"abandoned_{path.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+            for name in POINTERS:
+                target = pointed_step(self.directory, name)
+                if target is not None and target > step:
+                    (self.directory / name).unlink()
+            if remaining := list_steps(self.directory):
+                set_pointer(self.directory, "latest", remaining[-1][0])
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises: SaveError, where the writing failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def close(self) -> None:
+        """Finish what is being written and let go of the host copies."""
+        self.wait()
+        self._host.clear()
+
+    def _common_token(self) -> str:
+        """A random name part that all ranks share, after making sure that they also share the directory."""
+        token = torch.frombuffer(bytearray(secrets.token_bytes(8)), dtype=torch.uint8)
+        if self._group is None:
+            return bytes(token.tolist()).hex()
+        dist.broadcast(token, src=0, group=self._group)
+        name = bytes(token.tolist()).hex()
+        mark = self.directory / f".shared.tmp-{name}"
+        if self.rank == 0:
+            mark.touch()
+        dist.barrier(group=self._group)
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while not (seen := mark.exists()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+            os.listdir(self.directory)  # makes a network filesystem look again
+        blind = [rank for rank, record in enumerate(self._exchange([int(seen)])) if not record[0]]
+        if self.rank == 0:
+            mark.unlink()
+        if blind:
+            raise InputError(
+                f"ranks {blind} do not see what rank 0 writes in {self.directory.absolute()}: --run_dir must lie on a "
+                "filesystem that all nodes share"
+            )
+        return name
+
+    def _exchange(self, record: list[int]) -> list[list[int]]:
+        """Every rank's record, in the order of ranks. Only between writing threads, or where none is running."""
+        if self._group is None:
+            return [record]
+        gathered = [torch.empty(len(record), dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(gathered, torch.tensor(record, dtype=torch.int64), group=self._group)
+        return [one.tolist() for one in gathered]
+
+    @torch.no_grad()
+    def _host_copy(self, model: nn.Module, optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+        """(weights, optimizer tensors, rows of each of those) that this rank writes, in host memory."""
+        weights, pieces, rows = {}, {}, {}
+        for name, tensor in named_weights(model).items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective: all ranks come here
+            if self.rank == 0:
+                weights[name] = self._to_host(name, whole)
+
+        names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for kind, value in optimizer.state.get(parameter, {}).items():
+                    key = f"{names[id(parameter)]}/{kind}"
+                    if isinstance(value, DTensor):
+                        start, stop, writes = rows_of(value)
+                        value = value.to_local()
+                    else:
+                        start, stop, writes = 0, value.shape[0] if value.dim() else 0, self.rank == 0
+                    if writes and (value.dim() == 0 or stop > start):
+                        pieces[key] = self._to_host(key, value)
+                        if value.dim():
+                            rows[key] = [start, stop]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the one wait for all the copies
+        return weights, pieces, rows
+
+    def _to_host(self, key: str, tensor: Tensor) -> Tensor:
+        copied = self._host.get(key)
+        if copied is None or copied.shape != tensor.shape or copied.dtype != tensor.dtype:
+            pinned = tensor.device.type == "cuda"
+            copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            self._host[key] = copied
+        return copied.copy_(tensor, non_blocking=tensor.is_cuda)  # elsewhere nobody would wait for it
+
+    def _write(self, step, model, tokenizer, weights, pieces, rows, small_files, on_written) -> None:
+        """The thread's work. Whatever goes wrong is kept for the next `wait`, on every rank."""
+        target = step_path(self.directory, step)
+        aside = self.directory / f".{target.name}.tmp-{self._token}"
+        writers = self.world if any(isinstance(weight, DTensor) for weight in model.parameters()) else 1
+        size = sum(t.numel() * t.element_size() for t in (*weights.values(), *pieces.values()))
+        try:
+            failure, checksums, record = None, {}, [0] * 34  # failed, bytes, sha256 of this rank's piece
+            try:
+                if pieces or self.rank == 0:
+                    (aside / "trainer_state").mkdir(parents=True, exist_ok=True)
+                    piece = piece_name(self.rank, writers)
+                    # One entry only: safetensors writes several in random order, and equal states have equal files.
+                    save_file(pieces, aside / piece, metadata={"rows": json.dumps(rows, sort_keys=True)})
+                    checksums[piece] = _settle(aside / piece)
+                    record[1:] = [checksums[piece]["bytes"], *bytes.fromhex(checksums[piece]["sha256"])]
+                if self.rank == 0:
+                    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+                    checksums["model.safetensors"] = _settle(aside / "model.safetensors")
+                    if not self._constant_files:
+                        self._constant_files = _model_files(model, tokenizer)
+                    for name, content in {**self._constant_files, **small_files}.items():
+                        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                        (aside / name).write_bytes(content)
+                        checksums[name] = _settle(aside / name)
+            except Exception as error:
+                failure, record[0] = error, 1
+            records = self._exchange(record)
+
+            if self.rank == 0 and not any(one[0] for one in records):
+                try:
+                    for rank, (_, length, *digest) in enumerate(records):
+                        if length:  # the ranks of a replicated model other than 0 wrote nothing
+                            checksums[piece_name(rank, writers)] = {"bytes": length, "sha256": bytes(digest).hex()}
+                    (aside / "checksums.json").write_text(json.dumps(checksums, indent=1, sort_keys=True))
+                    _settle(aside / "checksums.json")
+                    self._publish(aside, target, step)
+                except Exception as error:
+                    failure = error
+            outcome = self._exchange([int(failure is not None)])
+            failed = [rank for rank, one in enumerate(outcome) if one[0]]
+            if failed:
+                if self.rank == 0:
+                    shutil.rmtree(aside, ignore_errors=True)
+                raise _save_error(failure, failed, step, self.directory, size)
+            if self.rank == 0 and on_written is not None:
+                try:
+                    on_written(target)
+                except Exception as error:  # a picture or an upload that fails is no reason to end a run
+                    print(
+                        f"warning: after saving {target}: {type(error).__name__}: {error}", file=sys.stderr, flush=True
+                    )
+        except Exception as error:
+            self._error = error
+        finally:
+            with self._lock:
+                self._in_flight = None
+                self._awaiting.clear()
+
+    def _publish(self, aside: Path, target: Path, step: int) -> None:
+        """Rename, point, prune: from the first rename on the checkpoint counts."""
+        for folder in {path.parent for path in aside.rglob("*")}:
+            sync_folder(folder)
+        if target.exists():  # a damaged one, or one from before a rewind
+            target.rename(self.directory / f".{target.name}.tmp-old-{self._token}")
+        aside.rename(target)
+        sync_folder(self.directory)
+        shutil.rmtree(self.directory / f".{target.name}.tmp-old-{self._token}", ignore_errors=True)
+        set_pointer(self.directory, "latest", step)
+        with self._lock:
+            self._in_flight = None
+            for name in self._awaiting:
+                set_pointer(self.directory, name, step)
+        self._prune(step)
+
+    def _prune(self, newest: int) -> None:
+        if self.keep_last is None:
+            return
+        steps = [step for step, _ in list_steps(self.directory)]
+        keep = {newest, *steps[-max(self.keep_last, 1) :]}
+        keep |= {pointed_step(self.directory, name) for name in POINTERS}
+        if self.milestone_steps:
+            keep |= {step for step in steps if step % self.milestone_steps == 0}
+        for step in set(steps) - keep:
+            doomed = self.directory / f".{step_path(self.directory, step).name}.tmp-old-{self._token}"
+            step_path(self.directory, step).rename(doomed)  # never half a directory under its own name
+            shutil.rmtree(doomed, ignore_errors=True)
+        for abandoned in self.directory.glob("abandoned_step_*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def _model_files(model: nn.Module, tokenizer) -> dict[str, bytes]:
+    """What makes a directory a Hub repo besides the weights: name -> content."""
+    kind = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))  # fully_shard makes a subclass
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = copy.deepcopy(model.config)
+        config.architectures = [kind.__name__]
+        config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        config.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                files[path.relative_to(folder).as_posix()] = path.read_bytes()
+    for reference in (getattr(model.config, "auto_map", None) or {}).values():
+        module = reference.split("--")[-1].split(".")[0]  # "modeling_gpt2repro.GPT2ReproForCausalLM"
+        files[f"{module}.py"] = Path(inspect.getfile(kind)).with_name(f"{module}.py").read_bytes()
+    return files
+
+
+def _settle(path: Path) -> dict:
+    """Bring a written file to the disk; returns its size and sha256."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _save_error(failure: Exception | None, failed: list[int], step: int, directory: Path, size: int) -> Exception:
+    if failure is None:
+        reason = f"rank {failed[0]} could not write its part, and says why"
+    elif isinstance(failure, OSError):
+        reason = os.strerror(failure.errno) if failure.errno else str(failure)
+    elif isinstance(failure, SafetensorError):
+        reason = str(failure)
+    else:
+        return failure  # a bug of ours: with its traceback
+    advice = "make room" if failure is None or "space" in reason or "large" in reason else "see to it"
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(directory).free
+        advice = f"make room (it needs about {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free)"
+    return SaveError(
+        f"the checkpoint of step {step} could not be written to {directory}: {reason}. Earlier checkpoints and the log "
+        f"are whole; {advice} and start the same command again to go on from the last one"
+    )

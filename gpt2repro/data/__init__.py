@@ -1,0 +1,1 @@
+"""Text -> documents -> tokens -> shards or streams -> batches. Knows no model."""

@@ -1,0 +1,133 @@
+"""Files on a disk: hashed, written so that a reader meets the old content or the new, and read with suspicion.
+
+Owns bytes, JSON and JSON lines. Knows no format of this project; text and tokens have their own modules in `data/`.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from gpt2repro.options import InputError
+
+LARGEST_JSON_BYTES = 64 << 20  # ours are a few kB; a hostile one must not fill the memory
+LARGEST_LINE_BYTES = 16 << 20
+
+
+def sha256_of(path: str | Path) -> str:
+    """The file's sha256 in hexadecimal; memory does not grow with the file."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):  # a block this size is hashed without the interpreter's lock
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name from outside is relative, stays inside, and means the same on every system."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and not set(name) & set("\\:\0")
+
+
+def step_in_name(path: Path) -> int:
+    """The optimizer step in a name such as step_000500 or step_000500.md; 0 where there is none."""
+    return int(re.sub(r"\D", "", path.stem) or 0)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def name_aside(path: Path) -> Path:
+    """A temporary name of its own for every writer, on whichever machine: two must not write into each other."""
+    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """A file that appears under `path`, whole and on the disk, when the block ends; after an error nothing is left."""
+    path = Path(path)
+    aside = name_aside(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with aside.open(mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        publish(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a small JSON file atomically."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Give a finished, synced file its name, and make the renaming itself durable."""
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring renames inside a folder to the disk."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are journalled
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# --- reading what others wrote ---------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises: InputError where it is missing, too large, damaged or no object."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
+    if path.stat().st_size > LARGEST_JSON_BYTES:
+        raise InputError(f"{path} has {path.stat().st_size} bytes; more than {LARGEST_JSON_BYTES} are not read")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def read_json_if_whole(path: Path) -> dict | None:
+    """The same, but None for whatever can't be read."""
+    try:
+        return read_json(path)
+    except (InputError, OSError):
+        return None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line that is not blank, one line in memory at a time.
+
+    Lines end at a newline only: U+2028 and U+0085 may stand inside a JSON string.
+
+    Raises: InputError naming file and line for what is no JSON, no UTF-8, too deep or longer than 16 MiB.
+    """
+    with path.open("rb") as file:
+        for number in range(1, 2**62):
+            line = file.readline(LARGEST_LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > LARGEST_LINE_BYTES:
+                raise InputError(f"{path}, line {number}: longer than {LARGEST_LINE_BYTES} bytes")
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from None

@@ -1,0 +1,201 @@
+"""The one door from this library to the Hub pair: build a model, load one, compile it, choose device and precision.
+
+It decides which code a name may run: directories and Hub repos of type `gpt2repro` and `gpt2` are loaded with this
+checkout's own class, everything else with transformers' classes. Code that comes with a Hub repo is executed only when
+the person who starts the program says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from gpt2repro.options import InputError
+
+if TYPE_CHECKING:  # commands take ModelOptions from here before they know whether they will need torch
+    import torch
+
+OUR_LAYOUT = ("gpt2repro", "gpt2")  # model types that GPT2ReproForCausalLM loads as they are
+ARCHITECTURE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function")
+DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """The options of every command that loads one model."""
+
+    model: str
+    "A run, a checkpoint directory, or a Hub id."
+    device: str | None = None
+    "cuda, cuda:1, mps or cpu; none: the best one here."
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    "Precision of the weights; none: bf16 on CUDA, fp32 elsewhere."
+    trust_remote_code: bool = False
+    "Run the Python code that a Hub repo of another architecture brings along."
+
+    def load(self, *, device: str | None = None):
+        """(model, tokenizer, device) of these options; `device` is one that a launcher has chosen."""
+        chosen = pick_device(device or self.device)
+        dtype = pick_dtype(chosen, self.dtype)
+        return *load_model(self.model, device=chosen, dtype=dtype, trust_remote_code=self.trust_remote_code), chosen
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or the best one here: CUDA, then MPS, then the CPU. Raises: InputError for an absent one."""
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} is not usable here; try cpu ({str(error).splitlines()[0]})") from None
+
+
+def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
+    """The named precision, or bf16 where it is fast (CUDA); without bf16 units half precision is ten times slower."""
+    import torch
+
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return named[name or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | None, trust_remote_code: bool = False):
+    """A causal language model in eval mode on `device`, and its tokenizer.
+
+    `name` is a run, a checkpoint directory or a Hub id; `dtype=None` keeps the stored precision.
+
+    Raises: InputError, in one sentence, for what does not exist, cannot be reached, is damaged, is not a causal
+    language model, or would need remote code that was not allowed.
+    """
+    from pathlib import Path
+
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import cached_file, logging
+
+    from gpt2repro.checkpoint.reader import resolve_model
+    from gpt2repro.data.tokenization import load_tokenizer
+    from gpt2repro.files import read_json
+
+    source = resolve_model(name, any_architecture=True)
+    logging.disable_progress_bar()  # a second of weights needs no bar
+    how = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}  # nothing is ever unpickled
+    try:
+        config = read_json(Path(cached_file(source, "config.json")))  # from the directory, the cache or the Hub
+        if config.get("model_type") in OUR_LAYOUT:
+            from modeling_gpt2repro import GPT2ReproForCausalLM
+
+            model, loaded = GPT2ReproForCausalLM.from_pretrained(source, **how)
+        else:
+            model, loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **how)
+    except SafetensorError as error:
+        raise InputError(f"the weights of {name} are damaged ({error}); copy or download them again") from None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
+        raise InputError(f"cannot load a causal language model from {name}: {reason}") from None
+    if loaded["missing_keys"]:
+        absent = sorted(loaded["missing_keys"])
+        raise InputError(
+            f"the weights of {name} are incomplete: {len(absent)} tensors are missing, such as {absent[0]}"
+        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers warns that it does not know the type of a model it need not know here
+    try:
+        tokenizer = load_tokenizer(source)
+    finally:
+        logging.set_verbosity(verbosity)
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"{name}: the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def load_for_comparison(name: str):
+    """A model in fp32 on the CPU: what its native twin has to agree with."""
+    import torch
+
+    return load_model(str(name), device="cpu", dtype=torch.float32)[0]
+
+
+def build_model(config, vocab_size: int, tokenizer):
+    """A training run's model with its first weights, random or those of `init_from`, on the CPU: alike on all machines.
+
+    `config` is a TrainConfig, `vocab_size` the data's.
+
+    Raises: InputError where `init_from` is no GPT-2 or too small for the data.
+    """
+    import torch
+
+    from configuration_gpt2repro import GPT2ReproConfig
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    torch.manual_seed(config.seed)
+    if config.init_from is not None:
+        model = _first_weights(config, vocab_size)
+    else:
+        sizes = {name: getattr(config, name) for name in (*ARCHITECTURE, *DROPOUT)}
+        sizes |= {"vocab_size": config.vocab_size or vocab_size}
+        ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model = GPT2ReproForCausalLM._from_config(
+            GPT2ReproConfig(**sizes, **ends), attn_implementation=config.attn_implementation, dtype=torch.float32
+        )
+    if config.precision == "fp64":
+        model = model.double()
+    if config.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    return model
+
+
+def _first_weights(config, vocab_size: int):
+    """The model that `init_from` names, with the run's dropout."""
+    import torch
+
+    from gpt2repro.checkpoint.reader import resolve_model
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    try:
+        model = GPT2ReproForCausalLM.from_pretrained(
+            resolve_model(config.init_from),
+            dtype=torch.float32,
+            use_safetensors=True,  # nothing is ever unpickled
+            attn_implementation=config.attn_implementation,
+            **{name: getattr(config, name) for name in DROPOUT},
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"init_from={config.init_from}: {str(error).splitlines()[0]}") from error
+    if vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"the data has a vocabulary of {vocab_size}, but {config.init_from} only of {model.config.vocab_size}; "
+            "prepare the data with its tokenizer"
+        )
+    if config.seq_len > model.config.n_positions:
+        raise InputError(f"seq_len={config.seq_len} is longer than n_positions={model.config.n_positions} of init_from")
+    return model
+
+
+def compile_model(model, how: str, device_type: str, world: int) -> None:
+    """torch.compile in place, before `prepare`: state-dict keys stay clean and autocast ends up inside the graph.
+
+    "model" traces forward and loss as one graph. Several processes get "block" by default, every block and the loss a
+    graph of its own: the backward of one big graph hands over all gradients at its end, so DDP could not overlap their
+    exchange, and FSDP2's hooks break it.
+    """
+    import torch
+
+    if how == "auto":
+        can_compile = device_type == "cuda" and sys.platform != "win32"  # Triton has no build for Windows
+        how = "off" if not can_compile else "model" if world == 1 else "block"
+    if how == "model":
+        model.compile(fullgraph=True, dynamic=False)
+    elif how == "block":
+        for block in model.transformer.h:
+            block.compile(fullgraph=True, dynamic=False)
+        # Uncompiled, it would write the logits out in fp32, twice: 26 GB at 64 x 1024 tokens.
+        model.sum_of_losses = torch.compile(model.sum_of_losses, fullgraph=True, dynamic=False)

@@ -1,0 +1,1 @@
+"""Models on their way out to the Hub and other programs, and in from other projects."""
