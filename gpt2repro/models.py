@@ -61,6 +61,21 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
     return named[name or ("bf16" if device.type == "cuda" else "fp32")]
 
 
+def architecture_of(name: str) -> dict:
+    """The sizes in a model's config.json, by the names of ARCHITECTURE; `name` as in `load_model`, no weights are read.
+
+    Raises: InputError where there is no GPT-2 of that name.
+    """
+    from configuration_gpt2repro import GPT2ReproConfig
+    from gpt2repro.checkpoint.reader import resolve_model
+
+    try:
+        found = GPT2ReproConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise InputError(f"init_from={name}: {str(error).splitlines()[0]}") from error
+    return {size: getattr(found, size) for size in ARCHITECTURE if size != "activation_function"}
+
+
 def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | None, trust_remote_code: bool = False):
     """A causal language model in eval mode on `device`, and its tokenizer.
 

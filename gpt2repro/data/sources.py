@@ -230,6 +230,12 @@ def merge_states(states: list[dict]) -> dict:
     return {**states[0], "lanes": {lane: where for state in states for lane, where in state["lanes"].items()}}
 
 
+def shards_directory(data: str) -> Path:
+    if data.startswith("hf://"):
+        return download_shards(data.removeprefix("hf://"))
+    return Path(data)
+
+
 def open_source(
     data: str,
     *,
@@ -265,4 +271,28 @@ def open_source(
         train, seq_len=seq_len, seed=seed, vocab_size=vocab_size, validation=validation, directory=directory
     )
     source.check_batch(sequences)
+    return source
+
+
+def open_data(config, sequences):
+    from gpt2repro.data.shards import MANIFEST, TOKENIZER, load_manifest
+    from gpt2repro.data.tokenization import gpt2_tokenizer, load_tokenizer
+
+    def find(directory):
+        if config.tokenizer not in (None, "gpt2"):
+            return load_tokenizer(config.tokenizer)
+        if config.tokenizer is None and directory is not None and (directory / TOKENIZER).is_dir():
+            return load_tokenizer(directory)
+        return gpt2_tokenizer()
+
+    options = {"seq_len": config.seq_len, "seed": config.seed, "sequences": sequences, "vocab_size": config.vocab_size}
+    if config.data.startswith("stream:"):
+        options |= {"tokenizer": find(None), "text_column": config.text_column}
+        options |= {"lanes": config.stream_lanes, "cache_dir": config.cache_dir, "cache_gib": config.cache_gib}
+    source = open_source(config.data, **options)
+    source.tokenizer = find(source.directory)
+    d = source.directory
+    source.manifest = load_manifest(d) if d is not None and (d / MANIFEST).exists() else None
+    if config.val_data:
+        source.validation = open_split(config.val_data, "val")
     return source
