@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt2repro.training.machine import device_name
-from gpt2repro.training.tracking import read_metrics
+from gpt2repro.training.metrics_log import read_metrics
 
 SECONDS_BETWEEN_LINES = 10
 
