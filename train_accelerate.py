@@ -264,7 +264,7 @@ def train(config: TrainConfig) -> int:
     from gpt2repro.publishing.hub import Uploader, fetch_checkpoint
     from gpt2repro.training.health import step_unless_bad
     from gpt2repro.training.machine import build_accelerator, device_name, step_seed, whole
-    from gpt2repro.training.meter import Meter, flops_per_token, peak_flops
+    from gpt2repro.training.meter import Meter, flops_per_token_of, peak_flops
     from gpt2repro.training.optim import build_optimizer, learning_rate, set_learning_rate
     from gpt2repro.training.profiling import profiling
     from gpt2repro.training.run import Run
@@ -286,13 +286,10 @@ def train(config: TrainConfig) -> int:
     )
 
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
-    sizes = model.config
-    n_params = model.num_parameters() - sizes.n_positions * sizes.n_embd  # a position is looked up, not multiplied
-    flops = flops_per_token(n_params, sizes.n_layer, sizes.n_embd, config.seq_len)
-    peak = peak_flops(device_name(device))
-    meter = Meter(
-        accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, peak=peak * world if peak else None
-    )
+    flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
+    peak = peak * world if peak else None
+    meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, peak=peak)
+    logits_shape = (config.micro_batch_size * config.seq_len, model.config.vocab_size)  # of one micro-batch
 
     # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
     compile_model(model, config.compile, device.type, world)
@@ -307,7 +304,7 @@ def train(config: TrainConfig) -> int:
         profiling(
             config.run_dir / "profile",
             config.profile if accelerator.is_main_process else None,
-            logits=(config.micro_batch_size * config.seq_len, sizes.vocab_size),
+            logits=logits_shape,
         ) as profiler,
     ):
         if config.push_to_hub is not None and accelerator.is_main_process:

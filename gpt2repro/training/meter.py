@@ -45,6 +45,14 @@ def flops_per_token(n_params_without_positions: int, n_layer: int, n_embd: int, 
     return 6 * n_params_without_positions + 12 * n_layer * n_embd * seq_len
 
 
+def flops_per_token_of(model, seq_len: int) -> int:
+    """The same for one of our models; a position is looked up, not multiplied."""
+    sizes = model.config
+    return flops_per_token(
+        model.num_parameters() - sizes.n_positions * sizes.n_embd, sizes.n_layer, sizes.n_embd, seq_len
+    )
+
+
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device as torch names it, None where it is unknown (then there is no honest MFU)."""
     if re.search(r"\bMIG\b", device_name):  # a slice of a card

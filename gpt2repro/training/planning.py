@@ -38,6 +38,7 @@ LOGIT_BYTES = {"fp64": 16, "fp32": 8, "bf16": 10, "fp16": 10}
 MOST_EPOCHS = 1000
 # On a CPU a run that would take longer than this was meant for a GPU.
 MOST_CPU_HOURS = 24
+SMALL_RUN_FLOPS = 1e15  # below, no CPU needs a day, and none is measured
 CPU_SHARE = 0.5  # of a matmul's speed that a whole training step reaches there; measured on two cores, 0.4 to 0.6
 
 
@@ -259,7 +260,8 @@ def doubts(config, epochs: float | None, flops: float) -> list[str]:
     found = []
     if epochs is not None and epochs > MOST_EPOCHS:
         found.append(f"{epochs:,.0f} epochs of {config.data}; lower --max_steps, or take a larger corpus")
-    if not torch.accelerator.is_available() and config.gpu_memory_gib is None:
+    on_cpu = not torch.accelerator.is_available() and config.gpu_memory_gib is None
+    if on_cpu and flops > SMALL_RUN_FLOPS:
         rate = matmul_flops()
         if (hours := flops / rate / CPU_SHARE / 3600) > MOST_CPU_HOURS:
             found.append(

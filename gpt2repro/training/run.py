@@ -31,6 +31,8 @@ from gpt2repro.training import console
 from gpt2repro.training.evaluator import Evaluator
 from gpt2repro.training.health import HealthMonitor, Verdict
 from gpt2repro.training.machine import environment
+from gpt2repro.training.meter import flops_per_token_of
+from gpt2repro.training.planning import doubts
 from gpt2repro.training.plotting import draw_runs
 from gpt2repro.training.reference import Referee
 from gpt2repro.training.state import Best, RunState, find_resume, load_run_state
@@ -100,6 +102,10 @@ class Run:
                 (config.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
                 step = self.state.step
                 print(console.opening(config, self.accelerator, self.source, self.plain_model, checkpoint, step))
+                tokens, epoch = config.max_steps * config.batch_tokens, self.source.tokens_per_epoch
+                work = flops_per_token_of(self.plain_model, config.seq_len) * tokens
+                for doubt in doubts(config, tokens / epoch if epoch else None, work):
+                    print(f"warning: {doubt}", file=sys.stderr, flush=True)
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
             self._referee = Referee(options, self.source.manifest)
             self._console = console.Console(total=config.max_steps, step=self.state.step, shown=is_main)
