@@ -308,10 +308,10 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         if is_tracing(position_ids):
             return
         n_positions = self.config.n_positions
-        if position_ids.device.type != "cpu":
-            seen = cache.get_seq_length() if cache is not None else 0  # a static cache knows it on the device only
-            if isinstance(seen, torch.Tensor) or seen < n_positions:
-                return
+        # other caches may know their length on the device only
+        past_the_end = isinstance(cache, DynamicCache) and cache.get_seq_length() >= n_positions
+        if not past_the_end and position_ids.device.type != "cpu":
+            return
         if (last := int(position_ids.max())) >= n_positions:
             raise ValueError(
                 f"a token at position {last}, but this model has n_positions={n_positions} (0 to {n_positions - 1}); "
