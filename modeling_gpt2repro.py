@@ -40,7 +40,8 @@ except ImportError:  # in this repository: a top-level module
 
 # Tensor cores want the head's output dimension to be a multiple of 64 (50257 -> 50304); llm.c and nanoGPT pad alike.
 VOCAB_MULTIPLE = 64
-# transformers 5.24 renamed `past_key_values`, the keys and values of earlier tokens, to `cache`; both are understood.
+# transformers 5.24 renamed `past_key_values`, the keys and values of earlier tokens, to `cache`; both names are understood
+# there. Before, `cache` was a paged one of continuous batching, which only the attention function below may touch.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
@@ -89,7 +90,7 @@ class GPT2ReproAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, C = hidden_states.shape
@@ -97,8 +98,8 @@ class GPT2ReproAttention(nn.Module):
             part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
             for part in self.c_attn(hidden_states).split(C, dim=-1)
         )
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)  # (B, H, S, D)
+        if past_key_values is not None:  # a paged one reads and notes in `kwargs` where each request's tokens are
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
         # transformers looks for this very call to learn that set_attn_implementation() has an effect
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -156,12 +157,13 @@ class PaddedHead(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor, padded: bool = False) -> torch.Tensor:
         """(…, C) -> (…, V), or (…, V rounded up to 64) with `padded=True`."""
-        padding = -self.out_features % VOCAB_MULTIPLE
+        vocab_size = self.weight.shape[0]  # `out_features` stays behind when the tied embeddings are resized
+        padding = -vocab_size % VOCAB_MULTIPLE
         ordinary = type(self.weight) in (nn.Parameter, torch.Tensor)  # a quantised one knows nothing but its own matmul
         if not padding or not ordinary:
             return super().forward(hidden_states)
         logits = F.linear(hidden_states, F.pad(self.weight, (0, 0, 0, padding)))
-        return logits if padded else logits[..., : self.out_features]
+        return logits if padded else logits[..., :vocab_size]
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):
@@ -232,7 +234,6 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,  # (B, T, C) instead of input_ids
         use_cache: bool | None = None,
         residual_dtype: torch.dtype | None = None,
-        cache: Cache | None = None,  # the newer name of past_key_values
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """(B, T) ids -> (B, T, C) hidden states, after the final layer norm.
@@ -250,8 +251,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        cache = past_key_values if cache is None else cache
-        plain = attention_mask is None and position_ids is None and cache is None
+        past_key_values = kwargs.pop(CACHE, past_key_values)
+        plain = attention_mask is None and position_ids is None and past_key_values is None
         if plain and self.config._attn_implementation == "sdpa":
             # Training: nothing but the triangle, which SDPA's flash kernels know as is_causal. Under torch.compile
             # create_causal_mask writes it out, since there it can't look whether any tokens are masked.
@@ -262,36 +263,40 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{CACHE: cache},
+                **{CACHE: past_key_values},
             )
         if position_ids is None:
-            position_ids = self._positions(inputs_embeds, attention_mask, cache)
+            position_ids = self._positions(inputs_embeds, attention_mask, past_key_values)
         else:
-            self._refuse_positions_past_the_end(position_ids, cache)
-        if use_cache and cache is None:
+            self._refuse_positions_past_the_end(position_ids, past_key_values)
+        if use_cache and past_key_values is None:
             # Behind the mask: create_causal_mask looks for packed documents only where there is no cache.
-            cache = DynamicCache(config=self.config)
+            past_key_values = DynamicCache(config=self.config)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         if residual_dtype is not None:
             hidden_states = hidden_states.to(residual_dtype)
         for block in self.h:
             hidden_states = block(
-                hidden_states, attention_mask=causal_mask, cache=cache, position_ids=position_ids, **kwargs
+                hidden_states,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states), **{CACHE: cache if use_cache else None}
+            last_hidden_state=self.ln_f(hidden_states), **{CACHE: past_key_values if use_cache else None}
         )
 
     def _positions(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
         """Position of each new token: its index among the tokens that are not padding. (B, T) or (1, T)"""
         T = inputs_embeds.shape[1]
         if attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-            self._refuse_positions_past_the_end(position_ids, cache)
+            self._refuse_positions_past_the_end(position_ids, past_key_values)
             return position_ids
-        seen = cache.get_seq_length() if cache is not None else 0
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if not isinstance(seen, torch.Tensor) and seen + T > self.config.n_positions:
             raise ValueError(
                 f"{seen + T} tokens, but this model has n_positions={self.config.n_positions}; pass fewer, or "
@@ -299,7 +304,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             )
         return (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
 
-    def _refuse_positions_past_the_end(self, position_ids: torch.Tensor, cache: Cache | None) -> None:
+    def _refuse_positions_past_the_end(self, position_ids: torch.Tensor, past_key_values: Cache | None) -> None:
         """Raises ValueError for a position that does not exist, where to look at them costs nothing.
 
         Looking breaks a traced graph, and on a GPU it waits for all that was queued. So there it happens only in a
@@ -309,7 +314,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             return
         n_positions = self.config.n_positions
         # other caches may know their length on the device only
-        past_the_end = isinstance(cache, DynamicCache) and cache.get_seq_length() >= n_positions
+        past_the_end = isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() >= n_positions
         if not past_the_end and position_ids.device.type != "cpu":
             return
         if (last := int(position_ids.max())) >= n_positions:
@@ -358,7 +363,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         output_logits: bool = True,
         num_items_in_batch: int | torch.Tensor | None = None,
         loss_chunk_tokens: int | None = None,
-        cache: Cache | None = None,  # the newer name of past_key_values
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """(B, T) ids -> (B, T, V) logits and, given `labels` or `shift_labels`, the loss in nats per token (fp32).
@@ -387,7 +391,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
+            past_key_values=kwargs.pop(CACHE, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -423,7 +427,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
 
         def from_hidden_states(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             if isinstance(self.lm_head, PaddedHead):
-                return self.cross_entropy(self.lm_head(hidden_states, padded=True), targets, self.lm_head.out_features)
+                vocab_size = self.lm_head.weight.shape[0]
+                return self.cross_entropy(self.lm_head(hidden_states, padded=True), targets, vocab_size)
             return self.cross_entropy(self.lm_head(hidden_states), targets)
 
         targets = targets.reshape(-1)  # (B * T,)
