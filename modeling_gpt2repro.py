@@ -40,8 +40,8 @@ except ImportError:  # in this repository: a top-level module
 
 # Tensor cores want the head's output dimension to be a multiple of 64 (50257 -> 50304); llm.c and nanoGPT pad alike.
 VOCAB_MULTIPLE = 64
-# transformers 5.24 renamed `past_key_values`, the keys and values of earlier tokens, to `cache`; both names are understood
-# there. Before, `cache` was a paged one of continuous batching, which only the attention function below may touch.
+# transformers 5.24 renamed `past_key_values`, the keys and values of earlier tokens, to `cache`; there both names are
+# understood. Before, `cache` was continuous batching's paged one: it passes through to the attention function.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
@@ -367,9 +367,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """(B, T) ids -> (B, T, V) logits and, given `labels` or `shift_labels`, the loss in nats per token (fp32).
 
-        `shift_labels` (B, T) are targets that are shifted already, -100 is ignored; they win over `labels`, beside which
-        sequence parallelism passes them. They stay out of the signature: `Trainer` takes every parameter with "label"
-        in its name for one that all its batches have.
+        `shift_labels` (B, T) are targets that are shifted already; -100 is ignored. They win over `labels`, beside
+        which sequence parallelism passes them. They stay out of the signature, since `Trainer` expects in its batches
+        whatever parameter has "label" in its name.
 
         The loss is a mean over the targets, or their sum divided by `num_items_in_batch` (the tokens of a whole
         optimizer step, where several micro-batches make one). Training passes `output_logits=False`: only the loss
@@ -446,7 +446,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
 
         Of padded logits only the first `vocab_size` columns are real: the others are masked, not cut off.
         """
-        if vocab_size is not None:
+        if vocab_size is not None and vocab_size < logits.shape[-1]:
             padding = torch.arange(logits.shape[-1], device=logits.device) >= vocab_size
             logits = logits.masked_fill(padding, -torch.inf)
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -158,6 +158,10 @@ def run(case: dict, folder: Path, rank: int, world: int) -> dict:
         enable()
     if case.get("padded") and not case.get("lora"):
         model.pad_head()  # compile_model does it for a GPU
+    columns = set()
+    if case["how"] != "model":  # a hook that notes something has no place in the one graph
+        head = model.get_base_model().lm_head if case.get("lora") else model.lm_head
+        head.register_forward_hook(lambda module, inputs, logits: columns.add(logits.shape[-1]))
     sharded = not case.get("ddp")
     compile_model(model, case["how"], "cpu", world, sharded=sharded)
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_shard",))
@@ -188,7 +192,7 @@ def run(case: dict, folder: Path, rank: int, world: int) -> dict:
         (weights[("module." if case.get("ddp") else "") + n] - p).abs().max().item()
         for n, p in whole.named_parameters()
     )
-    found["graphs"] = graphs_compiled
+    found["graphs"], found["columns"] = graphs_compiled, sorted(columns)
     if not case.get("lora"):
         found["continued_whole"] = continued_whole(folder, x, y, case)
     return found

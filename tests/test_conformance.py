@@ -21,7 +21,7 @@ from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.tokenization import bpe_tokenizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
-TEXTS = [f"the {animal} sat on the {place} and looked at the moon" for animal in ("cat", "dog", "owl") for place in ("mat", "roof")]  # fmt: skip
+TEXTS = [f"the {animal} sat on the mat and looked at the moon" for animal in ("cat", "dog", "owl", "cow", "ant", "fox")]
 N_POSITIONS = 48
 
 
@@ -93,7 +93,7 @@ def test_padding_free_collator_gives_the_loss_and_logits_of_padded_rows(model, a
     model.set_attn_implementation(attention)
     rows = Rows(model, [30, 5, 17, 40])
     flattened = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True)(list(rows))
-    assert flattened["input_ids"].shape == (1, 92) and 92 > N_POSITIONS
+    assert flattened["input_ids"].shape == (1, 92) and N_POSITIONS < 92
     ids, labels = torch.zeros(4, 40, dtype=torch.long), torch.full((4, 40), -100)
     for index, row in enumerate(rows.rows):
         ids[index, : len(row)] = labels[index, : len(row)] = row

@@ -46,6 +46,10 @@ def expect_one_piece(case: dict, found: dict) -> None:
         assert found["sample"] == found["whole_sample"]
     if not case.get("lora"):  # an adapter is no checkpoint of ours
         assert found["continued_whole"] == pytest.approx(found["losses"][SAVE_AFTER:], abs=loose)
+    if case["how"] != "model":
+        vocab_size = case.get("vocab_size", 500)
+        padded = case.get("padded") and not case.get("lora")  # a wrapped head is called as any other
+        assert set(found["columns"]) == ({vocab_size, 512} if padded else {vocab_size})  # to callers, to the loss
     if case["how"] == "block":
         assert found["graphs"] >= 2  # the blocks share one, the cross-entropy has its own
 
