@@ -292,7 +292,8 @@ def train(config: TrainConfig) -> int:
     logits_shape = (config.micro_batch_size * config.seq_len, model.config.vocab_size)  # of one micro-batch
 
     # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
-    compile_model(model, config.compile, device.type, world)
+    sharded = accelerator.distributed_type == "FSDP"
+    compile_model(model, config.compile, device.type, world, sharded=sharded)
     model, optimizer = accelerator.prepare(model, optimizer)
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
     if config.bf16_residual:
