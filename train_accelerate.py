@@ -337,7 +337,10 @@ def train(config: TrainConfig) -> int:
             # This rank's rows of the global batch, inputs and shifted targets, (rows, T) each. The batch is a pure
             # function of (data, seed, position), so `source` is all that a resumed run has to know about its data.
             start = state.source["position"]
-            x, y, state.source = next(batches)
+            batch = stop.next_of(batches)
+            if batch is None:  # a signal came while the data kept the run waiting
+                break
+            x, y, state.source = batch
             x, y = (part.to(device, non_blocking=device.type == "cuda") for part in (x, y))  # `prefetch` pinned them
 
             # Dropout's masks depend on (seed, step, rank) alone, whatever evaluation or a restart drew in between.
@@ -406,7 +409,7 @@ def train(config: TrainConfig) -> int:
         if not failed:
             verdict = run.record(meter.read())
             failed = verdict is not None and verdict.action == "stop"
-        run.finish(verdict if failed else None, stop.name)
+        run.finish(verdict if failed else None, stop)
     accelerator.end_training()
     return run.exit_code
 

@@ -99,6 +99,8 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path) -> None
     pairs = {name: (saved[name], now[name]) for name in ("batch_tokens", "optimizer")}
     for part in ("architecture", "data"):
         names = sorted({*saved[part], *now[part]})
+        if part == "data" and saved[part].get("revision") is None:
+            names = [name for name in names if name != "source"]  # local files may lie elsewhere: their sha256 decides
         pairs |= {f"{part}: {name}": (saved[part].get(name), now[part].get(name)) for name in names}
     changed = [f"{name} was {before} and is now {after}" for name, (before, after) in pairs.items() if before != after]
     if changed:
