@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
-    from gpt2repro import hellaswag  # after the options: a typing error should not wait for torch
+    from gpt2repro.evaluation import hellaswag  # after the options: a typing error should not wait for torch
 
     examples = hellaswag.read_examples(options.data, split=options.split, limit=options.limit)
     has_labels = any(example["label"] is not None for example in examples)

@@ -337,7 +337,7 @@ def test_metrics_describe_themselves_and_load_by_path_without_network(metrics, n
     assert "predictions" in info.features and info.description and "@" in info.citation
     assert "Example" in info.inputs_description and info.reference_urls
     monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)
-    loaded = evaluate.load(str(ROOT / "gpt2repro" / "metrics" / f"{name}.py"))
+    loaded = evaluate.load(str(ROOT / "gpt2repro" / "evaluation" / "metrics" / f"{name}.py"))
     assert loaded.description == metrics(name).description
 
 
