@@ -74,20 +74,20 @@ def check_outputs(*paths: Path | None) -> None:
     """Before the work: see that a result can be written to each path. Raises: InputError."""
     given = [Path(os.path.abspath(path)) for path in paths if path is not None]
     for path in given:
-        if os.path.isdir(path):
-            raise InputError(f"{path} is a directory; name a file in it")
-        there = path if os.path.exists(path) else next(above for above in path.parents if os.path.exists(above))
-        if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
-            raise InputError(f"cannot write {path}: {there} is not a directory to write in; choose another place")
         if given.count(path) > 1:
             raise InputError(f"two results would be written to {path}; choose another place for one of them")
+        is_new = not os.path.lexists(path)
+        write_output(path, "", mode="a")
+        if is_new:
+            path.unlink(missing_ok=True)
 
 
-def write_output(path: Path, text: str) -> None:
+def write_output(path: Path, text: str, mode: str = "w") -> None:
     """Write a result to a place that a user named. Raises: InputError where that is impossible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
 

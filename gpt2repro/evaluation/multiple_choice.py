@@ -85,9 +85,9 @@ class Task:
                 problems.append(f"example {number} has no {', '.join(missing)}")
                 continue
             try:
-                examples.append({**row, "label": self.label(row)})
                 for protocol in self.protocols.values():
                     protocol.choices(row)
+                examples.append({**row, "label": self.label(row)})
             except ValueError as error:  # a task's own sentence
                 problems.append(f"example {number} has {error}")
             except (LookupError, TypeError, AttributeError):
