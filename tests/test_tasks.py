@@ -252,7 +252,7 @@ def test_command_takes_data_for_one_task_only(checkpoint, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out.json")]
     assert run_main(eval_hellaswag.main, [*common, "--task", "piqa", "--data", str(file_of("piqa")), *out]) == 0
     record = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert record["task"] == "piqa" and record["split"] == "val" and record["results"]["piqa_examples"] == 6
+    assert record["task"] == "piqa" and record["split"] == "val" and record["results"]["piqa_examples"] == 9
     for tasks in (["piqa", "arc_easy"], [f"piqa={file_of('piqa')}"], []):
         assert run_main(eval_hellaswag.main, [*common, "--task", *tasks, "--data", "x.jsonl"]) == 2
     assert "--data belongs to a single --task" in capsys.readouterr().err
