@@ -33,12 +33,15 @@ class Tokens:
 
 
 def build():
-    """The same model, tokenizer and examples in every process."""
+    """The same model, tokenizer and examples in every process.
+
+    In float64: sums of a few fp32 numbers are exact in float64, so the order of their addition would not show.
+    """
     examples = hellaswag.TASK.read(EXAMPLES)
     tokenizer = bpe_tokenizer([example["ctx"] + " ".join(example["endings"]) for example in examples], 300)
     torch.manual_seed(0)
     sizes = {"n_positions": 384, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
-    return GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=len(tokenizer), **sizes)), tokenizer, examples
+    return GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=len(tokenizer), **sizes)).double(), tokenizer, examples
 
 
 def evaluate(model, tokenizer, examples, rank: int = 0, world: int = 1) -> dict:
