@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
     import torch
 
     from configuration_gpt2repro import GPT2ReproConfig
-    from gpt2repro.evaluation import hellaswag
+    from gpt2repro.evaluation.hellaswag import TASK
+    from gpt2repro.evaluation.multiple_choice import Prepared, grouped, score
     from gpt2repro.models import pick_device
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -70,12 +71,11 @@ def main(argv: list[str]) -> int:
     sizes = {"n_layer": options.n_layer, "n_head": options.n_head, "n_embd": options.n_embd}
     model = GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=options.vocab_size, **sizes)).eval()
     model.to(device, torch.bfloat16 if options.dtype == "bf16" else torch.float32)
-    prepared = hellaswag.Prepared(
-        [{"label": None} for _ in rendered], {"tokens": rendered}, hellaswag.grouped(rendered, 1024), {}
-    )
+    prepared = Prepared(TASK, [], {"tokens": rendered}, grouped({"tokens": rendered}, 1024), {})
 
     def ours() -> np.ndarray:
-        return hellaswag.score(model, prepared, device=device, batch_tokens=options.batch_tokens)["tokens"]
+        scores = score(model, prepared, device=device, batch_tokens=options.batch_tokens)["tokens"]
+        return np.stack(scores)[:, :, 0]  # (examples, 4)
 
     def loop() -> np.ndarray:
         return np.array([score_four_rows(model, example, device) for example in rendered])
@@ -105,16 +105,17 @@ def main(argv: list[str]) -> int:
 def read_rendered(path: Path, count: int) -> list:
     """`count` examples of a real file, evenly spread over it."""
     from gpt2repro.data.tokenization import gpt2_tokenizer
-    from gpt2repro.evaluation import hellaswag
+    from gpt2repro.evaluation.hellaswag import TASK
+    from gpt2repro.evaluation.multiple_choice import render
 
-    examples = hellaswag.read_examples(path)
+    examples = TASK.read(path)
     chosen = [examples[i] for i in np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int)]
-    return hellaswag.render_tokens(chosen, hellaswag.encoder(gpt2_tokenizer()))
+    return render(TASK.protocols["tokens"], chosen, gpt2_tokenizer())
 
 
 def random_rendered(count: int, vocab_size: int) -> list:
     """Random tokens with the lengths of real examples."""
-    from gpt2repro.evaluation.hellaswag import Rendered
+    from gpt2repro.evaluation.multiple_choice import Rendered
 
     rng = np.random.default_rng(0)
 
@@ -122,9 +123,10 @@ def random_rendered(count: int, vocab_size: int) -> list:
         return np.interp(rng.random(n), np.linspace(0, 1, len(deciles)), deciles).round().astype(int).tolist()
 
     rendered = []
-    for context in lengths(CONTEXT_TOKENS, count):
+    for length in lengths(CONTEXT_TOKENS, count):
         endings = [rng.integers(vocab_size, size=n).tolist() for n in lengths(ENDING_TOKENS, 4)]
-        rendered.append(Rendered(rng.integers(vocab_size, size=context).tolist(), endings, [len(e) for e in endings]))
+        context = rng.integers(vocab_size, size=length).tolist()
+        rendered.append(Rendered([(context, ending) for ending in endings], [len(e) for e in endings]))
     return rendered
 
 
@@ -133,11 +135,11 @@ def score_four_rows(model, example, device) -> list[float]:
     import torch
     import torch.nn.functional as F
 
-    start = len(example.context)
-    width = start + max(map(len, example.endings))
+    start = len(example.choices[0][0])
+    width = max(len(context) + len(ending) for context, ending in example.choices)
     tokens, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width)
-    for row, ending in enumerate(example.endings):
-        tokens[row, : start + len(ending)] = torch.tensor(example.context + ending)
+    for row, (context, ending) in enumerate(example.choices):
+        tokens[row, : start + len(ending)] = torch.tensor(context + ending)
         mask[row, start : start + len(ending)] = 1
     tokens, mask = tokens.to(device), mask.to(device)
     with torch.no_grad():
@@ -166,7 +168,7 @@ def flops_of_the_loop(rendered: list, options: Options) -> float:
     """Matrix products of four padded rows per example, logits at every position."""
     total = 0.0
     for example in rendered:
-        width = len(example.context) + max(map(len, example.endings))
+        width = max(len(context) + len(ending) for context, ending in example.choices)
         total += 4 * flops(options, positions=width, keys=width * (width + 1) / 2, logits=width)
     return total
 
