@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from gpt2repro.data import preparation
-from gpt2repro.data.preparation import PIECE_CHARACTERS, pieces_of, pieces_of_stream, prepare, split_of
-from gpt2repro.data.shards import open_split, verify_dataset
+from gpt2repro.data import text as text_module
+from gpt2repro.data.preparation import prepare, split_of
+from gpt2repro.data.shards import ShardWriter, open_split, verify_dataset
+from gpt2repro.data.text import PIECE_CHARACTERS, pieces_of, pieces_of_stream
 from gpt2repro.data.tokenization import EOT, Encoder, bpe_tokenizer, char_tokenizer
 from gpt2repro.options import InputError
 
@@ -159,12 +161,12 @@ def test_reading_waits_for_writing(tmp_path, monkeypatch):
     """Back-pressure: what was read and not yet written stays within a few batches, however long the unit."""
     monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 10)
     handed, written, most = 0, 0, 0
-    append = preparation._UnitWriters.append
+    append = ShardWriter.append
 
-    def counting_append(self, split, tokens, documents, text_bytes):
+    def counting_append(self, tokens, documents, text_bytes):
         nonlocal written
         written += documents
-        append(self, split, tokens, documents, text_bytes)
+        append(self, tokens, documents, text_bytes)
 
     def counting_read(unit):
         nonlocal handed, most
@@ -173,14 +175,14 @@ def test_reading_waits_for_writing(tmp_path, monkeypatch):
             most = max(most, handed - written)
             yield pieces_of("some text")
 
-    monkeypatch.setattr(preparation._UnitWriters, "append", counting_append)
+    monkeypatch.setattr(ShardWriter, "append", counting_append)
     make(tmp_path / "out", units=[UNITS[0]], read=counting_read, val_fraction=0.0, workers=1)
     assert written == 2000 and most <= 10 * (preparation.BATCHES_AHEAD + 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_pieces_of_a_long_document_give_the_ids_of_the_whole(monkeypatch, seed):
-    monkeypatch.setattr(preparation, "PIECE_CHARACTERS", 20)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
     chance = random.Random(seed)
     text = "".join(chance.choices(["a", "b1", " ", "\n", "\n", "\n\n", " \n", "\t", "'s", "é", "\u00a0", "!"], k=4000))
     pieces = list(pieces_of(text))
@@ -205,6 +207,7 @@ import json, os, signal, sys
 from pathlib import Path
 from tokenizers import Tokenizer
 from gpt2repro.data import preparation
+from gpt2repro.data.text import pieces_of
 
 class Saved:
     def __init__(self, path):
@@ -230,7 +233,7 @@ def main():
     if processes: preparation.PROCESSES_FROM_BYTES = 0
     units = [{"split": None, "bytes": 9000, "first": i} for i in range(0, len(texts), len(texts) // 2)]
     def read(unit):
-        return map(preparation.pieces_of, texts[unit["first"] : unit["first"] + len(texts) // 2])
+        return map(pieces_of, texts[unit["first"] : unit["first"] + len(texts) // 2])
     preparation.prepare(out, Saved(tokenizer), units, read, source={}, settings={}, val_fraction=0.2, workers=2,
                         show_progress=False)
     print("renames", renames)

@@ -168,7 +168,8 @@ def test_bpe_training_is_deterministic():
 def test_joined_ids_are_the_batch_with_end_of_text_where_documents_end():
     encoder = Encoder(bpe_tokenizer(PROSE, 300))
     a, b = encoder.encode_batch(["one", "two"])
-    joined = encoder.encode_joined(["one", "two", ""], [False, True, True])
+    joined, text_bytes = encoder.encode_joined(["one", "two", ""], [False, True, True])
+    assert text_bytes == 6 and encoder.encode_joined(["é🙂\ud800"], [False])[1] == 2 + 4 + 3
     assert joined.tolist() == [*a, *b, encoder.eot_id, encoder.eot_id] and joined.dtype == encoder.dtype
 
 

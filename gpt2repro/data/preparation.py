@@ -9,8 +9,7 @@ what an interruption can cost: its shard appears by a rename, then a note about 
 on several that share the units, ends in the same bytes; and once the manifest is there, running again does nothing.
 
 Nothing is held but the batches on their way: a unit stops reading while its oldest batches wait to be written. This
-module does not know where the text comes from (`text_files`, `python_docs` and the commands do) nor what is trained
-on it.
+module does not know where the text comes from (`text`, `python_docs` and the commands do) nor what is trained on it.
 """
 
 import contextlib
@@ -29,8 +28,11 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
+
 from gpt2repro.data.shards import FORMAT, MANIFEST, SPLITS, TOKENIZER, VERSION, Manifest, ShardWriter, load_manifest
-from gpt2repro.data.tokenization import Encoder, load_tokenizer, well_formed
+from gpt2repro.data.text import BYTES_PER_TOKEN, Piece
+from gpt2repro.data.tokenization import Encoder, load_tokenizer
 from gpt2repro.files import read_json_if_whole, write_json
 from gpt2repro.options import InputError
 
@@ -39,19 +41,11 @@ UNITS = "units"
 
 # One batch is one message to a worker: its cost of 0.3 ms vanishes, and there are enough of them for many workers.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20
-# A longer document is cut where GPT-2's pre-tokeniser cuts anyway: one book is many messages and gives the same ids.
-PIECE_CHARACTERS = 2**20
 # Reads of several units overlap: while one waits for the network or the disk, the tokenisers work for the others.
 UNITS_AT_ONCE = 4
 BATCHES_AHEAD = 8  # of each unit, at least: what is read while the workers start
 # Below this a process pool costs more than it brings (each process takes about a second to start).
 PROCESSES_FROM_BYTES = 30_000_000
-# A newline between visible characters: the pre-tokeniser of GPT-2 always ends a token behind it.
-SEAM = re.compile(r"(?<=\S)\n(?=\S)")
-BYTES_PER_TOKEN = 4.5  # of English under GPT-2's tokenizer; only used to guess sizes beforehand
-
-# A piece of a document, and whether the document ends with it.
-Piece = tuple[str, bool]
 
 
 def prepare(
@@ -163,29 +157,6 @@ def split_of(text: str, val_fraction: float) -> str:
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
 
-def pieces_of(text: str) -> Iterator[Piece]:
-    """A document as pieces of about PIECE_CHARACTERS that give the same ids as the whole.
-
-    GPT-2's pre-tokeniser never joins across a single newline with something visible on both sides. A text without one
-    stays whole.
-    """
-    return pieces_of_stream([text])
-
-
-def pieces_of_stream(parts: Iterable[str]) -> Iterator[Piece]:
-    """The same for a document that arrives in parts, of which no more than a piece is held."""
-    text, searched = "", PIECE_CHARACTERS
-    for part in parts:
-        text += part
-        start = 0
-        while len(text) - start > PIECE_CHARACTERS and (cut := SEAM.search(text, start + searched - 1)):
-            yield text[start : cut.end()], False
-            start, searched = cut.end(), PIECE_CHARACTERS
-        text = text[start:]
-        searched = max(PIECE_CHARACTERS, len(text) - 1)  # what has no seam is not searched again
-    yield text, True
-
-
 class _Work:
     """The units of this process on their way through the pool."""
 
@@ -226,17 +197,19 @@ class _Work:
         """Read, tokenise and write one unit, then its note."""
         if self.stop.is_set() or self._enough():
             return
-        writers = _UnitWriters(self.out, index, self.encoder.vocab_size)
+        writers: dict[str, ShardWriter] = {}  # per split that has any text
         waiting: deque[tuple[str, int, Future]] = deque()  # the unit's batches in order
 
         def write_oldest():
             split, documents, future = waiting.popleft()
             tokens, text_bytes = future.result()
-            writers.append(split, tokens, documents, text_bytes)
+            if split not in writers:
+                writers[split] = ShardWriter(self.out / f"{split}_{index:06d}.bin", self.encoder.vocab_size)
+            writers[split].append(tokens, documents, text_bytes)
             self._show(len(tokens), text_bytes)
 
         with contextlib.ExitStack() as on_error:
-            on_error.callback(writers.abandon)
+            on_error.callback(lambda: [writer.abandon() for writer in writers.values()])
             for split, texts, ends in self._batches(self.units[index]):
                 if self.stop.is_set():
                     return
@@ -247,9 +220,9 @@ class _Work:
                 if self.stop.is_set():
                     return
                 write_oldest()
-            note = {"unit": index, "splits": writers.close()}
+            records = {split: writers[split].close() for split in SPLITS if split in writers}
             on_error.pop_all()
-        write_json(self.out / UNITS / f"{index:06d}.json", note)
+        write_json(self.out / UNITS / f"{index:06d}.json", note := {"unit": index, "splits": records})
         with self.lock:
             self.notes[index] = note
 
@@ -284,39 +257,6 @@ class _Work:
             if self.bytes_done and self.bytes_done < self.bytes_left:  # the guess becomes a measurement
                 self.bar.total = int((self.bar.n + tokens) * self.bytes_left / self.bytes_done)
             self.bar.update(tokens)
-
-
-class _UnitWriters:
-    """The shards of one unit, one per split that has any text."""
-
-    def __init__(self, out: Path, index: int, vocab_size: int):
-        self.out, self.index, self.vocab_size = out, index, vocab_size
-        self.writers: dict[str, ShardWriter] = {}
-        self.counts: dict[str, list[int]] = {}
-
-    def append(self, split: str, tokens, documents: int, text_bytes: int) -> None:
-        if split not in self.writers:
-            self.writers[split] = ShardWriter(self.out / f"{split}_{self.index:06d}.bin", self.vocab_size)
-            self.counts[split] = [0, 0]
-        self.writers[split].append(tokens)
-        self.counts[split][0] += documents
-        self.counts[split][1] += text_bytes
-
-    def close(self) -> dict:
-        records = {}
-        for split in SPLITS:
-            if split in self.writers:
-                record = self.writers[split].close()
-                documents, text_bytes = self.counts[split]
-                records[split] = {
-                    "file": record["file"], "tokens": record["tokens"], "documents": documents, "bytes": text_bytes,
-                    "sha256": record["sha256"],
-                }  # fmt: skip
-        return records
-
-    def abandon(self) -> None:
-        for writer in self.writers.values():
-            writer.abandon()
 
 
 def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable[[], dict]) -> Manifest:
@@ -412,11 +352,9 @@ def _remove_dataset(out: Path) -> None:
 _encoder: Encoder | None = None  # of a worker process
 
 
-def _tokenise(texts: list[str], ends: list[bool], encoder: Encoder | None = None):
-    """(ids with `<|endoftext|>` after each document, UTF-8 bytes of the texts); runs in the pool."""
-    texts = [well_formed(text) for text in texts]
-    tokens = (encoder or _encoder).encode_joined(texts, ends)
-    return tokens, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+def _tokenise(texts: list[str], ends: list[bool], encoder: Encoder | None = None) -> tuple[np.ndarray, int]:
+    """`Encoder.encode_joined`, of the worker process where none is given; runs in the pool."""
+    return (encoder or _encoder).encode_joined(texts, ends)
 
 
 def _processes(encoder: Encoder, workers: int) -> Executor:

@@ -13,6 +13,7 @@ and used in place.
 This module knows nothing of text, tokenizers or batches; it never writes anything but finished files.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,49 +56,68 @@ class ShardWriter:
 
     def __init__(self, path: str | Path, vocab_size: int):
         self.path, self.vocab_size, self.dtype = Path(path), vocab_size, token_dtype(vocab_size)
-        self.tokens = 0
+        self.tokens = self.documents = self.bytes = 0
         self._temporary = name_aside(self.path)
         self._file = self._temporary.open("wb")
         self._file.write(bytes(HEADER_BYTES))
 
-    def append(self, tokens: np.ndarray) -> None:
-        """Add a 1-D array of ids. Raises InputError for ids outside the vocabulary and beyond 2^31 - 1 tokens."""
+    def append(self, tokens: np.ndarray, documents: int = 0, text_bytes: int = 0) -> None:
+        """Add a 1-D array of ids, and to the record how much text it is.
+
+        Raises: InputError for ids outside the vocabulary, beyond 2^31 - 1 tokens and where the disk is full.
+        """
         if len(tokens) and (tokens.max() >= self.vocab_size or tokens.min() < 0):
             raise InputError(
                 f"{self.path.name}: token {int(tokens.max())} does not fit a vocabulary of {self.vocab_size}; "
                 "tokenizer and data do not belong together"
             )
         self.tokens += len(tokens)
+        self.documents += documents
+        self.bytes += text_bytes
         if self.tokens > MAX_SHARD_TOKENS:
             raise InputError(f"{self.path.name} would pass 2^31 - 1 tokens, the format's limit; lower --shard_tokens")
-        self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        with self._disk():
+            self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
 
     def close(self) -> dict:
-        """Finish the shard. Returns `{"file", "tokens", "sha256"}`."""
-        self._file.seek(0)
-        self._file.write(_header(self.dtype, self.tokens))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        digest = sha256_of(self._temporary)
-        publish(self._temporary, self.path)
-        return {"file": self.path.name, "tokens": self.tokens, "sha256": digest}
+        """Finish the shard. Returns `{"file", "tokens", "documents", "bytes", "sha256"}`."""
+        with self._disk():
+            self._file.seek(0)
+            self._file.write(_header(self.dtype, self.tokens))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            digest = sha256_of(self._temporary)
+            publish(self._temporary, self.path)
+        record = {"file": self.path.name, "tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
+        return {**record, "sha256": digest}
 
     def abandon(self) -> None:
         """Throw the unfinished shard away."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what was not yet written does not fit on the disk
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _disk(self):
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.path} can't be written ({error.strerror}); free some space, or set --cache_gib where it is a "
+                "stream's cache, and run the same command again"
+            ) from error
 
 
 def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> dict:
-    """Write `tokens` (1-D, ids below `vocab_size`) as one shard, atomically. Returns `{"file", "tokens", "sha256"}`."""
+    """Write `tokens` (1-D, ids below `vocab_size`) as one shard, atomically. Returns `ShardWriter.close()`'s record."""
     writer = ShardWriter(path, vocab_size)
     try:
         writer.append(np.asarray(tokens))
+        return writer.close()
     except InputError:
         writer.abandon()
         raise
-    return writer.close()
 
 
 class Manifest(dict):

@@ -191,8 +191,12 @@ class Encoder:
         """Ids of each text, as arrays of `self.dtype`."""
         return [ids.astype(self.dtype, copy=False) for ids in self._encode([well_formed(text) for text in texts])]
 
-    def encode_joined(self, texts: list[str], ends: list[bool]) -> np.ndarray:
-        """Ids of all texts in one array of `self.dtype`, `eot_id` after every text that ends a document."""
+    def encode_joined(self, texts: list[str], ends: list[bool]) -> tuple[np.ndarray, int]:
+        """(ids of all texts as one array of `self.dtype`, `eot_id` after every text that ends a document; their bytes).
+
+        The second is the size of the texts in UTF-8.
+        """
+        texts = [well_formed(text) for text in texts]
         pieces = self._encode(texts)
         out = np.empty(sum(map(len, pieces)) + sum(ends), self.dtype)
         filled = 0
@@ -202,7 +206,7 @@ class Encoder:
             if end:
                 out[filled] = self.eot_id
                 filled += 1
-        return out
+        return out, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
     def _prepare(self) -> None:
         """What can't be pickled, or is quicker to build than to send."""
