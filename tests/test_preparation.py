@@ -115,7 +115,7 @@ def test_token_limit_keeps_the_first_units_that_reach_it(tmp_path):
         ({"source": {"name": "other"}}, 'source.name: "other", there "test"'),
         ({"settings": {"text_column": "body"}}, "settings.text_column"),
         ({"val_fraction": 0.2}, "settings.val_fraction: 0.2, there 0.1"),
-        ({"tokenizer": char_tokenizer(["abc"])}, "tokenizer.vocab_size: 4"),
+        ({"tokenizer": char_tokenizer([*DOCUMENTS, "ß"])}, "tokenizer.vocab_size: "),
         ({"units": UNITS[:2]}, "units"),
     ],
 )
@@ -136,6 +136,45 @@ def test_a_directory_of_something_else_is_left_alone_even_with_overwrite(tmp_pat
         with pytest.raises(InputError, match=r"is not empty and was not made by this command \(it holds thesis.tex\)"):
             make(tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_refused_with_the_place(tmp_path):
+    def where(unit):
+        return f"book {unit['first']}"
+
+    with pytest.raises(InputError, match=r"book \d+: the character 'ï' \(U\+00EF\) behind '.*na' is not in"):
+        make(tmp_path / "out", tokenizer=char_tokenizer([text.replace("ï", "i") for text in DOCUMENTS]), where=where)
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [("unit", 7), ("splits", []), ("file", "../x"), ("tokens", "many"), ("tokens", 10**12), ("documents", None)],
+)
+def test_a_note_that_cannot_be_is_no_note_and_its_unit_is_done_again(tmp_path, change, value):
+    make(tmp_path / "a")
+    make(tmp_path / "b")
+    path = tmp_path / "b" / "units" / "000001.json"
+    note = json.loads(path.read_text())
+    (note if change in note else note["splits"]["train"])[change] = value
+    path.write_text(json.dumps(note))
+    make(tmp_path / "b")
+    assert same(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"settings": 3}', '{"format": null}'])
+def test_a_plan_that_cannot_be_gets_a_sentence(tmp_path, content):
+    make(tmp_path / "out")
+    (tmp_path / "out" / "plan.json").write_text(content)
+    with pytest.raises(InputError, match=r"holds another data set|was not made by this command"):
+        make(tmp_path / "out")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="/dev/null")
+@pytest.mark.parametrize("out", ["/dev/null", "/dev/null/x", "{tmp}/file", "{tmp}/file/x/y", "{tmp}/" + "x" * 300])
+def test_a_place_that_cannot_be_is_refused_before_any_work(tmp_path, out):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"is a file; --out names a directory|File name too long"):
+        make(out.replace("{tmp}", str(tmp_path)), read=None)
 
 
 def test_text_without_content_is_refused(tmp_path):

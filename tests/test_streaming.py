@@ -275,7 +275,7 @@ def test_full_disk_is_a_sentence(open_stream, parquet_file, monkeypatch):
     source = open_stream(parquet_file)
     aside = source.cache.directory / "group.bin.tmp-full"
     aside.symlink_to("/dev/full")
-    monkeypatch.setattr("gpt2repro.data.shards.name_aside", lambda path: aside)
+    monkeypatch.setattr("gpt2repro.files.name_aside", lambda path: aside)
     with pytest.raises(InputError, match=r"can't be written \(No space left on device\); .*set --cache_gib"):
         take(source, 1)
     assert not list(source.cache.directory.glob("*.tmp*"))

@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gpt2repro.data.preparation import prepare, split_of, tokenizer_of_plan
+from gpt2repro.data.preparation import check_place, prepare, split_of, tokenizer_of_plan
 from gpt2repro.data.python_docs import python_docs
 from gpt2repro.data.shards import Manifest
 from gpt2repro.data.text import TEXT_CUT_VERSION, find_text, pieces_of
@@ -81,6 +81,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro prepare-text", description=__doc__)
+    check_place(options.out)
     start = time.perf_counter()
     corpus = _open_corpus(options)
     settings = {"split": corpus.split, "text_column": options.text_column, "tokenizer": options.tokenizer}
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> int:
     manifest = prepare(
         options.out, tokenizer, corpus.units, corpus.read, source=corpus.source, settings=settings,
         val_fraction=options.val_fraction, workers=options.workers, overwrite=options.overwrite,
-        describe_val=compressed_sizes,
+        describe_val=compressed_sizes, where=corpus.where,
     )  # fmt: skip
     corpus.tell()
     _report(options.out, manifest, time.perf_counter() - start)
@@ -133,8 +134,8 @@ class Corpus:
     source: dict
     split: str
     "document or position"
-    tell: Callable[[], None] = bool
-    "Reports what of the source was left out."
+    where: Callable[[dict], str] = lambda unit: "the corpus"
+    tell: Callable[[], None] = lambda: None
 
 
 def _open_corpus(options: Options) -> Corpus:
@@ -153,7 +154,7 @@ def _open_corpus(options: Options) -> Corpus:
         few = len(files.files) < 100 and all(file.format == "txt" for file in files.files)
         split = "position" if few and options.text_document_bytes is None else "document"
     units = files.units(options.shard_tokens, val_fraction=options.val_fraction if split == "position" else None)
-    return Corpus(units, files.read, files.source, split, files.reading.tell)
+    return Corpus(units, files.read, files.source, split, files.where, files.reading.tell)
 
 
 def _make_tokenizer(options: Options, text_of):

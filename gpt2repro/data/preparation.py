@@ -27,12 +27,27 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
-from gpt2repro.data.shards import FORMAT, MANIFEST, SPLITS, TOKENIZER, VERSION, Manifest, ShardWriter, load_manifest
+from gpt2repro.data.shards import (
+    CHECKED,
+    FORMAT,
+    HEADER_BYTES,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    VERSION,
+    Count,
+    Manifest,
+    ShardRecord,
+    ShardWriter,
+    load_manifest,
+)
 from gpt2repro.data.text import BYTES_PER_TOKEN, Piece
-from gpt2repro.data.tokenization import Encoder, load_tokenizer
+from gpt2repro.data.tokenization import Encoder, UnknownCharacter, load_tokenizer
 from gpt2repro.files import read_json_if_whole, write_json
 from gpt2repro.options import InputError
 
@@ -63,13 +78,15 @@ def prepare(
     node: tuple[int, int] = (0, 1),
     overwrite: bool = False,
     describe_val: Callable[[], dict] = dict,
+    where: Callable[[dict], str] = lambda unit: "the text",
     show_progress: bool = True,
 ) -> Manifest | None:
     """Turn `units` into a data set in `out`. Returns its manifest, or None while units of other nodes are missing.
 
     units: JSON objects with "bytes" (about how much text) and "split" ("train", "val", or None: by document);
         `read(unit)` gives its documents, each as pieces of text. `source` and `settings` (JSON) name the data set: a
-        directory that was begun with others is refused. `describe_val()` adds keys to the manifest's val split.
+        directory that was begun with others is refused. `describe_val()` adds keys to the manifest's val split;
+        `where(unit)` says for a sentence where its text stands.
     val_fraction: of the documents of a unit with split None, chosen by a hash of their text.
     encoder: the tokenizer's bulk form, if it is at hand or of another kind than the default.
     token_limit: the data set ends with the unit that reaches it.
@@ -96,7 +113,7 @@ def prepare(
     mine = [index for index in range(len(units)) if index % node[1] == node[0] and index not in notes]
     if notes:
         print(f"{out}: {len(notes)} of {len(units)} units are finished, continuing with the others")
-    work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, show_progress)
+    work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, where, show_progress)
     work.run(mine, workers or os.cpu_count() or 1)
     notes = {index: note for index in range(len(units)) if (note := _read_note(out, index))}  # and the other nodes'
     kept = _kept(notes, token_limit, len(units))
@@ -108,6 +125,7 @@ def prepare(
 
 def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite: bool) -> None:
     """Make `out` the place of this data set, or refuse it as the place of another."""
+    check_place(out)
     plan = {**identity, "units": units}
     if overwrite and (out / PLAN).exists():
         _remove_dataset(out)
@@ -118,8 +136,6 @@ def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite:
                 "choose another --out, or --overwrite to replace it"
             )
         return
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; --out names a directory")
     # A run killed before its plan was written leaves these behind.
     begun = re.compile(rf"{UNITS}|{TOKENIZER}|({PLAN}|{TOKENIZER})\.tmp-.*")
     strangers = sorted(path.name for path in out.glob("*") if not begun.fullmatch(path.name))
@@ -140,13 +156,27 @@ def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite:
     write_json(out / PLAN, plan)
 
 
+def check_place(out: Path) -> None:
+    """Raises: InputError, before any work, where `out` cannot become a directory to write to."""
+    try:
+        place = next(path for path in (out, *out.absolute().parents) if path.exists())
+        problem = None if place.is_dir() else f"{place} is a file; --out names a directory"
+        if problem is None and not os.access(place, os.W_OK):
+            problem = f"nothing can be written to {place}; choose another --out"
+    except OSError as error:
+        problem = f"--out {out}: {error.strerror}"
+    if problem:
+        raise InputError(problem)
+
+
 def tokenizer_of_plan(out: str | Path, source: dict, settings: dict):
     """The tokenizer of a data set begun in `out` from the same source with the same settings, else None.
 
     Saves a continued run from training its tokenizer again.
     """
     plan = read_json_if_whole(Path(out) / PLAN)
-    if plan is None or plan.get("source") != source or any(plan["settings"].get(k) != v for k, v in settings.items()):
+    begun = (plan or {}).get("settings")
+    if not isinstance(begun, dict) or plan.get("source") != source or not settings.items() <= begun.items():
         return None
     return load_tokenizer(out)
 
@@ -160,9 +190,9 @@ def split_of(text: str, val_fraction: float) -> str:
 class _Work:
     """The units of this process on their way through the pool."""
 
-    def __init__(self, out, units, read, encoder, val_fraction, token_limit, notes, show_progress):
+    def __init__(self, out, units, read, encoder, val_fraction, token_limit, notes, where, show_progress):
         self.out, self.units, self.read, self.encoder = out, units, read, encoder
-        self.val_fraction, self.token_limit, self.notes = val_fraction, token_limit, notes
+        self.val_fraction, self.token_limit, self.notes, self.where = val_fraction, token_limit, notes, where
         self.show_progress, self.stop, self.lock = show_progress, threading.Event(), threading.Lock()
 
     def run(self, indices: list[int], workers: int) -> None:
@@ -202,7 +232,10 @@ class _Work:
 
         def write_oldest():
             split, documents, future = waiting.popleft()
-            tokens, text_bytes = future.result()
+            try:
+                tokens, text_bytes = future.result()
+            except UnknownCharacter as error:
+                raise InputError(f"{self.where(self.units[index])}: {error}") from None
             if split not in writers:
                 writers[split] = ShardWriter(self.out / f"{split}_{index:06d}.bin", self.encoder.vocab_size)
             writers[split].append(tokens, documents, text_bytes)
@@ -307,17 +340,26 @@ def _note_tokens(note: dict) -> int:
     return sum(record["tokens"] for record in note["splits"].values())
 
 
+class _UnitRecord(ShardRecord):
+    documents: Count
+    bytes: Count
+
+
+class _Note(BaseModel):
+    unit: Count
+    splits: dict[Literal["train", "val"], _UnitRecord]
+
+
 def _read_note(out: Path, index: int) -> dict | None:
     """The note of a finished unit whose shards are there, whole in size; else None, and the unit is done again."""
-    note = read_json_if_whole(out / UNITS / f"{index:06d}.json")
-    if note is None:
+    try:
+        note = read_json_if_whole(out / UNITS / f"{index:06d}.json")
+        shards = _Note.model_validate(note).splits.values()
+        sizes = {out / shard.file: shard.tokens for shard in shards}
+        whole = all(path.stat().st_size in (HEADER_BYTES + 2 * n, HEADER_BYTES + 4 * n) for path, n in sizes.items())
+    except (ValidationError, OSError):
         return None
-    itemsizes = {2, 4}
-    for record in note["splits"].values():
-        path = out / record["file"]
-        if not path.exists() or path.stat().st_size not in {1024 + record["tokens"] * size for size in itemsizes}:
-            return None
-    return note
+    return note if whole and note["unit"] == index else None
 
 
 def _differences(plan: dict, found: dict, keys: list[str]) -> str:
@@ -340,7 +382,8 @@ def _short(value) -> str:
 
 def _remove_dataset(out: Path) -> None:
     """Remove what this module writes, and nothing else."""
-    (out / MANIFEST).unlink(missing_ok=True)  # first: from here on it is no data set
+    for name in (MANIFEST, CHECKED):  # the manifest first: from here on it is no data set
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / UNITS, ignore_errors=True)
     shutil.rmtree(out / TOKENIZER, ignore_errors=True)
     for path in out.glob("*.bin*"):

@@ -69,7 +69,7 @@ class StreamSource:
     """
 
     tokens_per_epoch = None  # known only when everything has been read
-    directory = None  # no shards of its own
+    directory = manifest = None  # no shards of its own
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class StreamSource:
         report: Callable[[str], None] = text_io.say,
     ):
         self.source, self.seq_len, self.seed, self.lanes = source, seq_len, seed, lanes
-        self.encoder = Encoder(tokenizer)
+        self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer, count_unknown=True)
         self.vocab_size = self.encoder.vocab_size
         self.workers = workers
         groups = len(source.groups)
@@ -114,6 +114,13 @@ class StreamSource:
             "seq_len": self.seq_len,
             "seed": self.seed,
         }
+
+    def digests(self) -> dict[str, str]:
+        """No shards whose content `identity()` does not name."""
+        return {}
+
+    def check_digests(self, saved: dict[str, str]) -> None:
+        """Nothing to compare."""
 
     def initial_state(self) -> dict:
         return {"position": 0, "skipped": [], "lanes": {}}

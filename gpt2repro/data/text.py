@@ -31,7 +31,7 @@ from pathlib import Path, PurePosixPath
 
 from gpt2repro.data import text_io
 from gpt2repro.data.text_io import FORMATS, NEVER, format_of, local_files, resuming, retrying, say
-from gpt2repro.files import sha256_of
+from gpt2repro.files import sha256_of, sha256_of_ends
 from gpt2repro.options import InputError
 
 PACKED_RATIO = 3  # of text; only used to guess
@@ -75,7 +75,7 @@ class Reading:
     def __init__(self, column: str, *, strict: bool, document_bytes: int | None, report: Callable[[str], None] = say):
         self.column, self.strict, self.document_bytes, self.report = column, strict, document_bytes, report
         self._found: dict[tuple, list[int]] = {}  # stretch -> [null rows, bad sequences, where the first one is]
-        self._told = [0, 0]
+        self._told: dict[str, int] = {}
 
     def documents(
         self, path: str, format: str, packed: bool, start: int, stop: int | None, cancel: threading.Event = NEVER
@@ -133,17 +133,20 @@ class Reading:
             found[1] += text.count("\ufffd") - raw.count("\ufffd".encode())
             return text
 
-    def tell(self) -> None:
-        """Report what was left out or replaced so far, if it has doubled since it was last reported."""
-        stretches = list(self._found.items())
-        nulls, bad = (sum(found[which] for _, found in stretches) for which in (0, 1))
-        if nulls > 2 * self._told[0]:
-            self._told[0] = nulls
-            self.report(f"{nulls} rows without text (null) were left out")
-        if bad > 2 * self._told[1]:
-            self._told[1] = bad
-            path, first = next((stretch[0], found[2]) for stretch, found in stretches if found[1])
-            self.report(f"{bad} times U+FFFD stands for what is no UTF-8, first at byte {first} of {path}")
+    def tell(self, *others: tuple[int, str]) -> None:
+        """Report what was left out or replaced so far, and other counts, where it has doubled since the last report."""
+        found = list(self._found.items())
+        nulls, bad = (sum(numbers[which] for _, numbers in found) for which in (0, 1))
+        path, first = next(((stretch[0], numbers[2]) for stretch, numbers in found if numbers[1]), ("", 0))
+        counts = [
+            (nulls, "rows without text (null) were left out"),
+            (bad, f"times U+FFFD stands for what is no UTF-8, first at byte {first} of {path}"),
+            *others,
+        ]
+        for count, sentence in counts:
+            if count > 2 * self._told.get(sentence, 0):
+                self._told[sentence] = count
+                self.report(f"{count} {sentence}")
 
 
 # --- the door of preparation -----------------------------------------------------------------------------------------
@@ -198,6 +201,11 @@ class TextFiles:
             else:
                 documents = self.reading.documents(path, file.format, file.packed, start, stop)
             yield from map(pieces_of, documents)
+
+    def where(self, unit: dict) -> str:
+        """The files that a unit's text stands in, for a sentence."""
+        paths = [self.files[index].path for index, *_ in unit["spans"]]
+        return paths[0] + (f" or one of the {len(paths) - 1} next files" if len(paths) > 1 else "")
 
     def _spans(self, index: int, target_bytes: float, val_fraction: float | None) -> list[dict]:
         """The smallest stretches of one file that may become units of their own."""
@@ -369,18 +377,6 @@ def resolve(spec: str, *, text_column: str = "text") -> TextSource:
     found = text_io.resolve_hub(name, config, match["revision"])
     groups = _groups(kind := _kind(found.files, name), found.files, text_column, name, config, found.revision)
     return TextSource(name, kind, found.files, groups, text_column, config, found.revision)
-
-
-def sha256_of_ends(files: Iterable[str | Path]) -> str:
-    """Tells local files apart without reading all of them: by their names, sizes and both ends, in this order."""
-    content = hashlib.sha256()
-    for path in map(Path, files):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(1 << 16)
-            file.seek(max(0, size - (1 << 16)))
-            content.update(json.dumps([path.name, size]).encode() + head + file.read())
-    return content.hexdigest()
 
 
 def _kind(files: list[str], name: str) -> str:

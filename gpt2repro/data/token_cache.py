@@ -76,7 +76,9 @@ class TokenCache:
             writer.abandon()
             raise
         finally:
-            self.reading.tell()
+            first = next(iter(self.encoder.unknown), "")
+            sentence = f"characters that the tokenizer does not know became <|endoftext|>, the first is {first!r}"
+            self.reading.tell((self.encoder.unknown.total(), sentence))
 
     def _make_room(self, newest: Path) -> None:
         if self.limit_bytes is None:
