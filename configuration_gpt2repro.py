@@ -40,7 +40,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2repro"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers reads it as a plain list)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012  (transformers reads it as a plain list)
     attribute_map = {  # noqa: RUF012
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

@@ -12,6 +12,7 @@ Sources: Radford et al. 2019 (section 2.3), https://github.com/openai/gpt-2 (src
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -29,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 try:  # inside a checkpoint: transformers imports the pair as a package of its own
@@ -38,6 +40,9 @@ except ImportError:  # in this repository: a top-level module
 
 # Tensor cores want the head's output dimension to be a multiple of 64 (50257 -> 50304); llm.c and nanoGPT pad alike.
 VOCAB_MULTIPLE = 64
+# transformers 5.24 renamed `past_key_values`, the keys and values of earlier tokens, to `cache`; there both names are
+# understood. Before, `cache` was continuous batching's paged one: it passes through to the attention function.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 def eager_attention_forward(
@@ -93,8 +98,8 @@ class GPT2ReproAttention(nn.Module):
             part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
             for part in self.c_attn(hidden_states).split(C, dim=-1)
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+        if past_key_values is not None:  # a paged one reads and notes in `kwargs` where each request's tokens are
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
         # transformers looks for this very call to learn that set_attn_implementation() has an effect
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -143,6 +148,24 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
+class PaddedHead(nn.Linear):
+    """`nn.Linear` that multiplies by a multiple of 64 columns; see `GPT2ReproForCausalLM.pad_head`.
+
+    Every caller gets the V columns of `nn.Linear`. Only the loss asks for the padded ones, since it can mask them
+    without a copy: a slice of V = 50257 columns has rows that start at odd addresses, so each is read in small pieces.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, padded: bool = False) -> torch.Tensor:
+        """(…, C) -> (…, V), or (…, V rounded up to 64) with `padded=True`."""
+        vocab_size = self.weight.shape[0]  # `out_features` stays behind when the tied embeddings are resized
+        padding = -vocab_size % VOCAB_MULTIPLE
+        ordinary = type(self.weight) in (nn.Parameter, torch.Tensor)  # a quantised one knows nothing but its own matmul
+        if not padding or not ordinary:
+            return super().forward(hidden_states)
+        logits = F.linear(hidden_states, F.pad(self.weight, (0, 0, 0, padding)))
+        return logits if padded else logits[..., :vocab_size]
+
+
 class GPT2ReproPreTrainedModel(PreTrainedModel):
     """What transformers needs to know about both models below."""
 
@@ -150,7 +173,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPT2ReproBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -215,22 +238,20 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """(B, T) ids -> (B, T, C) hidden states, after the final layer norm.
 
-        `residual_dtype=torch.bfloat16` keeps the residual stream in bf16 under autocast, where it would be fp32. Given
-        `position_ids` that start again within a row mark documents packed into it, which then don't see each other;
-        without them attention crosses documents, as in GPT-2's training.
+        `residual_dtype=torch.bfloat16` keeps the residual stream in bf16 under autocast, where it would be fp32.
+
+        Given `position_ids` that start again within a row mark documents packed into it, which then don't see each
+        other; such a row may be longer than n_positions. Without them attention crosses documents, as in GPT-2's
+        training, and cached and new tokens together must fit into n_positions.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds, or more tokens than n_positions.
+            ValueError: both or neither of input_ids and inputs_embeds; a token behind the last position.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        T = inputs_embeds.shape[1]
-        if self.config.n_positions < T:
-            raise ValueError(f"{T} tokens, but this model has n_positions={self.config.n_positions}; pass fewer")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         plain = attention_mask is None and position_ids is None and past_key_values is None
         if plain and self.config._attn_implementation == "sdpa":
             # Training: nothing but the triangle, which SDPA's flash kernels know as is_causal. Under torch.compile
@@ -241,11 +262,16 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: past_key_values},
             )
         if position_ids is None:
-            position_ids = self._positions(T, attention_mask, past_key_values, inputs_embeds.device)
+            position_ids = self._positions(inputs_embeds, attention_mask, past_key_values)
+        else:
+            self._refuse_positions_past_the_end(position_ids, past_key_values)
+        if use_cache and past_key_values is None:
+            # Behind the mask: create_causal_mask looks for packed documents only where there is no cache.
+            past_key_values = DynamicCache(config=self.config)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         if residual_dtype is not None:
             hidden_states = hidden_states.to(residual_dtype)
@@ -258,18 +284,44 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.ln_f(hidden_states), **{CACHE: past_key_values if use_cache else None}
         )
 
-    @staticmethod
     def _positions(
-        T: int, attention_mask: torch.Tensor | None, past_key_values: Cache | None, device: torch.device
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
         """Position of each new token: its index among the tokens that are not padding. (B, T) or (1, T)"""
+        T = inputs_embeds.shape[1]
         if attention_mask is not None and attention_mask.dim() == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+            self._refuse_positions_past_the_end(position_ids, past_key_values)
+            return position_ids
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        return (torch.arange(T, device=device) + seen).unsqueeze(0)
+        if not isinstance(seen, torch.Tensor) and seen + T > self.config.n_positions:
+            raise ValueError(
+                f"{seen + T} tokens, but this model has n_positions={self.config.n_positions}; pass fewer, or "
+                "position_ids that start again at each document"
+            )
+        return (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
+
+    def _refuse_positions_past_the_end(self, position_ids: torch.Tensor, past_key_values: Cache | None) -> None:
+        """Raises ValueError for a position that does not exist, where to look at them costs nothing.
+
+        Looking breaks a traced graph, and on a GPU it waits for all that was queued. So there it happens only in a
+        decode that has cached more tokens than there are positions, where the kernel's own error kills the process.
+        """
+        if is_tracing(position_ids):
+            return
+        n_positions = self.config.n_positions
+        # other caches may know their length on the device only
+        past_the_end = isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() >= n_positions
+        if not past_the_end and position_ids.device.type != "cpu":
+            return
+        if (last := int(position_ids.max())) >= n_positions:
+            raise ValueError(
+                f"a token at position {last}, but this model has n_positions={n_positions} (0 to {n_positions - 1}); "
+                "shorten the prompt or generate fewer tokens"
+            )
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
@@ -283,6 +335,19 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         self.transformer = GPT2ReproModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
+        if config.n_positions < 1024:
+            # Where nobody says a length, transformers' pipeline writes 256 tokens behind the prompt. In a context
+            # shorter than GPT-2's own that ends behind the last position.
+            self.generation_config.max_length = config.n_positions
+
+    def pad_head(self) -> None:
+        """Let the head compute a multiple of 64 columns, for the tensor cores of a GPU.
+
+        What is stored and what callers get stay the same. Not done by itself: quantisers, adapters and other programs
+        look for an ordinary `nn.Linear`. One that was exchanged already (LoRA, int8) is left alone.
+        """
+        if type(self.lm_head) is nn.Linear:
+            self.lm_head.__class__ = PaddedHead
 
     @can_return_tuple
     def forward(
@@ -293,7 +358,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,  # (B, T), the unshifted ids; -100 is ignored
-        shift_labels: torch.LongTensor | None = None,  # (B, T), already shifted targets; -100 is ignored
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_logits: bool = True,
@@ -303,28 +367,31 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """(B, T) ids -> (B, T, V) logits and, given `labels` or `shift_labels`, the loss in nats per token (fp32).
 
+        `shift_labels` (B, T) are targets that are shifted already; -100 is ignored. They win over `labels`, beside
+        which sequence parallelism passes them. They stay out of the signature, since `Trainer` expects in its batches
+        whatever parameter has "label" in its name.
+
         The loss is a mean over the targets, or their sum divided by `num_items_in_batch` (the tokens of a whole
         optimizer step, where several micro-batches make one). Training passes `output_logits=False`: only the loss
         leaves the graph, and with `loss_chunk_tokens` no more than that many rows of logits exist at a time (they are
         computed again in backward: memory for time).
 
         Raises:
-            ValueError: labels together with shift_labels or with logits_to_keep; no loss and no logits asked for.
+            ValueError: labels together with logits_to_keep; no loss and no logits asked for.
         """
-        if labels is not None:
-            if shift_labels is not None:
-                raise ValueError("give labels (unshifted) or shift_labels (shifted), not both")
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # the last position has no target
-        if shift_labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        targets = kwargs.pop("shift_labels", None)
+        if targets is None and labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # the last position has no target
+        if targets is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("a loss needs the logits of all positions: leave logits_to_keep at 0")
-        if shift_labels is None and not output_logits:
+        if targets is None and not output_logits:
             raise ValueError("output_logits=False without labels leaves nothing to return")
 
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=kwargs.pop(CACHE, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -333,49 +400,57 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         loss = logits = None
         if output_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self._logits(hidden_states[:, keep])  # (B, T, V)
-        if shift_labels is not None:
-            total = self.sum_of_losses(hidden_states, logits, shift_labels.to(hidden_states.device), loss_chunk_tokens)
-            loss = total / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+            logits = self.lm_head(hidden_states[:, keep])  # (B, T, V)
+        if targets is not None:
+            total = self._sum_of_losses(hidden_states, logits, targets.to(hidden_states.device), loss_chunk_tokens)
+            loss = total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(…, C) -> (…, V). The weight is padded inside the matmul only: no id >= V ever has a logit."""
-        weight = self.lm_head.weight
-        padding = -weight.shape[0] % VOCAB_MULTIPLE
-        if padding and hidden_states.is_cuda:
-            return F.linear(hidden_states, F.pad(weight, (0, 0, 0, padding)))[..., : weight.shape[0]]
-        return self.lm_head(hidden_states)
-
-    def sum_of_losses(
+    def _sum_of_losses(
         self,
-        hidden_states: torch.Tensor,
-        logits: torch.Tensor | None,
-        targets: torch.Tensor,
+        hidden_states: torch.Tensor,  # (B, T, C)
+        logits: torch.Tensor | None,  # (B, T, V)
+        targets: torch.Tensor,  # (B, T)
         loss_chunk_tokens: int | None,
     ) -> torch.Tensor:
-        """Summed cross-entropy of (B, T) targets, from logits where they exist already, else from hidden states."""
+        """Summed cross-entropy, from logits where they exist already, else from hidden states.
 
-        def from_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        The head is called as a module and outside `cross_entropy`: FSDP2 gathers its weight in a hook of that call,
+        LoRA and quantisers put a module of their own there, and a compiled cross-entropy must not trace any of them.
+        """
+
+        def from_hidden_states(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            if isinstance(self.lm_head, PaddedHead):
+                vocab_size = self.lm_head.weight.shape[0]
+                return self.cross_entropy(self.lm_head(hidden_states, padded=True), targets, vocab_size)
+            return self.cross_entropy(self.lm_head(hidden_states), targets)
 
         targets = targets.reshape(-1)  # (B * T,)
         if logits is not None:
-            return from_logits(logits.reshape(targets.shape[0], -1), targets)
+            return self.cross_entropy(logits.reshape(targets.shape[0], -1), targets)
         hidden_states = hidden_states.reshape(targets.shape[0], -1)  # (B * T, C)
         if loss_chunk_tokens is None:
-            return from_logits(self._logits(hidden_states), targets)
+            return from_hidden_states(hidden_states, targets)
         chunks = zip(hidden_states.split(loss_chunk_tokens), targets.split(loss_chunk_tokens), strict=True)
-        return sum(
-            checkpoint(lambda h, t: from_logits(self._logits(h), t), h, t, use_reentrant=False) for h, t in chunks
-        )
+        return sum(checkpoint(from_hidden_states, h, t, use_reentrant=False) for h, t in chunks)
+
+    @staticmethod
+    def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
+        """Sum over (N,) targets of (N, V) logits, in fp32 at least; -100 counts for nothing.
+
+        Of padded logits only the first `vocab_size` columns are real: the others are masked, not cut off.
+        """
+        if vocab_size is not None and vocab_size < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= vocab_size
+            logits = logits.masked_fill(padding, -torch.inf)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
 
 __all__ = ["GPT2ReproForCausalLM", "GPT2ReproModel", "GPT2ReproPreTrainedModel"]

@@ -1,1 +1,1 @@
-"""What the scripts and commands import: options, data, optimisation, checkpoints, tracking, evaluation and the Hub."""
+"""What the scripts and commands import, in rooms that follow the way of the data."""

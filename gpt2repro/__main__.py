@@ -1,6 +1,8 @@
 """`gpt2repro <command>`: the name of a command -> its module, imported when it is called. Nothing else."""
 
+import difflib
 import importlib
+import importlib.metadata
 import sys
 
 from gpt2repro.options import InputError, run_main
@@ -28,30 +30,39 @@ BENCHMARKS = {
     "all": "the first six, one after the other",
     "table": "rewrite the README's table from the records",
 }
-SCRIPTS = """
-In the project's root:
-  prepare_fineweb.py  web-scale text -> token shards      train_accelerate.py  token shards -> a trained model
-  eval_hellaswag.py   model -> HellaSwag accuracies       (each with --help)"""
+# The jobs that stand in the project's root, and are started from there or, after an installation, by these names.
+SCRIPTS = {
+    "train": ("train_accelerate", "token shards or a stream of text -> a trained model"),
+    "eval": ("eval_hellaswag", "model -> accuracies on HellaSwag and other tasks"),
+    "prepare": ("prepare_fineweb", "web-scale text (FineWeb, OpenWebText, any Hub dataset) -> token shards"),
+}
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["--version"]:
+        print(f"gpt2repro {importlib.metadata.version('gpt2repro')}")
+        return 0
     if argv[:1] == ["bench"]:
-        return dispatch(argv[1:], BENCHMARKS, prog="gpt2repro bench", package="gpt2repro.commands.bench")
-    return dispatch(argv, COMMANDS, prog="gpt2repro", package="gpt2repro.commands", epilogue=SCRIPTS)
+        modules = {name: f"gpt2repro.commands.bench.{name}" for name in BENCHMARKS}
+        return dispatch(argv[1:], modules, BENCHMARKS, prog="gpt2repro bench")
+    modules = {name: script for name, (script, _) in SCRIPTS.items()}
+    modules |= {name: f"gpt2repro.commands.{name.replace('-', '_')}" for name in COMMANDS}
+    said = {name: line for name, (_, line) in SCRIPTS.items()} | COMMANDS
+    return dispatch(argv, modules, said, prog="gpt2repro")
 
 
-def dispatch(argv: list[str], commands: dict[str, str], *, prog: str, package: str, epilogue: str = "") -> int:
+def dispatch(argv: list[str], modules: dict[str, str], said: dict[str, str], *, prog: str) -> int:
     """Run the command that `argv` begins with; without one, or with --help, list them all. Raises: InputError."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(f"usage: {prog} <command> [--help] …\n")
-        print("\n".join(f"  {name:18} {line}" for name, line in commands.items()))
-        if epilogue:
-            print(epilogue)
+        print("\n".join(f"  {name:18} {line}" for name, line in said.items()))
         return 0 if argv else 2
     name = argv[0]
-    if name not in commands:
-        raise InputError(f"{prog}: unknown command {name!r}; the commands are {', '.join(commands)}")
-    return importlib.import_module(f"{package}.{name.replace('-', '_')}").main(argv[1:])
+    if name not in modules:
+        near = difflib.get_close_matches(name, modules, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; the commands are {', '.join(modules)}"
+        raise InputError(f"{prog}: unknown command {name!r}{hint}")
+    return importlib.import_module(modules[name]).main(argv[1:])
 
 
 def console_script() -> int:

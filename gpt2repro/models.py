@@ -61,6 +61,21 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
     return named[name or ("bf16" if device.type == "cuda" else "fp32")]
 
 
+def architecture_of(name: str) -> dict:
+    """The sizes in a model's config.json, by the names of ARCHITECTURE; `name` as in `load_model`, no weights are read.
+
+    Raises: InputError where there is no GPT-2 of that name.
+    """
+    from configuration_gpt2repro import GPT2ReproConfig
+    from gpt2repro.checkpoint.reader import resolve_model
+
+    try:
+        found = GPT2ReproConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError) as error:
+        raise InputError(f"init_from={name}: {str(error).splitlines()[0]}") from error
+    return {size: getattr(found, size) for size in ARCHITECTURE if size != "activation_function"}
+
+
 def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | None, trust_remote_code: bool = False):
     """A causal language model in eval mode on `device`, and its tokenizer.
 
@@ -180,22 +195,37 @@ def _first_weights(config, vocab_size: int):
     return model
 
 
-def compile_model(model, how: str, device_type: str, world: int) -> None:
+def compile_model(model, how: str, device_type: str, world: int, *, sharded: bool = False) -> None:
     """torch.compile in place, before `prepare`: state-dict keys stay clean and autocast ends up inside the graph.
 
-    "model" traces forward and loss as one graph. Several processes get "block" by default, every block and the loss a
-    graph of its own: the backward of one big graph hands over all gradients at its end, so DDP could not overlap their
-    exchange, and FSDP2's hooks break it.
+    "model" traces forward and loss as one graph. Under DDP torch splits its backward at the borders of the gradient
+    buckets, so the exchange can overlap with computing; FSDP2's hooks cannot be traced, so there it is refused.
+
+    "block" makes a graph of every block and one of the cross-entropy; the head between them stays a module that is
+    called, since FSDP2 gathers its weight in a hook. It is the default of several processes until a GPU has compared.
+
+    Raises:
+        InputError: "model" with sharded weights.
     """
     import torch
 
+    if device_type == "cuda":
+        model.pad_head()
     if how == "auto":
         can_compile = device_type == "cuda" and sys.platform != "win32"  # Triton has no build for Windows
-        how = "off" if not can_compile else "model" if world == 1 else "block"
+        how = "off" if not can_compile else "model" if world == 1 and not sharded else "block"
     if how == "model":
+        if sharded:
+            raise InputError(
+                "compile=model does not work with FSDP2: hooks gather the weights of each block when it is called, and "
+                "one graph of the whole model has no room for them; try --compile block"
+            )
         model.compile(fullgraph=True, dynamic=False)
     elif how == "block":
+        # Torch would split the graph of a block whose gradients do not fit into one bucket of DDP (25 MB; a block of
+        # 124M has 28), and lose what it has fused. Blocks are small enough to overlap as they are.
+        torch._dynamo.config.optimize_ddp = False
         for block in model.transformer.h:
             block.compile(fullgraph=True, dynamic=False)
         # Uncompiled, it would write the logits out in fp32, twice: 26 GB at 64 x 1024 tokens.
-        model.sum_of_losses = torch.compile(model.sum_of_losses, fullgraph=True, dynamic=False)
+        model.cross_entropy = torch.compile(model.cross_entropy, fullgraph=True, dynamic=False)

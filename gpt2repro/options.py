@@ -14,7 +14,8 @@ Owns how options are written, read, checked and explained. Knows no field by nam
         options = parse_options(Options, argv, prog="gpt2repro plot", description=__doc__)
 
 `int | None` takes `none` for None; `bool` becomes `--x` / `--no-x`; `Literal` becomes choices; lists and tuples take
-several values. `--batch-tokens` is read as `--batch_tokens`. A limit: `Annotated[int, pydantic.Field(gt=0)]`.
+several values. `--batch-tokens` is read as `--batch_tokens`. Limits stand in the type: `AtLeastOne`, or
+`Annotated[int, pydantic.Field(gt=0)]`.
 """
 
 import argparse
@@ -29,14 +30,23 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 PRESETS = Path(__file__).parent / "presets"
 # A run is a number of steps at a learning rate: an infinite or missing number is a typing mistake, "off" is none.
 VALIDATION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
+
+LARGEST_COUNT = 10**15  # steps, tokens, bytes: more is a typing mistake
+
+AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+NotNegative = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegativeNumber = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from gpt2repro.options import InputError, run_main
 from gpt2repro.publishing import hub as our_hub
 from gpt2repro.publishing.hub import Uploader, fetch_checkpoint
 from gpt2repro.publishing.model_card import card_files
-from gpt2repro.training.tracking import read_metrics
+from gpt2repro.training.metrics_log import read_metrics
 
 REPO = "user/tiny"
 STATE = {

@@ -1,5 +1,6 @@
 """The Hub pair against transformers' own GPT-2, and as other people's programs will use it."""
 
+import copy
 import json
 import math
 import subprocess
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from modeling_gpt2repro import GPT2ReproForCausalLM, GPT2ReproModel
+from modeling_gpt2repro import GPT2ReproForCausalLM, GPT2ReproModel, PaddedHead
 
 SIZES = {"vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -58,14 +59,27 @@ def test_compiled_training_leaves_the_causal_mask_to_sdpa(reference):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_documents_whose_positions_start_again_do_not_see_each_other(reference, attention):
+@pytest.mark.parametrize("options", [{"use_cache": False}, {}], ids=str)  # the default makes a cache
+def test_documents_whose_positions_start_again_do_not_see_each_other(reference, attention, options):
+    """Also in a row that is longer than n_positions."""
     model = twin(reference).double().eval()
     model.set_attn_implementation(attention)
-    documents = [token_ids(2, 7, seed=1), token_ids(2, 12, seed=2)]
-    positions = torch.cat([torch.arange(7), torch.arange(12)])[None]
-    together = model(torch.cat(documents, dim=1), position_ids=positions, use_cache=False).logits
-    alone = torch.cat([model(ids, use_cache=False).logits for ids in documents], dim=1)
-    assert (together - alone).abs().max() < 1e-12
+    documents = [token_ids(1, length, seed=length) for length in (7, 50, 1, 60)]
+    packed, targets = torch.cat(documents, dim=1), torch.cat([document.roll(-1) for document in documents], dim=1)
+    positions = torch.cat([torch.arange(document.shape[1]) for document in documents])[None]
+    together = model(packed, position_ids=positions, shift_labels=targets, **options)
+    alone = torch.cat([model(ids).logits for ids in documents], dim=1)
+    assert (together.logits - alone).abs().max() < 1e-12
+    assert abs(together.loss - F.cross_entropy(alone[0], targets[0])) < 1e-12
+
+
+def test_given_positions_are_not_read_in_a_graph(reference):
+    """Reading them would break it, and on a GPU wait for it at every token."""
+    model = twin(reference).double()
+    packed, positions = token_ids(1, 80), (torch.arange(80) % 40)[None]
+    step = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    compiled = step(packed, position_ids=positions, use_cache=False).logits
+    assert (compiled - model(packed, position_ids=positions).logits).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -141,8 +155,76 @@ def test_shift_labels_are_not_shifted_again_and_ignored_ones_do_not_count(refere
     assert torch.equal(model(ids, shift_labels=shifted).loss, model(ids, labels=ids).loss)
     logits = model(ids).logits[:, :-1].reshape(-1, 97)
     assert torch.allclose(model(ids, labels=ids).loss, F.cross_entropy(logits, ids[:, 1:].reshape(-1)))
-    with pytest.raises(ValueError, match="not both"):
-        model(ids, labels=ids, shift_labels=shifted)
+
+
+def test_shift_labels_win_over_labels(reference):
+    """Sequence parallelism passes both: the labels, and their share of them shifted across the borders of the ranks."""
+    model, ids, targets = twin(reference), token_ids(2, 20), token_ids(2, 20, seed=2)
+    both = model(ids, labels=ids, shift_labels=targets).loss
+    assert torch.equal(both, model(ids, shift_labels=targets).loss)
+    assert not torch.equal(both, model(ids, labels=ids).loss)
+
+
+def with_padded_head(model: GPT2ReproForCausalLM) -> GPT2ReproForCausalLM:
+    """What training on a GPU makes of the model."""
+    model.pad_head()
+    assert type(model.lm_head) is PaddedHead
+    return model
+
+
+@pytest.mark.parametrize("loss_chunk_tokens", [None, 7])
+def test_padded_head_changes_neither_loss_nor_gradients(reference, loss_chunk_tokens):
+    plain, padded = twin(reference.double()), with_padded_head(twin(reference.double()))
+    ids, targets = token_ids(2, 20), token_ids(2, 20, seed=2)
+    targets[0, :3] = -100
+    options = {"output_logits": False, "use_cache": False, "loss_chunk_tokens": loss_chunk_tokens}
+    losses = [model(ids, shift_labels=targets, **options).loss for model in (plain, padded)]
+    assert abs(losses[0] - losses[1]) < 1e-12
+    for loss in losses:
+        loss.backward()
+    for (name, ours), theirs in zip(padded.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).abs().max() < 1e-12, name
+
+
+def test_only_the_loss_sees_padded_columns(reference):
+    model, ids = with_padded_head(twin(reference)), token_ids(2, 8)
+    hidden_states = model.transformer(ids).last_hidden_state
+    assert model.lm_head(hidden_states, padded=True).shape == (2, 8, 128)
+    assert model.lm_head(hidden_states).shape == model(ids).logits.shape == (2, 8, 97)
+    seen = []
+    model.cross_entropy = lambda logits, *rest: seen.append(logits.shape) or type(model).cross_entropy(logits, *rest)
+    model(ids, labels=ids, output_logits=False)
+    model(ids, labels=ids)  # these logits are the caller's
+    assert seen == [(16, 128), (16, 97)]
+
+
+def test_padded_head_stays_tied_and_is_stored_as_any_other(reference, tmp_path):
+    model, ids = with_padded_head(twin(reference)), token_ids(1, 4)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model.resize_token_embeddings(101)
+    assert model.lm_head.weight is model.transformer.wte.weight and model(ids).logits.shape == (1, 4, 101)
+    model.save_pretrained(tmp_path)
+    again = GPT2ReproForCausalLM.from_pretrained(tmp_path)
+    assert type(again.lm_head) is torch.nn.Linear
+    assert torch.allclose(again(ids, labels=ids).loss, model(ids, labels=ids, output_logits=False).loss)
+    assert type(copy.deepcopy(model).lm_head) is type(model.lm_head)
+
+
+def test_whole_graph_takes_a_padded_head(reference):
+    model = with_padded_head(twin(reference).double())
+    ids, options = token_ids(2, 16), {"use_cache": False, "output_logits": False}
+    step = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    assert torch.equal(step(ids, shift_labels=ids, **options).loss, model(ids, shift_labels=ids, **options).loss)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantisation_finds_the_head_and_the_loss_calls_what_it_put_there(reference):
+    model, ids = twin(reference).eval(), token_ids(2, 16)
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
+    quantised.pad_head()  # not a head of ours any more: left alone
+    assert type(quantised.lm_head) is torch.ao.nn.quantized.dynamic.Linear
+    exact = model(ids, labels=ids, output_logits=False).loss
+    assert 0 < abs(quantised(ids, labels=ids, output_logits=False).loss - exact) < 0.05
 
 
 def test_micro_batches_with_num_items_in_batch_add_up_to_the_mean_of_the_whole_batch(reference):
@@ -267,8 +349,52 @@ def test_configurations_of_other_architectures_are_refused_by_name(option, value
 
 
 def test_too_many_tokens_are_refused_with_both_numbers(reference):
+    model = twin(reference)
     with pytest.raises(ValueError, match=r"65 tokens.*n_positions=64"):
-        twin(reference)(token_ids(1, 65))
+        model(token_ids(1, 65))
+    cache = model(token_ids(1, 60), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"65 tokens.*n_positions=64"):
+        model(token_ids(1, 5), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"position 64.*n_positions=64"):
+        model(token_ids(1, 3), position_ids=torch.tensor([[62, 63, 64]]))
+
+
+WAYS_OF_DECODING = [{}, {"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}]
+
+
+@pytest.mark.parametrize("options", WAYS_OF_DECODING, ids=str)
+def test_decoding_past_the_last_position_ends_with_a_sentence(reference, options):
+    model, ids = twin(reference).eval(), token_ids(2, 9)
+    common = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 96, "eos_token_id": None}
+    assert model.generate(ids, max_length=64, **common, **options).shape == (2, 64)
+    with pytest.raises(ValueError, match=r"position 64.*n_positions=64.*generate fewer tokens"):
+        model.generate(ids, max_length=70, **common, **options)
+
+
+def test_left_padding_does_not_use_up_positions(reference):
+    model = twin(reference).eval()
+    ids = torch.cat([torch.full((1, 30), 96), token_ids(1, 10)], dim=1)
+    mask = (torch.arange(40) >= 30).long()[None]
+    options = {"max_length": 80, "do_sample": False, "pad_token_id": 96, "eos_token_id": None}
+    padded = model.generate(ids, attention_mask=mask, **options)  # 80 tokens, of which 50 have positions
+    assert torch.equal(padded[:, 30:], model.generate(ids[:, 30:], **{**options, "max_length": 50}))
+
+
+@pytest.mark.parametrize("helper", ["prompt lookup", "assistant"])
+def test_assisted_decoding_writes_what_greedy_decoding_writes(reference, helper):
+    model, ids = twin(reference.double()).eval(), token_ids(1, 9)
+    options = {"max_length": 40, "do_sample": False, "pad_token_id": 96}
+    options["attention_mask"] = torch.ones_like(ids)
+    torch.manual_seed(3)
+    assistant = GPT2ReproForCausalLM(GPT2ReproConfig(**{**SIZES, "n_layer": 1}, **ENDS)).double().eval()
+    help_with = {"prompt_lookup_num_tokens": 3} if helper == "prompt lookup" else {"assistant_model": assistant}
+    assert torch.equal(model.generate(ids, **options, **help_with), model.generate(ids, **options))
+
+
+def test_default_length_of_a_short_model_fits_its_context(reference):
+    assert twin(reference).generation_config.max_length == 64
+    with torch.device("meta"):
+        assert GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1)).generation_config.max_length is None  # as in GPT-2's
 
 
 def test_attention_implementation_can_be_changed_and_eager_shows_its_weights(reference):

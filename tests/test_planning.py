@@ -1,13 +1,22 @@
 """The plan against hand arithmetic, published counts, and the tensors that the real model saves for backward."""
 
 import contextlib
+import json
+import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tiny_run
 
+from gpt2repro.data.shards import MANIFEST
+from gpt2repro.files import write_json
 from gpt2repro.training import planning
-from gpt2repro.training.planning import GIB, hub_permission, memory_by_part, parameter_count, plan
+from gpt2repro.training.planning import GIB, hub_permission, parameter_count, plan
+from train_accelerate import TrainConfig
 
 # Source: Radford et al. 2019 and the published checkpoints.
 SIZES = {
@@ -23,32 +32,35 @@ def roomy_disk(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1024 * GIB))
 
 
-def plan_of(size: str = "124M", run_dir=".", **changes) -> planning.Plan:
-    n_layer, n_head, n_embd, n_params = SIZES[size]
-    arguments = {
-        "n_params": n_params,
-        "n_layer": n_layer,
-        "n_head": n_head,
-        "n_embd": n_embd,
-        "vocab_size": 50257,
-        "seq_len": 1024,
-        "batch_tokens": 524_288,
-        "micro_batch_size": 16,
-        "processes": 8,
-        "max_steps": 19_073,
-        "epoch_tokens": 9_999_994_880,
-        "precision": "bf16",
-        "gradient_checkpointing": False,
-        "sharded": False,
-        "optimizer": "adamw",
-        "keep_checkpoints": 2,
-        "run_dir": run_dir,
-        "gpu_memory_gib": 80,
-        "mfu": 0.5,
-        "dollars_per_gpu_hour": 2.0,
-        "push_to_hub": None,
-    }
-    return plan(**{**arguments, **changes})
+@pytest.fixture(scope="module")
+def ten_billion(tmp_path_factory) -> Path:
+    """A data set of 10B tokens that takes no room: sparse files, full of token 0."""
+    directory = tmp_path_factory.mktemp("data") / "10B"
+    tiny_run.write_tiny_shards(directory)
+    manifest = json.loads((directory / MANIFEST).read_text())
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 1_000_000_000
+    shards = []
+    for number in range(10):
+        path = directory / f"train_{number:06d}.bin"
+        path.write_bytes(header.tobytes())
+        os.truncate(path, 1024 + 2 * 1_000_000_000)
+        shards.append({"file": path.name, "tokens": 1_000_000_000, "documents": 1, "bytes": 1, "sha256": "0" * 64})
+    manifest["splits"]["train"] |= {"tokens": 10_000_000_000, "shards": shards}
+    manifest["tokenizer"] |= {"vocab_size": 50257, "eot_id": 50256}
+    write_json(directory / MANIFEST, manifest)
+    return directory
+
+
+def config_of(size: str, data, run_dir, **changes) -> TrainConfig:
+    n_layer, n_head, n_embd, _ = SIZES[size]
+    options = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "data": str(data), "run_dir": run_dir}
+    options |= {"keep_last": 1, "gpu_memory_gib": 80.0, "assumed_mfu": 0.5, "dollars_per_gpu_hour": 2.0}
+    return TrainConfig(**{**options, **changes})
+
+
+def plan_of(size: str, data, run_dir, *, processes: int = 8, may_write=None, **changes) -> planning.Plan:
+    return plan(config_of(size, data, run_dir, **changes), processes=processes, may_write=may_write)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -57,29 +69,24 @@ def test_parameter_counts_are_the_published_ones(size):
     assert parameter_count(vocab_size=50257, n_positions=1024, n_embd=n_embd, n_layer=n_layer) == n_params
 
 
-def test_the_124m_recipe_in_numbers_worked_out_by_hand(tmp_path):
-    found = plan_of(run_dir=tmp_path)
+def test_the_124m_recipe_in_numbers_worked_out_by_hand(ten_billion, tmp_path):
+    found = plan_of("124M", ten_billion, tmp_path)
     assert found.problems == []
-    assert found.layout == "524,288 tokens = 16 sequences x 1024 tokens x 8 processes x 4 forward passes"
+    assert found.batch == "524,288 tokens = 16 sequences x 1024 tokens x 8 processes x 4 forward passes"
     assert found.tokens == 9_999_745_024 and found.epochs == pytest.approx(0.999975, abs=1e-6)
     assert found.flops_per_token == 855_166_464
     # 855,166,464 x 9,999,745,024 = 8.5515e18 FLOP; 8 x 312e12 x 0.5 = 1.248e15 FLOP/s; 6852.1 s = 1.9034 h
     assert found.hours["A100"] == pytest.approx(1.9034, abs=1e-3)
-    assert found.memory["weights"] == found.memory["gradients"] == 497_759_232  # 4 bytes each
-    assert found.memory["optimizer (adamw)"] == 995_518_464  # two moments of 4 bytes
-    assert found.memory["logits"] == 16 * 1024 * 50257 * 10
+    memory = found.layout.memory()
+    assert memory["weights"] == memory["gradients"] == 497_759_232  # 4 bytes each
+    assert memory["optimizer (adamw)"] == 995_518_464  # two moments of 4 bytes
+    assert memory["logits"] == 16 * 1024 * 50257 * 10
     assert found.checkpoint_bytes == {"model": 497_759_232, "optimizer": 995_518_464}
     report = found.report()
-    for part in (
-        "124,439,808",
-        "9,999,745,024 tokens",
-        "1.00 epochs",
-        "855.2 MFLOP",
-        "$30.45",
-        "50% MFU",
-        "nothing in the way",
-    ):
+    for part in ("124,439,808", "9,999,745,024 tokens", "1.00 epochs", "855.2 MFLOP", "$30.45", "50% MFU"):
         assert part in report
+    assert "nothing in the way" in report and "2 kept" in report  # the newest is the last, and the best another one
+    assert "$" not in plan_of("124M", ten_billion, tmp_path, dollars_per_gpu_hour=None).report()
 
 
 def saved_bytes(
@@ -127,62 +134,102 @@ def test_activations_are_what_autograd_really_saves(tiny_model, precision, check
 
 
 def test_sharding_divides_the_states_and_muon_keeps_one_moment_of_the_matrices():
-    sizes = {"n_params": SIZES["124M"][3], "n_layer": 12, "n_embd": 768, "vocab_size": 50257, "seq_len": 1024}
-    choice = {"micro_batch_size": 4, "precision": "bf16", "gradient_checkpointing": False, "loss_chunk_tokens": None}
-    whole = memory_by_part(**sizes, **choice, processes=8, sharded=False, optimizer="adamw")
-    split = memory_by_part(**sizes, **choice, processes=8, sharded=True, optimizer="adamw")
-    muon = memory_by_part(**sizes, **choice, processes=8, sharded=False, optimizer="muon")
+    layout = planning.Layout(
+        n_params=SIZES["124M"][3], n_layer=12, n_embd=768, vocab_size=50257, seq_len=1024, micro_batch_size=4,
+        processes=8, precision="bf16", optimizer="adamw",
+    )  # fmt: skip
+    whole, split, muon, chunked = (
+        replace(layout, **change).memory()
+        for change in ({}, {"sharded": True}, {"optimizer": "muon"}, {"loss_chunk_tokens": 512})
+    )
     for part in ("weights", "optimizer (adamw)"):
         assert split[part] == whole[part] // 8
     assert split["gradients"] == whole["gradients"]  # until the last micro-batch has been added
     assert whole["activations"] == split["activations"]
     assert whole["optimizer (adamw)"] - muon["optimizer (muon)"] == 4 * 12 * 12 * 768 * 768
-    chunked = memory_by_part(
-        **sizes, **{**choice, "loss_chunk_tokens": 512}, processes=1, sharded=False, optimizer="adamw"
-    )
     assert chunked["logits"] == whole["logits"] // 8
 
 
-def test_1558m_on_one_80_gb_card_says_what_would_fit(tmp_path):
+def test_1558m_on_one_80_gb_card_says_what_would_fit(ten_billion, tmp_path):
     # 16 bytes x 1.56e9 of states alone are 23 GiB; 32 x 1024 x 48 x 1600 x 36 of activations are 84 GiB.
-    found = plan_of("1558M", tmp_path, processes=1, micro_batch_size=32)
-    (problem,) = [text for text in found.problems if "do not fit" in text]
+    one = {"processes": 1, "batch_tokens": 2**19}
+    found = plan_of("1558M", ten_billion, tmp_path, micro_batch_size=32, **one)
+    (problem,) = found.problems
     assert "do not fit into 80 GiB" in problem
     assert "these would: micro_batch_size=16; or gradient_checkpointing with micro_batch_size=32" in problem
     assert problem in found.report()
     for change in ({"micro_batch_size": 16}, {"micro_batch_size": 32, "gradient_checkpointing": True}):
-        assert not [text for text in plan_of("1558M", tmp_path, processes=1, **change).problems if "fit" in text]
-    on_24 = plan_of("1558M", tmp_path, processes=8, gpu_memory_gib=24)
+        assert plan_of("1558M", ten_billion, tmp_path, **one, **change).problems == []
+    on_24 = plan_of("1558M", ten_billion, tmp_path, gpu_memory_gib=24.0)
     assert "sharding (fsdp2.yaml) with micro_batch_size=" in on_24.problems[0]
-    alone = plan_of("1558M", tmp_path, processes=1, gpu_memory_gib=24)
+    alone = plan_of("1558M", ten_billion, tmp_path, gpu_memory_gib=24.0, **one)
     assert "neither smaller micro-batches nor recomputation help" in alone.problems[0]
 
 
-def test_impossible_batches_are_named_with_a_number_that_works(tmp_path):
-    found = plan_of(run_dir=tmp_path, batch_tokens=500_000, micro_batch_size=8, n_head=7, epoch_tokens=1000)
-    assert found.problems == [
-        "n_embd=768 is not a multiple of n_head=7",
-        "batch_tokens=500000 is not a multiple of 65536 (8 sequences x 1024 tokens x 8 processes); try 524288",
-        "the data has 1,000 tokens, fewer than one batch of 500,000",
-    ]
-    assert plan_of(run_dir=tmp_path, epoch_tokens=None).epochs is None
-    assert "epochs n/a (stream)," in plan_of(run_dir=tmp_path, epoch_tokens=None).report()
+def test_data_that_is_missing_too_small_or_read_a_thousand_times_is_a_problem(tmp_path):
+    small = tiny_run.write_tiny_shards(tmp_path / "small")
+    sizes = {**tiny_run.OPTIONS, "gpu_memory_gib": 80.0, "run_dir": tmp_path, "data": str(small)}
+    assert plan(TrainConfig(**sizes)).problems == []
+    (missing,) = plan(TrainConfig(**{**sizes, "data": str(tmp_path / "nowhere")})).problems
+    assert "nowhere is no directory" in missing
+    (too_few,) = plan(TrainConfig(**{**sizes, "batch_tokens": 2**20, "max_steps": 1})).problems
+    assert "fewer than one batch of 1,048,576" in too_few
+    (epochs,) = plan(TrainConfig(**{**sizes, "max_steps": 10_000_000})).problems
+    assert "epochs of" in epochs and "lower --max_steps" in epochs
+    assert plan(TrainConfig(**{**sizes, "data": "stream:anything"})).epochs is None
 
 
-def test_a_disk_too_small_is_named_before_the_run(tmp_path, monkeypatch):
+def test_a_gpu_preset_on_a_cpu_is_a_problem_with_its_days(ten_billion, tmp_path):
+    import torch
+
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    (problem,) = plan_of("124M", ten_billion, tmp_path, gpu_memory_gib=None).problems
+    assert "days on this CPU" in problem and "quickstart" in problem
+
+
+def test_the_plan_takes_its_sizes_from_the_model_it_starts_from(ten_billion, tmp_path):
+    from configuration_gpt2repro import GPT2ReproConfig
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    config = GPT2ReproConfig(n_layer=3, n_head=2, n_embd=32, n_positions=64, vocab_size=50257)
+    model = GPT2ReproForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    found = plan_of("124M", ten_billion, tmp_path, init_from=str(tmp_path / "model"), seq_len=64, micro_batch_size=64)
+    assert found.problems == [] and found.layout.n_params == model.num_parameters()
+    (problem,) = plan_of("124M", ten_billion, tmp_path, init_from=str(tmp_path / "none")).problems
+    assert "there is no model" in problem
+
+
+def test_a_disk_too_small_is_named_before_the_run(ten_billion, tmp_path, monkeypatch):
     # Three checkpoints of 12 bytes x 124,439,808 parameters = 4.17 GiB
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * GIB))
-    (problem,) = plan_of(run_dir=tmp_path / "not" / "yet").problems
+    (problem,) = plan_of("124M", ten_billion, tmp_path / "not" / "yet").problems
     assert problem.startswith("2 checkpoints and one being written need 4.17 GiB, but only 4.00 GiB are free at")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * GIB))
-    assert plan_of(run_dir=tmp_path / "not" / "yet").problems == []
+    assert plan_of("124M", ten_billion, tmp_path / "not" / "yet").problems == []
+
+
+def test_the_plan_keeps_what_the_writer_keeps(ten_billion, tmp_path):
+    """Newest, best, final and milestones, by the rule that prunes them; test_checkpoint.py looks at the files."""
+    changes = {"max_steps": 1000, "save_steps": 100, "milestone_steps": 500, "keep_last": 2}
+    assert plan_of("124M", ten_billion, tmp_path, **changes).kept_checkpoints == 4  # 100 (best), 500, 900, 1000
+
+
+def test_the_hub_is_asked_before_the_run(ten_billion, tmp_path):
+    changes = {"push_to_hub": "me/model", "save_steps": 6358}  # three revisions
+    found = plan_of("124M", ten_billion, tmp_path, may_write=lambda repo: ("me", None), **changes)
+    # 3 x 4 bytes + 8 bytes per parameter = 2.32 GiB
+    assert found.problems == [] and "me/model: about 2.32 GiB in 3 revisions, as me" in found.report()
+    refused = plan_of("124M", ten_billion, tmp_path, may_write=lambda repo: ("", f"{repo} is not yours"), **changes)
+    assert refused.problems == ["me/model is not yours"]
 
 
 def account(name="me", role="write", orgs=("lab",)):
     return {"name": name, "orgs": [{"name": org} for org in orgs], "auth": {"accessToken": {"role": role}}}
 
 
-def test_hub_permission_is_asked_before_the_run(tmp_path, monkeypatch):
+def test_hub_permission_says_who_may_write(monkeypatch):
     from huggingface_hub import HfApi
 
     def answer(reply):
@@ -190,15 +237,11 @@ def test_hub_permission_is_asked_before_the_run(tmp_path, monkeypatch):
 
     answer(lambda self: account())
     assert hub_permission("me/model") == hub_permission("lab/model") == hub_permission("model") == ("me", None)
-    found = plan_of(run_dir=tmp_path, push_to_hub="me/model", hub_revisions=3)
-    # 3 x 4 bytes + 8 bytes per parameter = 2.32 GiB
-    assert found.problems == [] and "me/model: about 2.32 GiB in 3 revisions, as me" in found.report()
     assert "belongs to other, but this login is me" in hub_permission("other/model")[1]
     answer(lambda self: account(role="read"))
     assert "may only read" in hub_permission("me/model")[1]
     answer(lambda self: (_ for _ in ()).throw(OSError("no route to host\nmore")))
     assert hub_permission("me/model")[1].endswith("(`hf auth login`): no route to host")
-    assert plan_of(run_dir=tmp_path, push_to_hub="me/model").problems
 
 
 def test_without_login_or_network_the_hub_question_is_a_sentence():

@@ -2,26 +2,27 @@
 
 import json
 import math
+import os
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
 import threading
-import time
-from types import SimpleNamespace
 
 import pytest
 
 from gpt2repro.training import tracking
-from gpt2repro.training.tracking import (
-    RunLog,
-    Throughput,
-    cut_metrics,
-    flops_per_token,
-    peak_flops,
-    read_metrics,
-    scrub,
-)
+from gpt2repro.training.metrics_log import cut_metrics, read_metrics
+from gpt2repro.training.tracking import RunLog, scrub
+
+
+@pytest.fixture(autouse=True)
+def accelerate_is_there():
+    """A tracker of Accelerate asks which process is the main one."""
+    from accelerate import PartialState
+
+    PartialState(cpu=True)
 
 
 def run_log(run_dir, **changes) -> RunLog:
@@ -114,21 +115,20 @@ def test_status_is_replaced_whole_and_holds_no_secret(tmp_path):
 class Faulty:
     """A tracker that works once."""
 
-    def __init__(self, *arguments, **named):
-        self.calls = 0
+    calls = 0
 
     def log(self, record):
         self.calls += 1
         if self.calls > 1:
             raise RuntimeError("disk of hf_abcdefghijklmnopqrstuvwx on fire")
 
-    def close(self):
+    def finish(self):
         raise AssertionError("a dropped tracker is not called again")
 
 
 def test_a_tracker_that_raises_is_named_once_and_training_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Faulty)
-    monkeypatch.setitem(tracking.TRACKERS, "wandb", lambda *a, **k: 1 / 0)
+    opened = {"tensorboard": Faulty, "wandb": lambda: 1 / 0}
+    monkeypatch.setattr(tracking, "_open_tracker", lambda name, *arguments, **named: opened[name]())
     log = run_log(tmp_path, trackers=["tensorboard", "wandb"], run_ids={"wandb": "abc"})
     for step in range(1, 6):
         log.log({"step": step, "loss": 1.0})
@@ -274,6 +274,33 @@ def test_an_offline_wandb_run_reads_back_and_a_resume_continues_it(tmp_path, mon
     assert history(records) == [{"step": 3, "loss": 3.0}]
 
 
+def test_a_trackio_run_is_local_and_a_resume_continues_it(tmp_path):
+    """In a process of its own: trackio reads its directory when it is imported."""
+    pytest.importorskip("trackio")
+    code = (
+        "import json, sys; from gpt2repro.training.tracking import RunLog; from accelerate import PartialState\n"
+        "PartialState(cpu=True); ids, step = json.loads(sys.argv[2]), int(sys.argv[3])\n"
+        "named = {'config': {'lr': 1e-3, 'hub_token': 'hidden-thing'}, 'trackers': ['trackio'], 'project': 'p'}\n"
+        "log = RunLog(sys.argv[1], **named, run_ids=ids, resume_step=step or None, is_main=True)\n"
+        "log.log({'step': step + 1, 'loss': 3.5}); log.samples(step + 1, ['once upon']); log.close()\n"
+        "print('ids:' + json.dumps(log.run_ids), file=sys.stderr)"
+    )
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    ids = "null"
+    for step in (0, 1):
+        command = [sys.executable, "-c", code, str(tmp_path / "my-run"), ids, str(step)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "failed" not in done.stderr, done.stderr
+        ids = next(line for line in done.stderr.splitlines() if line.startswith("ids:")).removeprefix("ids:")
+    (database,) = (tmp_path / "trackio").glob("p*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("select run_name, step, metrics from metrics order by step").fetchall()
+    assert {name for name, _, _ in rows} == {f"my-run-{json.loads(ids)['trackio']}"}
+    records = [(step, json.loads(metrics)) for _, step, metrics in rows]
+    assert [(step, record["loss"]) for step, record in records if "loss" in record] == [(1, 3.5), (2, 3.5)]
+    assert b"hidden-thing" not in database.read_bytes()
+
+
 def test_links_from_the_writing_thread_do_not_disturb_the_log(tmp_path):
     log = run_log(tmp_path, trackers=["tensorboard"])
     thread = threading.Thread(target=lambda: [log.checkpoint_link(step, "x") for step in range(50)])
@@ -283,47 +310,3 @@ def test_links_from_the_writing_thread_do_not_disturb_the_log(tmp_path):
     thread.join()
     log.close()
     assert steps(tmp_path) == list(range(1, 51))
-
-
-def test_flops_per_token_of_124m_are_those_of_the_formula():
-    # 6 x (124,439,808 - 1024 x 768) + 12 x 12 x 768 x 1024 = 741,920,256 + 113,246,208
-    assert flops_per_token(124_439_808 - 1024 * 768, 12, 768, 1024) == 855_166_464
-
-
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA H100 80GB HBM3", 989.5),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989.5),
-        ("NVIDIA GH200 480GB", 989.5),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA GeForce RTX 4090", 165.2),
-        ("NVIDIA GeForce RTX 3090", 71),
-        ("Tesla V100-SXM2-16GB", 125),
-        ("Tesla T4", 65),
-        ("AMD Instinct MI300X", 1307.4),
-        ("NVIDIA A10", 125),
-        ("NVIDIA A10G", None),
-        ("NVIDIA H200 MIG 1g.18gb", None),
-        ("Apple M3", None),
-        ("cpu", None),
-    ],
-)
-def test_peak_flops_are_the_datasheets_or_unknown(name, tflops):
-    assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
-
-
-def test_throughput_counts_training_time_only(monkeypatch):
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    throughput = Throughput(flops_per_token=100.0, peak=1e4)
-    clock.now += 2
-    with throughput.pause():
-        clock.now += 50
-    assert throughput.measure(tokens=100, steps=4) == {"tokens_per_second": 50.0, "step_seconds": 0.5, "mfu": 0.5}
-    clock.now += 1
-    assert Throughput(flops_per_token=100.0, peak=None).measure(10, 1)["mfu"] is None
-    assert throughput.measure(tokens=100, steps=1)["tokens_per_second"] == 100.0

@@ -10,6 +10,8 @@ import pytest
 
 import train_accelerate
 from gpt2repro.options import run_main
+from gpt2repro.training.machine import keep_sums_exact
+from gpt2repro.training.run import lock_run
 
 SETTINGS = {
     "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32,
@@ -231,7 +233,7 @@ def test_bad_input_gets_one_sentence_and_harms_no_run(finished, corpus, capsys, 
 
 
 def test_two_processes_cannot_train_in_one_run_directory(finished, corpus, capsys):
-    lock = train_accelerate.lock_run(finished)
+    lock = lock_run(finished)
     try:
         assert train(finished, corpus) == 2
         assert "another process is training" in capsys.readouterr().err
@@ -268,7 +270,7 @@ def test_an_overflow_of_fp16_is_the_scalers_business_and_no_bad_number(corpus, t
         accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
         return accelerator
 
-    monkeypatch.setattr(train_accelerate, "build_accelerator", with_a_scaler)
+    monkeypatch.setattr("gpt2repro.training.machine.build_accelerator", with_a_scaler)
     assert train(tmp_path, corpus, max_steps=6, sample_tokens=0) == 0
     steps = [record for record in records(tmp_path) if "loss" in record]
     assert steps[0]["scaler_skipped"] and steps[0]["grad_norm"] is None
@@ -285,7 +287,7 @@ def test_a_failure_in_the_first_evaluation_is_in_status_json(corpus, tmp_path, m
     def fails(*arguments, **options):
         raise RuntimeError("no memory left")
 
-    monkeypatch.setattr("gpt2repro.evaluation.losses.validation_loss", fails)
+    monkeypatch.setattr("gpt2repro.training.evaluator.validation_loss", fails)
     with pytest.raises(RuntimeError):
         train(tmp_path, corpus)
     status = json.loads((tmp_path / "status.json").read_text())
@@ -305,7 +307,7 @@ def test_fsdp2_does_not_round_the_loss_to_bf16():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
     plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy.output_dtype is torch.bfloat16, "Accelerate's default has changed"
-    train_accelerate.keep_sums_exact(plugin)
+    keep_sums_exact(plugin)
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.output_dtype) == (torch.bfloat16, None)
-    train_accelerate.keep_sums_exact(None)  # no FSDP
+    keep_sums_exact(None)  # no FSDP

@@ -32,6 +32,16 @@ def resolve_pointer(directory: str | Path, name: str) -> Path | None:
     return step_path(Path(directory), step)
 
 
+def kept_steps(
+    steps: list[int], keep_last: int | None, milestone_steps: int | None, *, pointed: set[int | None]
+) -> set[int]:
+    """Which of the saved `steps` (ascending) stay: the newest `keep_last` (None: all), milestones, pointed ones."""
+    if keep_last is None:
+        return set(steps)
+    milestones = {step for step in steps if milestone_steps and step % milestone_steps == 0}
+    return {*steps[-max(keep_last, 1) :], *milestones, *(pointed & set(steps))}
+
+
 def find_run(model: str | Path) -> Path | None:
     """The run that a model belongs to: the directory itself, or the one around its checkpoints."""
     path = Path(model).resolve()

@@ -41,6 +41,7 @@ from gpt2repro.checkpoint.layout import (
     FORMAT,
     POINTERS,
     VERSION,
+    kept_steps,
     list_steps,
     piece_name,
     pointed_step,
@@ -324,13 +325,9 @@ class CheckpointWriter:
         self._prune(step)
 
     def _prune(self, newest: int) -> None:
-        if self.keep_last is None:
-            return
         steps = [step for step, _ in list_steps(self.directory)]
-        keep = {newest, *steps[-max(self.keep_last, 1) :]}
-        keep |= {pointed_step(self.directory, name) for name in POINTERS}
-        if self.milestone_steps:
-            keep |= {step for step in steps if step % self.milestone_steps == 0}
+        pointed = {newest, *(pointed_step(self.directory, name) for name in POINTERS)}
+        keep = kept_steps(steps, self.keep_last, self.milestone_steps, pointed=pointed)
         for step in set(steps) - keep:
             doomed = self.directory / f".{step_path(self.directory, step).name}.tmp-old-{self._token}"
             step_path(self.directory, step).rename(doomed)  # never half a directory under its own name

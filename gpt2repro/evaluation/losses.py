@@ -91,16 +91,15 @@ def sum_over_ranks(
 def loss_sum(forward: Forward, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Total nats of `targets` (B, T), already shifted, -100 counts for nothing. Returns a scalar.
 
-    Models that take `shift_labels` compute it themselves, a chunk of (B, T, V) logits at a time, so an evaluation batch
-    never needs more memory than a training batch.
+    A model of ours computes it itself, a chunk of (B, T, V) logits at a time, so an evaluation batch never needs more
+    memory than a training batch.
     """
     owner = getattr(forward, "__self__", forward)  # the module behind a bound method, or the module itself
     accepted = inspect.signature(type(owner).forward).parameters
-    if "shift_labels" in accepted:
-        counted = (targets != IGNORED).sum()
-        chunked = {"loss_chunk_tokens": LOSS_CHUNK_TOKENS} if "loss_chunk_tokens" in accepted else {}
-        mean = forward(input_ids=inputs, shift_labels=targets, use_cache=False, output_logits=False, **chunked).loss
-        return torch.where(counted > 0, mean * counted, 0.0)  # the mean of nothing is NaN
+    if "loss_chunk_tokens" in accepted:
+        options = {"use_cache": False, "output_logits": False, "loss_chunk_tokens": LOSS_CHUNK_TOKENS}
+        # a sum: the mean of nothing would be NaN
+        return forward(input_ids=inputs, shift_labels=targets, num_items_in_batch=1, **options).loss
     logits = forward(input_ids=inputs, use_cache=False).logits  # (B, T, V)
     return -target_log_probs(logits, targets).sum()
 

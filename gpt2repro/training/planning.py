@@ -1,18 +1,27 @@
-"""A run on paper: memory, batch, time, money and disk before a single step. Arithmetic; knows no torch and no loop.
+"""A run on paper: memory, batch, time, money and disk before a single step. Arithmetic on a TrainConfig; no loop.
 
 All byte counts are per process. The memory is that of eager execution and so an upper bound: torch.compile fuses much
 of what is counted as activations and logits away.
 """
 
+import os
 import shutil
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpt2repro.training.tracking import flops_per_token, peak_flops
+from gpt2repro.checkpoint.layout import kept_steps
+from gpt2repro.data.shards import open_split
+from gpt2repro.data.sources import shards_directory
+from gpt2repro.models import architecture_of
+from gpt2repro.options import InputError
+from gpt2repro.training.meter import flops_per_token, peak_flops
 
-# Devices to quote hours for; their peaks are those of tracking.PEAK_FLOPS.
+# Devices to quote hours for; their peaks are those of meter.PEAK_FLOPS.
 DEVICES = ("RTX 4090", "A100", "H100 PCIe", "H100", "H200")
 GIB = 2**30
+DEFAULT_GPU_GIB = 80.0
 # CUDA context, cuBLAS and NCCL workspaces, fragmentation: an estimate, not measured.
 RESERVE_BYTES = round(1.5 * GIB)
 STATE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}  # weights, gradients and moments of one parameter, each
@@ -25,6 +34,252 @@ BLOCK_BYTES = {"fp64": 128, "fp32": 64, "bf16": 36, "fp16": 36}
 STREAM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}  # the residual stream, all that recomputation keeps
 # At the loss: logits, their fp32 copy and its log-softmax (2 + 4 + 4); fp32 needs no copy (4 + 4).
 LOGIT_BYTES = {"fp64": 16, "fp32": 8, "bf16": 10, "fp16": 10}
+# More passes over one corpus than this are a forgotten --max_steps, or another corpus than was meant.
+MOST_EPOCHS = 1000
+# On a CPU a run that would take longer than this was meant for a GPU.
+MOST_CPU_HOURS = 24
+SMALL_RUN_FLOPS = 1e15  # below, no CPU needs a day, and none is measured
+CPU_SHARE = 0.5  # of a matmul's speed that a whole training step reaches there; measured on two cores, 0.4 to 0.6
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes that a process' memory follows from."""
+
+    n_params: int
+    n_layer: int
+    n_embd: int
+    vocab_size: int
+    seq_len: int
+    micro_batch_size: int
+    processes: int
+    precision: str
+    optimizer: str
+    gradient_checkpointing: bool = False
+    sharded: bool = False
+    loss_chunk_tokens: int | None = None
+
+    def memory(self) -> dict[str, int]:
+        """Part -> bytes of one process at its peak, the beginning of the backward pass."""
+        share = self.processes if self.sharded else 1
+        width = STATE_BYTES[self.precision]
+        half = self.precision in ("bf16", "fp16")
+        tokens = self.micro_batch_size * self.seq_len
+        block = tokens * self.n_embd * BLOCK_BYTES[self.precision]
+        stream = tokens * self.n_embd * STREAM_BYTES[self.precision]
+        parts = {
+            "weights": self.n_params * width // share,
+            "gradients": self.n_params * width // share,
+            f"optimizer ({self.optimizer})": self.moments() * width // share,
+        }
+        if self.sharded:
+            # FSDP2 gathers a block while it computes on the last one, and the embeddings for the whole pass.
+            gathered = (self.n_params - self.matrices()) + min(2, self.n_layer) * self.matrices() // self.n_layer
+            # While micro-batches add up, gradients stay whole: they are reduced once, after the last.
+            parts["gradients"] = self.n_params * width
+            parts["gathered weights"] = gathered * (2 if half else width)
+        elif half:
+            parts[f"{self.precision} copies of the weights"] = 2 * self.n_params
+        # Recomputing, a process holds every block's input and the tensors of the one block that it recomputes.
+        recomputed = self.n_layer * stream + block
+        parts["activations"] = stream + (recomputed if self.gradient_checkpointing else self.n_layer * block)
+        logits = min(tokens, self.loss_chunk_tokens or tokens) * self.vocab_size
+        parts["logits"] = logits * LOGIT_BYTES[self.precision]
+        parts["context, workspaces (estimate)"] = RESERVE_BYTES
+        return parts
+
+    def matrices(self) -> int:
+        """Parameters in the blocks' matrices: what Muon takes, with one moment instead of two."""
+        return min(self.n_params, 12 * self.n_layer * self.n_embd**2)
+
+    def moments(self) -> int:
+        """Numbers that the optimizer keeps."""
+        return 2 * self.n_params - (self.matrices() if self.optimizer == "muon" else 0)
+
+
+@dataclass
+class Plan:
+    """What `plan` found. `report()` is for people; `problems` are the sentences that say what would not work."""
+
+    layout: Layout
+    gpu_memory_gib: float | None
+    batch: str
+    max_steps: int
+    tokens: int
+    epochs: float | None
+    flops_per_token: int
+    mfu: float
+    hours: dict[str, float]
+    dollars_per_gpu_hour: float | None
+    checkpoint_bytes: dict[str, int]
+    kept_checkpoints: int
+    disk_free_bytes: int
+    run_dir: Path
+    hub: str | None
+    problems: list[str]
+
+    def report(self) -> str:
+        memory, processes, price = self.layout.memory(), self.layout.processes, self.dollars_per_gpu_hour
+        card = f" of {self.gpu_memory_gib:,.0f} GiB" if self.gpu_memory_gib else ""
+        stated = f"{self.mfu:.0%} MFU" + (f", ${price:.2f} per GPU and hour" if price is not None else "")
+        epochs = "epochs n/a" if self.epochs is None else f"{self.epochs:,.2f} epochs"
+        n_params = self.layout.n_params
+        lines = [
+            f"parameters   {n_params:,}",
+            f"batch        {self.batch}",
+            f"length       {self.max_steps:,} steps, {self.tokens:,} tokens, {epochs}, "
+            f"{self.tokens / n_params:,.1f} tokens per parameter",
+            f"work         {self.flops_per_token / 1e6:,.1f} MFLOP per token, "
+            f"{self.flops_per_token * self.tokens:.3g} FLOP in all",
+            f"memory       {_gib(sum(memory.values()))}{card} per process, at most (torch.compile needs less)",
+            *(f"  {_gib(size):>11}  {part}" for part, size in memory.items()),
+            f"time         at {stated}, {processes} process{'es' if processes > 1 else ''}",
+        ]
+        for device, hours in self.hours.items():
+            cost = "" if price is None else f"  ${hours * processes * price:,.2f}"
+            lines.append(f"  {_duration(hours):>11}  {device}{cost}")
+        parts = ", ".join(f"{part} {_gib(size)}" for part, size in self.checkpoint_bytes.items())
+        lines.append(
+            f"checkpoint   {_gib(sum(self.checkpoint_bytes.values()))} each ({parts}), {self.kept_checkpoints} kept; "
+            f"{_gib(self.disk_free_bytes)} free at {self.run_dir}"
+        )
+        if self.hub:
+            lines.append(f"hub          {self.hub}")
+        lines += ["", *(f"PROBLEM: {text}" for text in self.problems)] if self.problems else ["", "nothing in the way"]
+        return "\n".join(lines)
+
+
+def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callable | None = None) -> Plan:
+    """Work the run of a TrainConfig out without running it.
+
+    It asks the disk for its free space, the data and `init_from` for their sizes and, with `push_to_hub`,
+    `may_write(repo)` for (account, complaint or None). What cannot be had becomes a problem, not an error.
+    """
+    problems: list[str] = []
+    split = None
+    if not config.data.startswith("stream:"):
+        try:
+            split = open_split(shards_directory(config.data), "train")
+        except InputError as error:
+            problems.append(str(error))
+    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "n_positions")}
+    sizes["vocab_size"] = config.vocab_size or (split.vocab_size if split else 50257)
+    if config.init_from is not None:
+        try:
+            sizes |= architecture_of(config.init_from)
+        except InputError as error:
+            problems.append(str(error))
+    n_layer, n_embd = sizes["n_layer"], sizes["n_embd"]
+    layout = Layout(
+        n_params=parameter_count(**{name: size for name, size in sizes.items() if name != "n_head"}),
+        n_layer=n_layer,
+        n_embd=n_embd,
+        vocab_size=sizes["vocab_size"],
+        seq_len=config.seq_len,
+        micro_batch_size=config.micro_batch_size,
+        processes=processes,
+        precision="bf16" if config.precision == "auto" else config.precision,
+        optimizer=config.optimizer,
+        gradient_checkpointing=config.gradient_checkpointing,
+        sharded=sharded,
+        loss_chunk_tokens=config.loss_chunk_tokens,
+    )
+    passes = config.batch_tokens // (config.micro_batch_size * config.seq_len * processes)
+    multiply = f"{config.micro_batch_size} sequences x {config.seq_len} tokens x {processes} processes"
+    tokens = config.max_steps * config.batch_tokens
+    work = flops_per_token(layout.n_params - sizes["n_positions"] * n_embd, n_layer, n_embd, config.seq_len)
+
+    epochs = tokens / ((split.tokens - 1) // config.seq_len * config.seq_len or 1) if split else None
+    if split and split.tokens <= config.batch_tokens:
+        problems.append(f"the data has {split.tokens:,} tokens, fewer than one batch of {config.batch_tokens:,}")
+    problems += doubts(config, epochs, work * tokens)
+
+    gpu_memory_gib = config.gpu_memory_gib or _memory_of_this_gpu()
+    needed = sum(layout.memory().values())
+    if needed > gpu_memory_gib * GIB:
+        problems.append(
+            f"about {_gib(needed)} per process do not fit into {gpu_memory_gib:,.0f} GiB; "
+            + _what_would_fit(layout, gpu_memory_gib)
+        )
+
+    width = STATE_BYTES[layout.precision]
+    checkpoint = {"model": layout.n_params * width, "optimizer": layout.moments() * width}
+    each = sum(checkpoint.values())
+    saves = sorted({*range(config.save_steps, config.max_steps + 1, config.save_steps), config.max_steps})
+    kept = len(kept_steps(saves, config.keep_last, config.milestone_steps, pointed={saves[0], saves[-1]}))
+    run_dir = Path(config.run_dir)
+    free = shutil.disk_usage(next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())).free
+    if each * (kept + 1) > free:  # a new checkpoint is whole before an old one goes
+        problems.append(
+            f"{kept} checkpoints and one being written need {_gib(each * (kept + 1))}, but only {_gib(free)} are free "
+            f"at {run_dir}; lower --keep_last or choose another --run_dir"
+        )
+
+    hub = None
+    if config.push_to_hub and may_write is not None:
+        account, complaint = may_write(config.push_to_hub)
+        stored = checkpoint["model"] * len(saves) + checkpoint["optimizer"]  # its state for the newest revision only
+        hub = f"{config.push_to_hub}: about {_gib(stored)} in {len(saves)} revisions" + (account and f", as {account}")
+        problems += [complaint] if complaint else []
+
+    mfu = config.assumed_mfu
+    return Plan(
+        layout=layout,
+        gpu_memory_gib=gpu_memory_gib,
+        batch=f"{config.batch_tokens:,} tokens = {multiply} x {passes} forward passes",
+        max_steps=config.max_steps,
+        tokens=tokens,
+        epochs=epochs,
+        flops_per_token=work,
+        mfu=mfu,
+        hours={name: work * tokens / (peak_flops(name) * mfu * processes) / 3600 for name in DEVICES},
+        dollars_per_gpu_hour=config.dollars_per_gpu_hour,
+        checkpoint_bytes=checkpoint,
+        kept_checkpoints=kept,
+        disk_free_bytes=free,
+        run_dir=run_dir,
+        hub=hub,
+        problems=problems,
+    )
+
+
+def print_plan(config, may_write: Callable) -> int:
+    """`--plan`. Raises: InputError where something does not fit."""
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    found = plan(config, processes=int(os.environ.get("WORLD_SIZE", 1)), sharded=sharded, may_write=may_write)
+    print(found.report())
+    if found.problems:
+        raise InputError("this run would not work as it is: " + "; ".join(found.problems))
+    return 0
+
+
+def doubts(config, epochs: float | None, flops: float) -> list[str]:
+    """What about a run is possible but can hardly be meant: many epochs, or a GPU's work on a CPU."""
+    import torch
+
+    found = []
+    if epochs is not None and epochs > MOST_EPOCHS:
+        found.append(f"{epochs:,.0f} epochs of {config.data}; lower --max_steps, or take a larger corpus")
+    on_cpu = not torch.accelerator.is_available() and config.gpu_memory_gib is None
+    if on_cpu and flops > SMALL_RUN_FLOPS:
+        rate = matmul_flops()
+        if (hours := flops / rate / CPU_SHARE / 3600) > MOST_CPU_HOURS:
+            found.append(
+                f"about {_duration(hours)} on this CPU ({rate / 1e9:,.0f} GFLOP/s in a matmul, measured now); take "
+                "a GPU, or a smaller preset such as quickstart (to plan for a GPU elsewhere: --gpu_memory_gib 80)"
+            )
+    return found
+
+
+def matmul_flops(size: int = 1024, seconds: float = 0.1) -> float:
+    """FLOP/s of this CPU in fp32 matrix products, measured for `seconds`."""
+    import torch
+
+    a, done, began = torch.rand(size, size), 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        torch.mm(a, a)
+        done += 2 * size**3
+    return done / (time.perf_counter() - began)
 
 
 def parameter_count(*, vocab_size: int, n_positions: int, n_embd: int, n_layer: int, n_inner: int | None = None) -> int:
@@ -36,216 +291,41 @@ def parameter_count(*, vocab_size: int, n_positions: int, n_embd: int, n_layer: 
     return (vocab_size + n_positions) * n_embd + n_layer * (attention + mlp + norms) + 2 * n_embd
 
 
-def memory_by_part(
-    *,
-    n_params: int,
-    n_layer: int,
-    n_embd: int,
-    vocab_size: int,
-    seq_len: int,
-    micro_batch_size: int,
-    processes: int,
-    precision: str,
-    gradient_checkpointing: bool,
-    sharded: bool,
-    optimizer: str,
-    loss_chunk_tokens: int | None,
-) -> dict[str, int]:
-    """Bytes of one process at its peak, the beginning of the backward pass."""
-    share = processes if sharded else 1
-    width = STATE_BYTES[precision]
-    matrices = min(n_params, 12 * n_layer * n_embd**2)  # of the blocks: what Muon takes, with one moment instead of two
-    moments = 2 * n_params - (matrices if optimizer == "muon" else 0)
-    tokens = micro_batch_size * seq_len
-    block = tokens * n_embd * BLOCK_BYTES[precision]
-    stream = tokens * n_embd * STREAM_BYTES[precision]
-    loss_tokens = min(tokens, loss_chunk_tokens or tokens)
-    parts = {
-        "weights": n_params * width // share,
-        "gradients": n_params * width // share,
-        f"optimizer ({optimizer})": moments * width // share,
-    }
-    if sharded:
-        # FSDP2 gathers a block while it computes on the last one, and the embeddings for the whole pass.
-        gathered = (n_params - matrices) + min(2, n_layer) * matrices // max(1, n_layer)
-        # While micro-batches add up, gradients stay whole: they are reduced once, after the last.
-        parts["gradients"] = n_params * width
-        parts["gathered weights"] = gathered * (2 if precision in ("bf16", "fp16") else width)
-    elif precision in ("bf16", "fp16"):
-        parts[f"{precision} copies of the weights"] = 2 * n_params
-    # Recomputing, a process holds every block's input and the tensors of the one block that it recomputes.
-    parts["activations"] = stream + (n_layer * stream + block if gradient_checkpointing else n_layer * block)
-    parts["logits"] = loss_tokens * vocab_size * LOGIT_BYTES[precision]
-    parts["context, workspaces (estimate)"] = RESERVE_BYTES
-    return parts
+def _memory_of_this_gpu() -> float:
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else DEFAULT_GPU_GIB
 
 
-@dataclass
-class Plan:
-    """What `plan` found. `report()` is for people; `problems` are the sentences that say what would not work."""
+def _what_would_fit(layout: Layout, gpu_memory_gib: float) -> str:
+    """The mildest changes that make the run fit, none of which changes its result."""
 
-    n_params: int
-    memory: dict[str, int]
-    gpu_memory_gib: float | None
-    layout: str
-    max_steps: int
-    tokens: int
-    epochs: float | None
-    flops_per_token: int
-    mfu: float
-    processes: int
-    hours: dict[str, float]
-    dollars_per_gpu_hour: float | None
-    checkpoint_bytes: dict[str, int]
-    keep_checkpoints: int | None
-    disk_free_bytes: int
-    run_dir: Path
-    hub: str | None
-    problems: list[str]
+    def largest(**change) -> int | None:
+        halves = [layout.micro_batch_size >> shift for shift in range(layout.micro_batch_size.bit_length())]
+        sizes = {size: sum(replace(layout, micro_batch_size=size, **change).memory().values()) for size in halves}
+        return next((size for size, needed in sizes.items() if needed <= gpu_memory_gib * GIB), None)
 
-    def report(self) -> str:
-        total = sum(self.memory.values())
-        card = f" of {self.gpu_memory_gib:,.0f} GiB" if self.gpu_memory_gib else ""
-        each = sum(self.checkpoint_bytes.values())
-        kept = "all kept" if self.keep_checkpoints is None else f"{self.keep_checkpoints} kept"
-        price = self.dollars_per_gpu_hour
-        stated = f"{self.mfu:.0%} MFU" + (f", ${price:.2f} per GPU and hour" if price is not None else "")
-        epochs = "epochs n/a (stream)" if self.epochs is None else f"{self.epochs:,.2f} epochs"
-        lines = [
-            f"parameters   {self.n_params:,}",
-            f"batch        {self.layout}",
-            f"length       {self.max_steps:,} steps, {self.tokens:,} tokens, {epochs}, "
-            f"{self.tokens / self.n_params:,.1f} tokens per parameter",
-            f"work         {self.flops_per_token / 1e6:,.1f} MFLOP per token, "
-            f"{self.flops_per_token * self.tokens:.3g} FLOP in all",
-            f"memory       {_gib(total)}{card} per process, at most (torch.compile needs less)",
-            *(f"  {_gib(size):>11}  {part}" for part, size in self.memory.items()),
-            f"time         at {stated}, {self.processes} process{'es' if self.processes > 1 else ''}",
-        ]
-        for device, hours in self.hours.items():
-            cost = "" if price is None else f"  ${hours * self.processes * price:,.2f}"
-            lines.append(f"  {_duration(hours):>11}  {device}{cost}")
-        lines += [
-            f"checkpoint   {_gib(each)} each ("
-            + ", ".join(f"{part} {_gib(size)}" for part, size in self.checkpoint_bytes.items())
-            + f"), {kept}; {_gib(self.disk_free_bytes)} free at {self.run_dir}",
-        ]
-        if self.hub:
-            lines.append(f"hub          {self.hub}")
-        lines += ["", *(f"PROBLEM: {text}" for text in self.problems)] if self.problems else ["", "nothing in the way"]
-        return "\n".join(lines)
+    offers = []
+    if size := largest():
+        offers.append(f"micro_batch_size={size}")
+    if not layout.gradient_checkpointing and (size := largest(gradient_checkpointing=True)):
+        offers.append(f"gradient_checkpointing with micro_batch_size={size}")
+    if not layout.sharded and layout.processes > 1 and (size := largest(sharded=True)):
+        offers.append(f"sharding (fsdp2.yaml) with micro_batch_size={size}")
+    if offers:
+        return "these would: " + "; or ".join(offers)
+    return "neither smaller micro-batches nor recomputation help: use more memory or several GPUs with fsdp2.yaml"
 
 
-def plan(
-    *,
-    n_params: int,
-    n_layer: int,
-    n_head: int,
-    n_embd: int,
-    vocab_size: int,
-    seq_len: int,
-    batch_tokens: int,
-    micro_batch_size: int,
-    processes: int,
-    max_steps: int,
-    epoch_tokens: int | None,
-    precision: str,
-    gradient_checkpointing: bool,
-    sharded: bool,
-    optimizer: str,
-    keep_checkpoints: int | None,
-    run_dir: str | Path,
-    gpu_memory_gib: float | None,
-    mfu: float = 0.4,
-    dollars_per_gpu_hour: float | None = None,
-    push_to_hub: str | None = None,
-    n_positions: int | None = None,
-    loss_chunk_tokens: int | None = None,
-    hub_revisions: int = 1,
-) -> Plan:
-    """Work a run out without running it.
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:,.2f} MiB"
 
-    `epoch_tokens` is None for a stream, `keep_checkpoints` the number that will lie on the disk (None: no limit),
-    `gpu_memory_gib` None where there is no GPU. Asks the disk for its free space and, with `push_to_hub`, the Hub for
-    the account; nothing else leaves this function.
-    """
-    problems: list[str] = []
-    if n_embd % n_head:
-        problems.append(f"n_embd={n_embd} is not a multiple of n_head={n_head}")
-    per_pass = micro_batch_size * seq_len * processes
-    multiply = f"{micro_batch_size} sequences x {seq_len} tokens x {processes} processes"
-    if batch_tokens % per_pass:
-        nearest = max(1, round(batch_tokens / per_pass)) * per_pass
-        problems.append(f"batch_tokens={batch_tokens} is not a multiple of {per_pass} ({multiply}); try {nearest}")
-    passes = max(1, batch_tokens // per_pass)
-    layout = f"{batch_tokens:,} tokens = {multiply} x {passes} forward passes"
-    if epoch_tokens is not None and epoch_tokens < batch_tokens:
-        problems.append(f"the data has {epoch_tokens:,} tokens, fewer than one batch of {batch_tokens:,}")
 
-    sizes = {
-        "n_params": n_params,
-        "n_layer": n_layer,
-        "n_embd": n_embd,
-        "vocab_size": vocab_size,
-        "seq_len": seq_len,
-        "processes": processes,
-        "precision": precision,
-        "optimizer": optimizer,
-        "loss_chunk_tokens": loss_chunk_tokens,
-    }
-    choice = {
-        "micro_batch_size": micro_batch_size,
-        "gradient_checkpointing": gradient_checkpointing,
-        "sharded": sharded,
-    }
-    memory = memory_by_part(**sizes, **choice)
-    if gpu_memory_gib is not None and sum(memory.values()) > gpu_memory_gib * GIB:
-        problems.append(
-            f"about {_gib(sum(memory.values()))} per process do not fit into {gpu_memory_gib:,.0f} GiB; "
-            + _what_would_fit(sizes, choice, gpu_memory_gib)
-        )
-
-    run_dir = Path(run_dir)
-    width = STATE_BYTES[precision]
-    moments = memory[f"optimizer ({optimizer})"] * (processes if sharded else 1)
-    checkpoint = {"model": n_params * width, "optimizer": moments}
-    each = sum(checkpoint.values())
-    free = shutil.disk_usage(next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())).free
-    # A new checkpoint is whole before an old one goes; without a limit at least two must find room.
-    needed = each * ((keep_checkpoints or 1) + 1)
-    if needed > free:
-        count = "two checkpoints" if not keep_checkpoints else f"{keep_checkpoints} checkpoints and one being written"
-        problems.append(f"{count} need {_gib(needed)}, but only {_gib(free)} are free at {run_dir}")
-
-    hub = None
-    if push_to_hub:
-        account, complaint = hub_permission(push_to_hub)
-        stored = n_params * width * hub_revisions + moments  # optimizer state for the newest revision only
-        hub = f"{push_to_hub}: about {_gib(stored)} in {hub_revisions} revisions" + (account and f", as {account}")
-        problems += [complaint] if complaint else []
-
-    tokens = max_steps * batch_tokens
-    work = flops_per_token(n_params - (n_positions or seq_len) * n_embd, n_layer, n_embd, seq_len)
-    return Plan(
-        n_params=n_params,
-        memory=memory,
-        gpu_memory_gib=gpu_memory_gib,
-        layout=layout,
-        max_steps=max_steps,
-        tokens=tokens,
-        epochs=None if not epoch_tokens else tokens / epoch_tokens,
-        flops_per_token=work,
-        mfu=mfu,
-        processes=processes,
-        hours={name: work * tokens / (peak_flops(name) * mfu * processes) / 3600 for name in DEVICES},
-        dollars_per_gpu_hour=dollars_per_gpu_hour,
-        checkpoint_bytes=checkpoint,
-        keep_checkpoints=keep_checkpoints,
-        disk_free_bytes=free,
-        run_dir=run_dir,
-        hub=hub,
-        problems=problems,
-    )
+def _duration(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
 
 
 def hub_permission(repo: str) -> tuple[str, str | None]:
@@ -266,35 +346,3 @@ def hub_permission(repo: str) -> tuple[str, str | None]:
     if role == "read":
         return name, f"the token of {name} may only read; pushing to {repo} needs one with write permission"
     return name, None
-
-
-def _what_would_fit(sizes: dict, choice: dict, gpu_memory_gib: float) -> str:
-    """The mildest changes that make the run fit, none of which changes its result."""
-
-    def fits(**change) -> bool:
-        return sum(memory_by_part(**sizes, **{**choice, **change}).values()) <= gpu_memory_gib * GIB
-
-    def largest(**change) -> int | None:
-        halves = [choice["micro_batch_size"] >> shift for shift in range(choice["micro_batch_size"].bit_length())]
-        return next((size for size in halves if fits(micro_batch_size=size, **change)), None)
-
-    offers = []
-    if largest():
-        offers.append(f"micro_batch_size={largest()}")
-    if not choice["gradient_checkpointing"] and (size := largest(gradient_checkpointing=True)):
-        offers.append(f"gradient_checkpointing with micro_batch_size={size}")
-    if not choice["sharded"] and sizes["processes"] > 1 and (size := largest(sharded=True)):
-        offers.append(f"sharding (fsdp2.yaml) with micro_batch_size={size}")
-    if offers:
-        return "these would: " + "; or ".join(offers)
-    return "neither smaller micro-batches nor recomputation help: use more memory or several GPUs with fsdp2.yaml"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:,.2f} MiB"
-
-
-def _duration(hours: float) -> str:
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from gpt2repro.options import InputError
-from gpt2repro.training.tracking import read_metrics
+from gpt2repro.training.metrics_log import read_metrics
 
 
 def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:

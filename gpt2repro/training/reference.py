@@ -153,7 +153,7 @@ def record(run_dir: str | Path, *, name: str, data: str | Path | None = None, di
     import yaml
 
     from gpt2repro.data.shards import load_manifest
-    from gpt2repro.training.tracking import read_metrics
+    from gpt2repro.training.metrics_log import read_metrics
 
     run_dir = Path(run_dir)
     try:

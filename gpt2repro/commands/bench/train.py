@@ -39,8 +39,8 @@ from gpt2repro.commands.bench.harness import (
     write_record,
 )
 from gpt2repro.options import parse_options
+from gpt2repro.training.meter import flops_per_token, peak_flops
 from gpt2repro.training.optim import build_optimizer
-from gpt2repro.training.tracking import flops_per_token, peak_flops
 
 # layers, heads, width. Radford et al. 2019, table 2; `small` is for CPUs.
 SIZES = {

@@ -1,0 +1,66 @@
+"""A training run's look at its model: validation loss, tasks and samples, by all ranks in the training process."""
+
+import torch
+
+from gpt2repro.evaluation import hellaswag
+from gpt2repro.evaluation.losses import inference, is_fsdp, token_byte_lengths, validation_loss
+from gpt2repro.training.machine import step_seed
+
+
+class Evaluator:
+    """What a run measures again and again; whatever is the same each time is prepared once.
+
+    `config` is a TrainConfig, `source` the training data with its tokenizer and validation split.
+    """
+
+    def __init__(self, config, accelerator, model, source):
+        self.config, self.accelerator, self.model, self.source = config, accelerator, model, source
+        knows_all_tokens = len(source.tokenizer) >= source.vocab_size  # else bytes are the split's average per token
+        self._token_bytes = token_byte_lengths(source.tokenizer) if knows_all_tokens else None
+        self._examples = None
+        if config.hellaswag is not None:
+            plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+            examples = hellaswag.read_examples(config.hellaswag, limit=config.hellaswag_limit)
+            length = hellaswag.max_length_of(plain, source.tokenizer)
+            self._examples = hellaswag.prepare(examples, source.tokenizer, length)
+
+    def measure(self) -> dict:
+        """Validation loss and accuracies of the model as it is now, as one flat record; every rank calls it."""
+        config, accelerator = self.config, self.accelerator
+        ranks = {
+            "device": accelerator.device, "rank": accelerator.process_index, "world": accelerator.num_processes
+        }  # fmt: skip
+        record = {}
+        if self.source.validation is not None:
+            batch = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
+            record |= validation_loss(
+                self.model, self.source.validation, token_bytes=self._token_bytes, **batch, **ranks
+            )
+        if self._examples is not None:
+            record |= hellaswag.evaluate(self.model, self.source.tokenizer, self._examples, **ranks)
+        return record
+
+    def samples(self) -> list[str]:
+        """Continuations of `sample_prompts`; empty on all ranks but the first, though FSDP needs them all."""
+        config, tokenizer = self.config, self.source.tokenizer
+        plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        sharded = is_fsdp(plain)
+        if not (config.sample_tokens and (self.accelerator.is_main_process or sharded)):
+            return []
+        texts = []
+        with inference(self.model):
+            for index, prompt in enumerate(config.sample_prompts):
+                torch.manual_seed(step_seed(config.seed, index, 0))
+                ids = [tokenizer.eos_token_id, *tokenizer(prompt)["input_ids"]][-(config.seq_len // 2) :]
+                inputs = torch.tensor([ids], device=self.accelerator.device)  # (1, T)
+                output = plain.generate(
+                    inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    max_new_tokens=min(config.sample_tokens, plain.config.n_positions - len(ids)),
+                    do_sample=True,
+                    top_k=50,
+                    pad_token_id=tokenizer.eos_token_id,
+                    synced_gpus=sharded,  # no rank stops while another still gathers; FSDP2 goes unnoticed else
+                )
+                texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
+        return texts

@@ -1,0 +1,86 @@
+"""The machine that a run is on: Accelerate with the run's precision, the seeds of its steps, and what it is called."""
+
+import os
+import shlex
+import sys
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+
+from gpt2repro.options import InputError
+
+
+def build_accelerator(config):
+    """Accelerate with this run's precision; deterministic kernels are chosen before the device wakes up.
+
+    `config` is a TrainConfig.
+
+    Raises: InputError where the precision does not work on this machine.
+    """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32 on a GPU; no effect elsewhere
+    precision = {"fp32": "no", "fp64": "no"}.get(config.precision, config.precision)
+    if precision == "auto":
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+        if precision == "no" and on_gpu:
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)]
+    if config.collective_timeout_minutes is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=config.collective_timeout_minutes)))
+    try:
+        # Without `cpu`, Accelerate takes two processes that torchrun starts on a CPU for two runs.
+        cpu = not torch.accelerator.is_available()
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
+    except (ValueError, ImportError) as error:  # such as fp16 on a CPU
+        raise InputError(f"precision={config.precision} does not work on this machine: {error}") from error
+    if config.bf16_residual and accelerator.mixed_precision != "bf16":
+        raise InputError(f"bf16_residual needs mixed precision bf16, and this run has {accelerator.mixed_precision}")
+    keep_sums_exact(getattr(accelerator.state, "fsdp_plugin", None))
+    accelerator.gradient_accumulation_steps = 1  # whatever its environment says: it would divide the loss once more
+    return accelerator
+
+
+def keep_sums_exact(fsdp_plugin) -> None:
+    """Under FSDP2 Accelerate rounds more to bf16 than DDP does; the weights' bf16 copies are enough.
+
+    A loss of 3.3 in bf16 moves in steps of 0.016, and gradients summed over many micro-batches in bf16 lose digits.
+    """
+    policy = getattr(fsdp_plugin, "mixed_precision_policy", None)
+    if hasattr(policy, "output_dtype"):
+        fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for torch's generators, different for every step and rank (Weyl-like steps by large odd numbers)."""
+    return (seed + 0x9E3779B97F4A7C15 * (step + 1) + 0xC2B2AE3D27D4EB4F * rank) % 2**63
+
+
+def whole(norm: torch.Tensor) -> torch.Tensor:
+    """The gradient norm as an ordinary tensor; FSDP2 hands out a DTensor."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def environment(accelerator) -> dict:
+    """Where and how a run runs, for the model card."""
+    import accelerate
+    import transformers
+
+    modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate}
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "distributed": str(accelerator.distributed_type).removeprefix("DistributedType."),
+        "precision": accelerator.mixed_precision,
+        "versions": {name: module.__version__ for name, module in modules.items()},
+    }

@@ -1,0 +1,290 @@
+"""A run's directory while the run trains in it: lock, log, checkpoints, health, status; opened and closed as one.
+
+    with Run(config, accelerator, model, optimizer, source, fetch=fetch_checkpoint) as run:
+        … one step …            run.state.step += 1
+        verdict = run.record(meter.read())          log, judge, show
+        run.evaluate(); run.save()                  metrics, samples; a checkpoint, written by a thread
+    return run.exit_code
+
+It owns what outlives a step. Knows neither how a step is made nor which data or model it is made with.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
+
+from gpt2repro.checkpoint.reader import find_checkpoint
+from gpt2repro.checkpoint.restore import restore
+from gpt2repro.checkpoint.writer import CheckpointWriter
+from gpt2repro.data.ordering import skip_ahead
+from gpt2repro.data.sources import merge_states, prefetch
+from gpt2repro.files import read_json_if_whole, step_in_name, write_json
+from gpt2repro.models import ARCHITECTURE
+from gpt2repro.options import InputError, to_yaml
+from gpt2repro.training import console
+from gpt2repro.training.evaluator import Evaluator
+from gpt2repro.training.health import HealthMonitor, Verdict
+from gpt2repro.training.machine import environment
+from gpt2repro.training.meter import flops_per_token_of
+from gpt2repro.training.planning import doubts
+from gpt2repro.training.plotting import draw_runs
+from gpt2repro.training.reference import Referee
+from gpt2repro.training.state import Best, RunState, find_resume, load_run_state
+from gpt2repro.training.stopping import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, lost_a_process, said_to_the_user
+from gpt2repro.training.tracking import RunLog
+
+BATCHES_AHEAD = 4  # made in a thread while the device computes
+UPLOAD_SECONDS_AT_EXIT = 1800  # how long a finished run waits for uploads; a stopped one leaves them to the next start
+
+
+class Run:
+    """See the module. Every rank opens one; only the main one writes files.
+
+    `state` changes from step to step, `fetch(place, directory)` brings a checkpoint from the Hub, `uploader` (None: no
+    uploads) is set by whoever opens the run.
+
+    Raises: InputError where another process trains in the directory, or its checkpoints belong to another run.
+    """
+
+    def __init__(self, config, accelerator, model, optimizer, source, *, fetch: Callable[[str, Path], Path]):
+        self.config, self.accelerator, self.source = config, accelerator, source
+        self.model, self.optimizer = model, optimizer
+        self.plain_model = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.uploader = None
+        self.exit_code: int | None = None
+        self._fetch = fetch
+        self._at_exit = contextlib.ExitStack()
+
+    def __enter__(self) -> "Run":
+        config, is_main = self.config, self.accelerator.is_main_process
+        with contextlib.ExitStack() as opened:  # closed again where the opening fails
+            if is_main:
+                lock = lock_run(config.run_dir)
+                opened.callback(lock.release)
+            self.writer = CheckpointWriter(
+                config.run_dir / "checkpoints", keep_last=config.keep_last, milestone_steps=config.milestone_steps
+            )
+            self.monitor = HealthMonitor(
+                config.on_bad_numbers,
+                window=config.spike_window,
+                z_threshold=config.spike_z,
+                max_rewinds=config.max_rewinds,
+            )
+            self.identity = {
+                "data": self.source.identity(),
+                "batch_tokens": config.batch_tokens,
+                "optimizer": config.optimizer,
+                "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
+            }
+            checkpoint = find_resume(config.run_dir, config.resume, fetch=self._fetch, is_main=is_main)
+            self.state = RunState(identity=self.identity, source=self.source.initial_state())
+            if checkpoint is not None:
+                self._restore(checkpoint)
+            options = yaml.safe_load(to_yaml(config))
+            n_params, world = self.plain_model.num_parameters(), self.accelerator.num_processes
+            self.log = RunLog(
+                config.run_dir,
+                config=options | {"n_params": n_params, "processes": world},
+                trackers=config.trackers,
+                project=config.project,
+                run_ids=self.state.run_ids,
+                resume_step=self.state.step if checkpoint is not None else None,
+                is_main=is_main,
+            )
+            opened.callback(self.log.close)
+            if is_main:
+                (config.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+                step = self.state.step
+                print(console.opening(config, self.accelerator, self.source, self.plain_model, checkpoint, step))
+                tokens, epoch = config.max_steps * config.batch_tokens, self.source.tokens_per_epoch
+                work = flops_per_token_of(self.plain_model, config.seq_len) * tokens
+                for doubt in doubts(config, tokens / epoch if epoch else None, work):
+                    print(f"warning: {doubt}", file=sys.stderr, flush=True)
+            self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
+            self._referee = Referee(options, self.source.manifest)
+            self._console = console.Console(total=config.max_steps, step=self.state.step, shown=is_main)
+            opened.callback(self._console.close)
+            self._at_exit = opened.pop_all()
+        self.log.status("running", self.state.step)
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        """Let go of everything; whatever ended the run early also ends up in status.json, since launchers hide codes.
+
+        Raises: InputError in place of an error that a sentence explains better than a traceback.
+        """
+        with self._at_exit:
+            if error is None:
+                return
+            if lost_a_process(error):
+                message = "another process of this run is gone; the same command goes on from the last checkpoint"
+                known = read_json_if_whole(self.config.run_dir / "status.json") or {}
+                if known.get("state") != "failed":  # the process that failed knows better why
+                    self.log.status("failed", self.state.step, 1, message)
+                print(f"error: {message}", file=sys.stderr, flush=True)
+                raise SystemExit(1) from None
+            sentence = error if isinstance(error, InputError) else said_to_the_user(error)
+            code = 1 if sentence is None else 2
+            message = f"{type(error).__name__}: {error}" if sentence is None else str(sentence)
+            if not self.accelerator.is_main_process:  # the main one will only notice that somebody is gone
+                message = f"rank {self.accelerator.process_index}: {message}"
+                content = {"state": "failed", "step": self.state.step, "exit_code": code, "message": message}
+                write_json(self.config.run_dir / "status.json", content)
+            self.log.status("failed", self.state.step, code, message)
+            if sentence is not None and sentence is not error:
+                raise sentence from error
+
+    def batches(self):
+        """This rank's batches from the current position on, made ahead of time in a thread."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        sequences = self.config.batch_tokens // self.config.seq_len
+        batches = self.source.batches(self.state.source, rank=rank, world=world, sequences=sequences)
+        made_ahead = prefetch(batches, BATCHES_AHEAD, pin_memory=self.accelerator.device.type == "cuda")
+        self._at_exit.callback(made_ahead.close)
+        return made_ahead
+
+    def record(self, steps: list[dict]) -> Verdict | None:
+        """Log, judge and show what the meter has read; returns the verdict where steps were bad."""
+        if not steps:
+            return None
+        for step in steps:
+            self.log.log({name: value for name, value in step.items() if name != "positions"})
+        verdict = self.monitor.judge(steps)
+        if verdict is not None:
+            self.log.log(verdict.record())
+            self._console.say(f"{verdict.action}: {bad_steps(verdict)}")
+        last = steps[-1]
+        self.state.seconds += last["step_seconds"] * len(steps)
+        self._console.progress(last["step"], last["loss"], last["tokens_per_second"])
+        self.log.status("running", last["step"])
+        return verdict
+
+    def evaluate(self) -> dict:
+        """Measure the model as it is now; log, compare with the reference, keep samples. Every rank calls it."""
+        step = self.state.step
+        record = {"step": step, **self.evaluator.measure()}
+        if len(record) > 1:
+            self.log.log(record)
+            comment = self._referee.comment(step, record["val_loss"]) if "val_loss" in record else None
+            self._console.say(console.evaluation_line(record) + (f" | {comment}" if comment else ""))
+        if samples := self.evaluator.samples():
+            self.log.samples(step, samples)
+        return record
+
+    def save(self, val_loss: float = math.inf) -> None:
+        """Start writing a checkpoint of this step; `val_loss`, if it was measured, decides whether it is the best."""
+        state, scaler = self.state, self.accelerator.scaler
+        if val_loss < (state.best["val_loss"] if state.best else math.inf):  # NaN compares false: it is never the best
+            state.best = Best(step=state.step, val_loss=val_loss)
+        state.run_ids = self.log.run_ids
+        state.scaler = scaler.state_dict() if scaler is not None else None
+        state.health = self.monitor.state()
+        state.environment = environment(self.accelerator)
+        whole = {"source": merge_states(gather_object([state.source]))}  # a stream's ranks each know their own lanes
+        self.writer.save(
+            state.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            tokenizer=self.source.tokenizer,
+            state=state.model_dump() | whole,
+            on_written=self._written,
+        )
+        if state.best is not None and state.best["step"] == state.step:
+            self.writer.point("best", state.step)
+
+    def rewind(self, verdict: Verdict) -> bool:
+        """Back to the newest checkpoint before the bad steps, their windows passed over; False if there is none."""
+        self.writer.wait()  # first: a save that is under way may be the one to return to, and prunes older ones
+        checkpoint = find_checkpoint(self.config.run_dir, all_ranks=True, at_most=verdict.first_step - 1)
+        if checkpoint is None:
+            return False
+        self._restore(checkpoint, rewinding=True)
+        self.state.source = skip_ahead(self.state.source, verdict.start, verdict.stop)
+        self.log.rewind(self.state.step)
+        # At the first step of the new way: a resume from before it meets the bad steps again and logs them itself.
+        self.log.log(verdict.record() | {"step": self.state.step + 1})
+        self._console.back_to(self.state.step)
+        return True
+
+    def finish(self, verdict: Verdict | None, stopped_by: str) -> None:
+        """The end of the run, or of this process' part in it: last checkpoint, uploads, status and exit code.
+
+        `verdict` says why the numbers ended it, `stopped_by` names the signal where it ends before `max_steps`.
+        """
+        config, state, done = self.config, self.state, self.state.step == self.config.max_steps
+        if verdict is None and not done:
+            self.save()
+        elif verdict is None:
+            self.writer.point("final", state.step)
+        self.writer.close()
+        self._console.close()
+        if self.uploader is not None:
+            self.uploader.close(timeout=UPLOAD_SECONDS_AT_EXIT if done else 0)
+        if verdict is not None:
+            advice = {"rewind": "no rewind is left or possible: lower the lr"}.get(
+                config.on_bad_numbers, "try a lower lr, or --on_bad_numbers rewind"
+            )
+            message = f"{bad_steps(verdict)}; the checkpoints before are kept; {advice}"
+            self._end(EXIT_BAD_NUMBERS, "failed", message, file=sys.stderr)
+        elif not done:
+            message = f"stopped by {stopped_by} after step {state.step}; the same command continues from there"
+            self._end(EXIT_STOPPED, "stopped", message)
+        else:
+            if self.accelerator.is_main_process:
+                self._draw()
+            self._end(EXIT_DONE, "done", "", shown=console.closing(config, self.source))
+
+    def _end(self, code: int, state: str, message: str, *, shown: str | None = None, file=None) -> None:
+        self.exit_code = code
+        self.accelerator.print(message if shown is None else shown, file=file)
+        self.log.status(state, self.state.step, code, message)
+
+    def _restore(self, checkpoint: Path, *, rewinding: bool = False) -> None:
+        """Put everything back to what it was when `checkpoint` was saved; those of later steps are abandoned."""
+        self.state = load_run_state(checkpoint, self.identity)
+        restore(checkpoint, self.model, self.optimizer)
+        if self.state.scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.state.scaler)
+        self.monitor.load_state(self.state.health, rewinding=rewinding)
+        self.writer.discard_after(self.state.step)
+        if self.state.best is not None:
+            self.writer.point("best", self.state.best["step"])
+
+    def _written(self, checkpoint: Path) -> None:
+        """What follows a checkpoint; called by the thread that wrote it, so that the loop does not wait for it."""
+        self._draw()
+        step, place = step_in_name(checkpoint), str(checkpoint)
+        if self.uploader is not None:
+            self.uploader.checkpoint(checkpoint)
+            place = f"https://huggingface.co/{self.config.push_to_hub}/tree/step-{step}"
+        self.log.checkpoint_link(step, place)
+
+    def _draw(self) -> None:
+        """Refresh the run's picture; no picture is a reason to end a run."""
+        try:
+            draw_runs([self.config.run_dir], self.config.run_dir / "loss.png")
+        except Exception as error:
+            print(f"loss.png was not drawn: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
+def lock_run(run_dir: Path) -> FileLock:
+    """A lock that dies with its process. Raises: InputError where another process already trains this run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another process is training in {run_dir}; wait for it, or choose another --run_dir"
+        ) from None
+    return lock
+
+
+def bad_steps(verdict: Verdict) -> str:
+    return f"{verdict.reason} (steps {verdict.first_step} to {verdict.last_step})"

@@ -1,0 +1,134 @@
+"""What a run carries from step to step, and finds again in its checkpoints; checked before anything is done with it.
+
+Knows no optimizer and no file: tensors are the checkpoint room's.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import NotRequired, TypedDict  # pydantic wants this one before Python 3.12
+
+from gpt2repro.checkpoint.reader import find_checkpoint, read_state
+from gpt2repro.files import step_in_name
+from gpt2repro.options import InputError
+
+Count = Annotated[int, Field(ge=0)]
+Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+class Best(TypedDict):
+    """The checkpoint with the lowest validation loss."""
+
+    step: Count
+    val_loss: float
+
+
+class Identity(TypedDict):
+    """What makes a run this run: with another value, the rest of it would be another run."""
+
+    data: dict[str, Any]
+    batch_tokens: int
+    optimizer: str
+    architecture: dict[str, Any]
+
+
+class Source(TypedDict):
+    """Where the data stands: windows consumed, ranges skipped on purpose, and for streams each lane's place."""
+
+    position: Count
+    skipped: list[Range]
+    lanes: NotRequired[dict[str, list[Count]]]
+
+
+class Health(TypedDict):
+    """The health monitor's window and counts."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    skipped: Count
+    in_a_row: Count
+    rewinds: Count
+    scaler_skips: Count
+    scaler_in_a_row: Count
+
+
+class RunState(BaseModel):
+    """The one object that changes from step to step; `model_dump()` is what a checkpoint keeps of it."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: Count = 0  # optimizer steps done
+    best: Best | None = None
+    run_ids: dict[str, str] | None = None  # the trackers' names of this run
+    seconds: float = 0.0  # of training steps
+    scaler: dict[str, Any] | None = None  # fp16's loss scale
+    health: Health | None = None  # None before the first step
+    identity: Identity
+    source: Source
+    environment: dict[str, Any] = {}
+
+
+def load_run_state(checkpoint: Path, identity: Identity) -> RunState:
+    """The state in a verified checkpoint. Raises: InputError where the loop never wrote it, or another run did."""
+    content = read_state(checkpoint)
+    try:
+        state = RunState.model_validate(content)
+        wrong = [] if state.health is not None else ["health"]
+    except ValidationError as error:
+        state, wrong = None, list(dict.fromkeys(str(problem["loc"][0]) for problem in error.errors()))
+    if state and checkpoint.name.startswith("step_") and step_in_name(checkpoint) != state.step:
+        wrong.append("step")
+    if wrong:
+        raise InputError(
+            f"{checkpoint}: its trainer state has no usable {' and '.join(wrong)}; take another checkpoint"
+        )
+    refuse_another_run(state.identity, identity, checkpoint)
+    return state
+
+
+def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path) -> None:
+    """Raises InputError where an option changed that would make the rest of the run another run.
+
+    Free to change on resume: processes, micro_batch_size, precision, workers, trackers, intervals; max_steps, lr and
+    the rest of the schedule change lr(step) from here on. Not free: the data and its order (data, seed, seq_len,
+    batch_tokens: they say which windows each step sees), the architecture and the kind of optimizer state.
+    """
+    pairs = {name: (saved[name], now[name]) for name in ("batch_tokens", "optimizer")}
+    for part in ("architecture", "data"):
+        names = sorted({*saved[part], *now[part]})
+        pairs |= {f"{part}: {name}": (saved[part].get(name), now[part].get(name)) for name in names}
+    changed = [f"{name} was {before} and is now {after}" for name, (before, after) in pairs.items() if before != after]
+    if changed:
+        raise InputError(
+            f"cannot continue {checkpoint} with other settings: {'; '.join(changed)}. Set them back, or start a new "
+            "--run_dir (with --init_from to begin from these weights)"
+        )
+
+
+def find_resume(run_dir: Path, resume: str, *, fetch: Callable[[str, Path], Path], is_main: bool) -> Path | None:
+    """The checkpoint that `--resume` means, None for a new run. Every rank calls it; `fetch` gets one from the Hub.
+
+    A run that was started from elsewhere and interrupted continues from its own checkpoints: the same command again.
+    Naming an earlier checkpoint of the run itself goes back to it and abandons the later ones.
+    """
+    own = find_checkpoint(run_dir, all_ranks=True)
+    if resume == "auto":
+        return own
+    if resume == "never":
+        if own is not None:
+            raise InputError(f"{run_dir} already holds a run; choose another --run_dir, or drop --resume never")
+        return None
+    place: str | Path = resume
+    if resume.startswith("hub:"):
+        place = fetch(resume, run_dir / "from_hub")  # by the first process; the others wait
+        curve = Path(place) / "training/metrics.jsonl"
+        if is_main and own is None and curve.is_file():  # the log then begins at step 0
+            shutil.copy(curve, run_dir / "metrics.jsonl")
+    found = find_checkpoint(place, all_ranks=True)
+    if found is None:
+        raise InputError(f"resume={resume}: no checkpoint there")
+    elsewhere = own is not None and found.resolve().parent != own.resolve().parent
+    return own if elsewhere and read_state(own)["step"] >= read_state(found)["step"] else found

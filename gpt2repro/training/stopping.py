@@ -1,0 +1,81 @@
+"""How a run ends before its time: signals that ask for a checkpoint, errors that say what to do, exit codes."""
+
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+from gpt2repro.options import InputError
+
+EXIT_DONE, EXIT_STOPPED, EXIT_BAD_NUMBERS = 0, 3, 4
+
+
+class StopSignal:
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 (Slurm's warning) ask for a checkpoint; a second SIGINT leaves at once.
+
+    Whichever rank it reaches, all ranks stop after the same step: each step's answer travels while the next step
+    computes, so agreeing costs no waiting. A context manager: at its end the process has its old handlers again.
+    """
+
+    def __init__(self, world: int):
+        self._received: int | None = None
+        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self._answer, self._work = torch.zeros(1), None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has neither SIGHUP nor SIGUSR1
+            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # nohup
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        self._received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            print("\nstopping after this step; Ctrl-C again quits now", file=sys.stderr, flush=True)
+
+    @property
+    def received(self) -> bool:
+        """Whether a signal has reached this process."""
+        return self._received is not None
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self._received).name if self.received else "a signal to another process"
+
+    def agreed(self) -> bool:
+        """Whether to stop before the next step. Every rank must ask equally often."""
+        if self._group is None:
+            return self.received
+        if self._work is not None:
+            self._work.wait()
+        stop = bool(self._answer.item())
+        self._answer = torch.tensor([float(self.received)])
+        self._work = dist.all_reduce(self._answer, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return stop
+
+
+def said_to_the_user(error: BaseException) -> InputError | None:
+    """The sentence for an error that is the machine's and not ours: memory that ran out; else None."""
+    text = str(error)
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    )
+    if out_of_memory:
+        return InputError(
+            "the memory ran out; halve --micro_batch_size (the result stays the same), or add --gradient_checkpointing"
+        )
+    return None
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether a collective failed since another process has ended: gloo's RuntimeError, or NCCL's DistError."""
+    by_gloo = isinstance(error, RuntimeError) and ("gloo" in str(error) or "by peer" in str(error))
+    return by_gloo or isinstance(error, dist.DistError)
