@@ -33,10 +33,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gpt2repro.data import text_files
-from gpt2repro.data.preparation import prepare
+from gpt2repro.data.preparation import check_place, prepare
+from gpt2repro.data.text import find_text
 from gpt2repro.data.tokenization import Encoder, gpt2_tokenizer, load_tokenizer
-from gpt2repro.data.upload import push_dataset
+from gpt2repro.data.upload import check_push, push_dataset
 from gpt2repro.options import InputError, parse_options, run_main
 
 
@@ -100,10 +100,13 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="prepare_fineweb.py", description=__doc__)
+    check_place(options.out)
+    if options.push_to_hub:
+        check_push(options.push_to_hub)
     if options.executor == "datatrove":
         from gpt2repro.data.datatrove_task import run_locally
 
-        run_locally(argv, options.workers, options.out)
+        run_locally(prepare_part, options)
     manifest = prepare_part(options)
     if manifest is not None and options.push_to_hub:
         push_dataset(options.out, options.push_to_hub)
@@ -113,10 +116,9 @@ def main(argv: list[str]) -> int:
 def prepare_part(options: Options):
     """This node's share of the work. Returns the manifest once every node's is done, else None."""
     tokenizer = gpt2_tokenizer() if options.tokenizer == "gpt2" else load_tokenizer(options.tokenizer)
-    files = text_files.find(
-        [options.dataset], text_column=options.text_column, config=options.subset, revision=options.revision
-    )
     copies = options.out / "source" if options.verify_source else None
+    which = {"config": options.subset, "revision": options.revision, "copies": copies}
+    files = find_text([options.dataset], text_column=options.text_column, **which)
     shard_tokens = min(options.shard_tokens, options.tokens or options.shard_tokens)
     units = files.units(shard_tokens)
     first_shard = options.val == "first-shard"
@@ -129,13 +131,14 @@ def prepare_part(options: Options):
         for index, unit in enumerate(units):
             unit["split"] = "train" if index else "val"
     manifest = prepare(
-        options.out, tokenizer, units, files.with_copies(copies).read,
+        options.out, tokenizer, units, files.read,
         source=files.source,
         settings={"text_column": options.text_column, "val": options.val, "shard_tokens": options.shard_tokens},
         val_fraction=0.0 if first_shard else float(options.val),
         workers=options.workers, encoder=Encoder(tokenizer, fast=options.fast_tokenizer), token_limit=options.tokens,
-        node=(options.node_index, options.num_nodes), overwrite=options.overwrite,
+        node=(options.node_index, options.num_nodes), overwrite=options.overwrite, where=files.where,
     )  # fmt: skip
+    files.reading.tell()
     if manifest is not None:
         if copies is not None:
             shutil.rmtree(copies, ignore_errors=True)

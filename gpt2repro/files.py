@@ -9,7 +9,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -25,6 +25,18 @@ def sha256_of(path: str | Path) -> str:
     with Path(path).open("rb") as file:
         while block := file.read(1 << 20):  # a block this size is hashed without the interpreter's lock
             digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_ends(paths: Iterable[str | Path]) -> str:
+    """Tells files apart without reading all of them: by their names, sizes and both ends, in this order."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+            file.seek(max(0, size - (1 << 16)))
+            digest.update(json.dumps([path.name, size]).encode() + head + file.read())
     return digest.hexdigest()
 
 

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from gpt2repro.data import preparation
-from gpt2repro.data.preparation import PIECE_CHARACTERS, pieces_of, pieces_of_stream, prepare, split_of
-from gpt2repro.data.shards import open_split, verify_dataset
+from gpt2repro.data import text as text_module
+from gpt2repro.data.preparation import prepare, split_of
+from gpt2repro.data.shards import ShardWriter, open_split, verify_dataset
+from gpt2repro.data.text import PIECE_CHARACTERS, pieces_of, pieces_of_stream
 from gpt2repro.data.tokenization import EOT, Encoder, bpe_tokenizer, char_tokenizer
 from gpt2repro.options import InputError
 
@@ -113,7 +115,7 @@ def test_token_limit_keeps_the_first_units_that_reach_it(tmp_path):
         ({"source": {"name": "other"}}, 'source.name: "other", there "test"'),
         ({"settings": {"text_column": "body"}}, "settings.text_column"),
         ({"val_fraction": 0.2}, "settings.val_fraction: 0.2, there 0.1"),
-        ({"tokenizer": char_tokenizer(["abc"])}, "tokenizer.vocab_size: 4"),
+        ({"tokenizer": char_tokenizer([*DOCUMENTS, "ß"])}, "tokenizer.vocab_size: "),
         ({"units": UNITS[:2]}, "units"),
     ],
 )
@@ -134,6 +136,45 @@ def test_a_directory_of_something_else_is_left_alone_even_with_overwrite(tmp_pat
         with pytest.raises(InputError, match=r"is not empty and was not made by this command \(it holds thesis.tex\)"):
             make(tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_refused_with_the_place(tmp_path):
+    def where(unit):
+        return f"book {unit['first']}"
+
+    with pytest.raises(InputError, match=r"book \d+: the character 'ï' \(U\+00EF\) behind '.*na' is not in"):
+        make(tmp_path / "out", tokenizer=char_tokenizer([text.replace("ï", "i") for text in DOCUMENTS]), where=where)
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [("unit", 7), ("splits", []), ("file", "../x"), ("tokens", "many"), ("tokens", 10**12), ("documents", None)],
+)
+def test_a_note_that_cannot_be_is_no_note_and_its_unit_is_done_again(tmp_path, change, value):
+    make(tmp_path / "a")
+    make(tmp_path / "b")
+    path = tmp_path / "b" / "units" / "000001.json"
+    note = json.loads(path.read_text())
+    (note if change in note else note["splits"]["train"])[change] = value
+    path.write_text(json.dumps(note))
+    make(tmp_path / "b")
+    assert same(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"settings": 3}', '{"format": null}'])
+def test_a_plan_that_cannot_be_gets_a_sentence(tmp_path, content):
+    make(tmp_path / "out")
+    (tmp_path / "out" / "plan.json").write_text(content)
+    with pytest.raises(InputError, match=r"holds another data set|was not made by this command"):
+        make(tmp_path / "out")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="/dev/null")
+@pytest.mark.parametrize("out", ["/dev/null", "/dev/null/x", "{tmp}/file", "{tmp}/file/x/y", "{tmp}/" + "x" * 300])
+def test_a_place_that_cannot_be_is_refused_before_any_work(tmp_path, out):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"is a file; --out names a directory|File name too long"):
+        make(out.replace("{tmp}", str(tmp_path)), read=None)
 
 
 def test_text_without_content_is_refused(tmp_path):
@@ -159,12 +200,12 @@ def test_reading_waits_for_writing(tmp_path, monkeypatch):
     """Back-pressure: what was read and not yet written stays within a few batches, however long the unit."""
     monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 10)
     handed, written, most = 0, 0, 0
-    append = preparation._UnitWriters.append
+    append = ShardWriter.append
 
-    def counting_append(self, split, tokens, documents, text_bytes):
+    def counting_append(self, tokens, documents, text_bytes):
         nonlocal written
         written += documents
-        append(self, split, tokens, documents, text_bytes)
+        append(self, tokens, documents, text_bytes)
 
     def counting_read(unit):
         nonlocal handed, most
@@ -173,14 +214,14 @@ def test_reading_waits_for_writing(tmp_path, monkeypatch):
             most = max(most, handed - written)
             yield pieces_of("some text")
 
-    monkeypatch.setattr(preparation._UnitWriters, "append", counting_append)
+    monkeypatch.setattr(ShardWriter, "append", counting_append)
     make(tmp_path / "out", units=[UNITS[0]], read=counting_read, val_fraction=0.0, workers=1)
     assert written == 2000 and most <= 10 * (preparation.BATCHES_AHEAD + 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_pieces_of_a_long_document_give_the_ids_of_the_whole(monkeypatch, seed):
-    monkeypatch.setattr(preparation, "PIECE_CHARACTERS", 20)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
     chance = random.Random(seed)
     text = "".join(chance.choices(["a", "b1", " ", "\n", "\n", "\n\n", " \n", "\t", "'s", "é", "\u00a0", "!"], k=4000))
     pieces = list(pieces_of(text))
@@ -205,6 +246,7 @@ import json, os, signal, sys
 from pathlib import Path
 from tokenizers import Tokenizer
 from gpt2repro.data import preparation
+from gpt2repro.data.text import pieces_of
 
 class Saved:
     def __init__(self, path):
@@ -230,7 +272,7 @@ def main():
     if processes: preparation.PROCESSES_FROM_BYTES = 0
     units = [{"split": None, "bytes": 9000, "first": i} for i in range(0, len(texts), len(texts) // 2)]
     def read(unit):
-        return map(preparation.pieces_of, texts[unit["first"] : unit["first"] + len(texts) // 2])
+        return map(pieces_of, texts[unit["first"] : unit["first"] + len(texts) // 2])
     preparation.prepare(out, Saved(tokenizer), units, read, source={}, settings={}, val_fraction=0.2, workers=2,
                         show_progress=False)
     print("renames", renames)

@@ -1,7 +1,9 @@
 """prepare_fineweb.py: from a Hub (on 127.0.0.1) or local files to shards, in parts, and up to the Hub again."""
 
 import filecmp
+import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -132,6 +134,24 @@ def test_upload_continues_where_it_was_cut_and_trains_from_the_hub(
     assert np.array_equal(train.read(0, train.tokens), open_split(tmp_path / "out", "train").read(0, train.tokens))
 
 
+@pytest.mark.parametrize(
+    ("repo", "sentence", "token"),
+    [
+        ("user/shards", "needs a login: run `hf auth login` or set HF_TOKEN", None),
+        ("somebody/shards", "--push_to_hub somebody/shards: the login may write below user", "right"),
+        ("shards", "--push_to_hub shards: the login may write below user", "right"),
+        ("user/a b", "--push_to_hub user/a b is no USER/NAME", "right"),
+    ],
+)
+def test_name_and_login_of_an_upload_are_checked_before_any_work(
+    tmp_path, files, tokenizer, loopback_hub, monkeypatch, repo, sentence, token
+):
+    loopback_hub.adopt_clients(monkeypatch, tmp_path / "home", token=token and loopback_hub.token)
+    with pytest.raises(InputError) as error:
+        run(files, tmp_path / "out", tokenizer, "--push_to_hub", repo)
+    assert sentence in str(error.value) and not (tmp_path / "out").exists()
+
+
 def test_a_damaged_data_set_is_not_uploaded(tmp_path, files, tokenizer, loopback_hub, monkeypatch):
     loopback_hub.adopt_clients(monkeypatch, tmp_path / "home")
     run(files, tmp_path / "out", tokenizer)
@@ -150,9 +170,23 @@ def test_datatrove_tasks_give_the_bytes_of_one_process(tmp_path, files, tokenize
     command += ["--out", tmp_path / "two", "--executor", "datatrove"]
     result = subprocess.run(
         [sys.executable, root / "prepare_fineweb.py", *map(str, command)], capture_output=True, text=True, timeout=240
-    )
+    )  # there the script is __main__
     assert result.returncode == 0, result.stderr
     assert same(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two")
+    program = "import sys, prepare_fineweb; sys.exit(prepare_fineweb.main(sys.argv[1:]))"
+    result = subprocess.run(
+        [sys.executable, "-c", program, *map(str, command)],
+        capture_output=True, text=True, timeout=240, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert same(tmp_path / "one", tmp_path / "two")
+
+
+def test_without_datatrove_its_executor_is_refused(tmp_path, files, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datatrove.executor", None)
+    with pytest.raises(InputError, match=r"--executor datatrove needs a package: pip install 'gpt2repro\[datatrove\]'"):
+        run(files, tmp_path / "out", tokenizer, "--executor", "datatrove")
 
 
 @pytest.mark.extra

@@ -152,13 +152,29 @@ def test_a_dataset_of_the_hub(tmp_path, loopback_hub, monkeypatch):
         (["--input", "{tmp}/none.txt"], "no files matched"),
         (["--input", "{tmp}/empty.txt"], "there is no text"),
         (["--input", "{tmp}/empty.jsonl"], "needs text|holds no text|hardly any"),
+        (["--input", "/dev/zero"], "no files matched"),
+        (["--input", "{tmp}/empty.txt", "--out", "/dev/null/x"], "is a file; --out names a directory"),
+        (
+            ["--input", "{tmp}/a.txt", "--split", "position", "--text_document_bytes", "64"],
+            "needs whole, plain text files",
+        ),
     ],
 )
 def test_bad_input_gets_a_sentence(tmp_path, arguments, sentence):
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "a.txt").write_text(PROSE)
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(InputError, match=sentence):
-        main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments] + ["--out", str(tmp_path / "out")])
+        main(["--out", str(tmp_path / "out"), *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)])
+
+
+def test_a_long_text_is_cut_into_documents_where_that_is_asked_for(tmp_path):
+    (tmp_path / "a.txt").write_text(PROSE * 200)
+    arguments = ["--input", tmp_path / "a.txt", "--tokenizer", "char", "--text_document_bytes", 1000]
+    manifest = prepare_text(tmp_path / "out", *arguments)
+    documents = manifest["splits"]["train"]["documents"] + manifest["splits"]["val"]["documents"]
+    assert documents == -(-len(PROSE) * 200 // 1000)
+    assert {"split": "document", "text_document_bytes": 1000, "text_cut": 1}.items() <= manifest["settings"].items()
 
 
 def test_manifest_names_what_made_it(python_docs_data):

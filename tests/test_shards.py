@@ -198,6 +198,73 @@ def test_a_split_travels_to_a_spawned_worker(tmp_path):
     assert len(pickle.dumps(split)) < 2000  # paths and counts, no tokens
 
 
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("retrieval_train_000001.npy", "retrieval_val_000000.npy"),
+        ("interval_train_1.npy", "interval_val_1.npy"),
+        ("medieval-train.npy", "medieval.val.npy"),
+        ("train_evaluation_000.npy", "train_val_000.npy"),
+        ("fineweb_train_000001.npy", "fineweb_val_000000.npy"),
+        ("trainset_train00.npy", "trainset_val00.npy"),
+    ],
+)
+def test_the_split_of_a_foreign_shard_is_a_word_of_its_own(tmp_path, train, val):
+    np.save(tmp_path / train, np.arange(600, dtype="<u2"))
+    with pytest.raises(InputError, match="no val shards"):
+        open_split(tmp_path, "val")
+    np.save(tmp_path / val, np.arange(100, dtype="<u2"))
+    assert open_split(tmp_path, "train").tokens == 600 and open_split(tmp_path, "val").tokens == 100
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "problem"),
+    [
+        (("splits", "train", "shards", 0, "file"), "..", "splits.train.shards.0.file: '..' is no file name"),
+        (("splits", "train", "shards", 0, "file"), "a/b", "is no file name"),
+        (("splits", "train", "shards", 0, "file"), 7, "splits.train.shards.0.file: Input should be a valid string"),
+        (("splits", "train", "shards", 0, "tokens"), 10**12, "splits.train.shards.0.tokens: Input should be less"),
+        (("splits", "train", "shards", 0, "tokens"), 99, "splits.train: the shards do not add up to 100 tokens"),
+        (("splits", "train", "shards", 0, "sha256"), None, "splits.train.shards.0.sha256: Input should be a valid"),
+        (("splits", "train", "documents"), "many", "splits.train.documents: Input should be a valid integer"),
+        (("splits", "train", "bytes"), 1.5, "splits.train.bytes: Input should be a valid integer"),
+        (("splits",), {}, "splits: Dictionary should have at least 1 item"),
+        (("tokenizer", "vocab_size"), 10**12, "tokenizer.vocab_size: Input should be less than"),
+        (("tokenizer", "vocab_size"), True, "tokenizer.vocab_size: Input should be a valid integer"),
+        (("tokenizer", "eot_id"), 300, "tokenizer: eot_id=300 is outside the vocabulary of 300"),
+        (("tokenizer", "eot_id"), -1, "tokenizer.eot_id: Input should be greater"),
+        (("source",), "a book", "source: Input should be a valid dictionary"),
+        (("dtype",), "object", "dtype: Input should be 'uint16' or 'uint32'"),
+    ],
+)
+def test_a_manifest_that_cannot_be_gets_the_sentence_with_the_place(tmp_path, where, value, problem):
+    make_dataset(tmp_path, [np.arange(100)])
+    manifest = owner = json.loads((tmp_path / MANIFEST).read_text())
+    for key in where[:-1]:
+        owner = owner[key]
+    for missing in (False, True):
+        if missing:
+            owner.pop(where[-1])
+            problem = "Field required" if where != ("source",) else None
+        else:
+            owner[where[-1]] = value
+        write_json(tmp_path / MANIFEST, manifest)
+        if problem is None:
+            load_manifest(tmp_path)
+        else:
+            with pytest.raises(InputError, match=r"manifest.json is damaged: .*prepare the data again") as error:
+                open_split(tmp_path, "train")
+            assert problem in str(error.value)
+
+
+def test_a_split_of_more_shards_than_may_be_open_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt2repro.data.shards.OPEN_FILES", 2)
+    split = open_split(make_dataset(tmp_path, [np.arange(i, i + 10) for i in range(8)]), "train")
+    for start in (0, 70, 35, 5):
+        expected = np.concatenate([np.arange(i, i + 10) for i in range(8)])[start : start + 10]
+        assert np.array_equal(split.read(start, 10), expected)
+
+
 def test_manifest_is_plain_json(tmp_path):
     make_dataset(tmp_path, [np.arange(100)])
     assert load_manifest(tmp_path) == json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))

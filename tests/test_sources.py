@@ -1,17 +1,32 @@
 """The order of shard windows: a permutation that is a permutation, and batches that depend on the position alone."""
 
+import hashlib
 import json
+import os
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tiny_run import TEXT, write_tiny_shards
 
+from gpt2repro import files
 from gpt2repro.data.ordering import mix64, next_positions
 from gpt2repro.data.shards import write_shard
-from gpt2repro.data.sources import Permutation, ShardSource, merge_states, open_source, prefetch, skip_ahead
+from gpt2repro.data.sources import (
+    Permutation,
+    ShardSource,
+    merge_states,
+    open_data,
+    open_source,
+    prefetch,
+    skip_ahead,
+)
+from gpt2repro.data.tokenization import char_tokenizer, fingerprint, load_tokenizer
 from gpt2repro.options import InputError
 
 
@@ -213,7 +228,7 @@ def test_hub_dataset_of_shards_is_downloaded_once_and_its_checksums_compared(loo
     loopback_hub.add_file("user/shards", "manifest.json", json.dumps(manifest).encode(), "dataset")
     loopback_hub.add_file("user/shards", "train_000000.bin", content, "dataset")
     expected = first_tokens(take(counting_source(4 * 40 + 1), 10))
-    for name in ("hf://user/shards", "user/shards", "hf://user/shards@main"):
+    for name in ("hf://user/shards", "hf://user/shards@main"):
         assert first_tokens(take(open_source(name, seq_len=4, seed=7, sequences=4), 10)) == expected
     assert len([path for method, path, _ in loopback_hub.requests if method == "GET" and path.endswith(".bin")]) == 1
 
@@ -223,6 +238,153 @@ def test_hub_dataset_of_shards_is_downloaded_once_and_its_checksums_compared(loo
         open_source("hf://user/shards", seq_len=4, seed=7, sequences=4)
     with pytest.raises(InputError, match="cannot get the dataset user/nothing from the Hub"):
         open_source("hf://user/nothing", seq_len=4, seed=7, sequences=4)
+    loopback_hub.add_file("user/text", "text.txt", b"not a shard", "dataset")
+    with pytest.raises(InputError, match=r"user/text holds no token shards .*--data stream:user/text"):
+        open_source("hf://user/text", seq_len=4, seed=7, sequences=4)
+
+
+@pytest.mark.parametrize(
+    ("data", "command"),
+    [
+        ("data/fineweb-10B", "python prepare_fineweb.py --dataset HuggingFaceFW/fineweb --out data/fineweb-10B"),
+        ("data/fineweb-100B", "prepare_fineweb.py --dataset HuggingFaceFW/fineweb --subset sample-100BT --out"),
+        ("data/fineweb-edu-10B", "python prepare_fineweb.py --out data/fineweb-edu-10B"),
+        ("data/python-docs", "gpt2repro prepare-text --corpus python-docs --out data/python-docs"),
+        ("data/shakespeare_char", "gpt2repro prepare-text --corpus shakespeare --tokenizer char --out"),
+        ("data/shakespeare", "gpt2repro prepare-text --corpus shakespeare --tokenizer gpt2 --out data/shakespeare"),
+        ("user/mine", "prepare-text --input TEXTS --out user/mine`, or write hf://user/mine if it lies on the Hub"),
+    ],
+)
+def test_missing_data_never_asks_the_hub_and_names_the_command_that_makes_it(
+    loopback_hub, monkeypatch, tmp_path, data, command
+):
+    loopback_hub.adopt_clients(monkeypatch, tmp_path / "home")
+    loopback_hub.add_file("user/mine", "manifest.json", b"{}", "dataset")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"{data} is no directory; make a data set there with") as error:
+        open_source(data, seq_len=4, seed=7, sequences=4)
+    assert command in str(error.value) and loopback_hub.requests == []
+
+
+# -- what a run opens --------------------------------------------------------------------------------------------------
+
+
+def options(data, **changes):
+    """What `open_data` asks of a run's configuration."""
+    values = {"val_data": None, "seq_len": 8, "seed": 1, "vocab_size": None, "tokenizer": None, "text_column": "text"}
+    return SimpleNamespace(
+        **{"data": str(data), **values, "stream_lanes": 4, "cache_dir": None, "cache_gib": None, **changes}
+    )
+
+
+def test_open_data_gives_source_tokenizer_manifest_and_validation(tmp_path):
+    data = write_tiny_shards(tmp_path / "data")
+    source = open_data(options(data), sequences=4)
+    assert fingerprint(source.tokenizer) == source.manifest["tokenizer"]["sha256"]
+    assert source.directory == data and source.validation.tokens == source.manifest["splits"]["val"]["tokens"]
+    other = write_tiny_shards(tmp_path / "other", repeats=100)
+    assert open_data(options(data, val_data=str(other)), sequences=4).validation.sha256 != source.validation.sha256
+    stream = options(f"stream:{tmp_path / 'a.jsonl'}", tokenizer=str(data), cache_dir=tmp_path / "cache")
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 200)
+    source = open_data(stream, sequences=4)
+    assert fingerprint(source.tokenizer) == fingerprint(load_tokenizer(data)) and source.manifest is None
+    assert source.digests() == {}
+
+
+def test_another_tokenizer_than_the_one_that_made_the_tokens_is_refused(tmp_path):
+    data = write_tiny_shards(tmp_path / "data")
+    path = data / "tokenizer" / "tokenizer.json"
+    whole = path.read_text()
+    content = json.loads(whole)
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"data/tokenizer did not make the tokens of .*prepare the data again"):
+        open_data(options(data), sequences=4)
+    path.write_text(whole)
+    char_tokenizer([TEXT.upper()]).save_pretrained(tmp_path / "named")
+    with pytest.raises(InputError, match=r"named did not make the tokens of .*leave out --tokenizer"):
+        open_data(options(data, tokenizer=str(tmp_path / "named")), sequences=4)
+    foreign = write_tiny_shards(tmp_path / "foreign")
+    manifest = json.loads((foreign / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (foreign / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"did not make the tokens of .*foreign"):
+        open_data(options(data, val_data=str(foreign)), sequences=4)
+
+
+# -- damaged data ------------------------------------------------------------------------------------------------------
+
+
+def flip(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_changed_byte_of_our_shards_is_found_before_training_and_nothing_is_hashed_twice(tmp_path, monkeypatch):
+    data = write_tiny_shards(tmp_path / "data")
+    hashed = []
+    original = files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: hashed.append(path.name) or original(path))
+    for _ in range(2):
+        open_data(options(data), sequences=4)
+    assert sorted(hashed) == ["train_000000.bin", "val_000000.bin"]
+    flip(data / "train_000000.bin", 5000)
+    with pytest.raises(InputError, match=r"train_000000.bin is damaged \(its sha256 is not the manifest's\)"):
+        open_data(options(data), sequences=4)
+    flip(data / "train_000000.bin", 5000)
+    open_data(options(data), sequences=4)
+    flip(data / "val_000000.bin", 1100)
+    with pytest.raises(InputError, match=r"val_000000.bin is damaged"):
+        open_data(options(data), sequences=4)
+    with pytest.raises(InputError, match=r"val_000000.bin is damaged"):
+        open_data(options(write_tiny_shards(tmp_path / "whole"), val_data=str(data)), sequences=4)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a directory that cannot be written to")
+def test_what_was_hashed_of_read_only_data_is_kept_at_home(tmp_path, monkeypatch):
+    data = write_tiny_shards(tmp_path / "data")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != data and access(path, mode))  # root may all
+    open_data(options(data), sequences=4)
+    (kept,) = (tmp_path / "home/gpt2repro/sha256").glob("*.json")
+    assert sorted(json.loads(kept.read_text())) == ["train_000000.bin", "val_000000.bin"]
+    assert not (data / ".sha256.json").exists()
+
+
+def test_foreign_shards_are_those_that_the_run_began_with(tmp_path):
+    np.arange(2000, dtype="<u2").tofile(tmp_path / "train.bin")
+    np.arange(200, dtype="<u2").tofile(tmp_path / "val.bin")
+    where = {"seq_len": 4, "seed": 7, "sequences": 4}
+    saved = open_source(str(tmp_path), **where).digests()
+    assert saved == {n: hashlib.sha256((tmp_path / n).read_bytes()).hexdigest() for n in ("train.bin", "val.bin")}
+    open_source(str(tmp_path), **where).check_digests(saved)
+    (np.arange(100_000) % 50_000).astype("<u2").tofile(tmp_path / "train.bin")
+    saved = open_source(str(tmp_path), **where).digests()
+    flip(tmp_path / "train.bin", 100_000)  # far from both ends, which the identity is made of
+    with pytest.raises(InputError, match=r"train.bin is not the file that this run began with"):
+        open_source(str(tmp_path), **where).check_digests(saved)
+    with pytest.raises(InputError, match=r"gone.bin is not the file that this run began with"):
+        open_source(str(tmp_path), **where).check_digests({"gone.bin": "0" * 64})
+
+
+@pytest.mark.parametrize("file", ["train_000000.bin", "train.bin"])
+def test_a_shard_that_is_cut_while_training_is_a_sentence(tmp_path, file):
+    data = tmp_path / "data"
+    if file == "train.bin":
+        data.mkdir()
+        np.arange(50_000, dtype="<u2").tofile(data / file)
+    else:
+        write_tiny_shards(data)
+    source = open_source(str(data), seq_len=4, seed=7, sequences=4)
+    batches = source.batches(source.initial_state(), rank=0, world=1, sequences=4)
+    next(batches)
+    os.truncate(data / file, 1200)
+    with pytest.raises(InputError, match=rf"{file} ends at byte \d+: it was cut since the run began"):
+        for _ in range(1000):
+            next(batches)
 
 
 def test_merged_states_of_shards_are_the_state_of_one_rank():

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2repro.data import hub_text, streaming
+from gpt2repro.data import streaming, text, text_io
 from gpt2repro.data.sources import merge_states, open_source, prefetch, skip_ahead
-from gpt2repro.data.text_sources import TextSource, resolve
+from gpt2repro.data.text import Reading, TextSource, resolve
 from gpt2repro.options import InputError
 
 SEQ_LEN, SEQUENCES = 16, 4
@@ -53,10 +53,10 @@ def tokenizer():
 @pytest.fixture
 def open_stream(tokenizer, tmp_path, monkeypatch):
     """open_stream(spec, …) with small groups, a cache of its own, and short pauses; collects what is reported."""
-    monkeypatch.setattr("gpt2repro.data.text_sources.LINES_GROUP_BYTES", 1024)
-    monkeypatch.setattr("gpt2repro.data.text_sources.TEXT_DOCUMENT_BYTES", 64)
+    monkeypatch.setattr("gpt2repro.data.text.LINES_GROUP_BYTES", 1024)
+    monkeypatch.setattr("gpt2repro.data.text.TEXT_DOCUMENT_BYTES", 64)
     monkeypatch.setattr(streaming, "FEWEST_LANES", 8)
-    monkeypatch.setattr(hub_text, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(text_io, "RETRY_SECONDS", 0.01)
     reports = []
 
     def open_stream(spec, cache="cache", sequences=SEQUENCES, **options):
@@ -101,6 +101,12 @@ def assert_same(some, others):
     assert len(some) == len(others)
     for (x, y, state), (other_x, other_y, other_state) in zip(some, others, strict=True):
         assert torch.equal(x, other_x) and torch.equal(y, other_y) and state == other_state
+
+
+def read_all(source, reading=None):
+    """The documents of a source in file order."""
+    reading = reading or Reading("text", strict=False, document_bytes=text.TEXT_DOCUMENT_BYTES)
+    return [document for group in range(len(source.groups)) for document in source.read(group, reading)]
 
 
 def lane_texts(source, batches, tokenizer):
@@ -195,7 +201,7 @@ def test_a_rank_reads_only_the_groups_of_its_lanes(open_stream, tmp_path, monkey
     path = write(tmp_path / "large.parquet", documents(1200), rows_per_group=20)
     read = []
     original = TextSource.read
-    monkeypatch.setattr(TextSource, "read", lambda self, group: read.append(group) or original(self, group))
+    monkeypatch.setattr(TextSource, "read", lambda self, group, *how: read.append(group) or original(self, group, *how))
     source = open_stream(path, lanes=16, sequences=16)  # lanes 0-7 share a group, lanes 8-15 another
     read.clear()
     batches = source.batches(source.initial_state(), rank=0, world=2, sequences=16)
@@ -240,7 +246,7 @@ def test_a_source_of_many_groups_holds_out_whole_ones(open_stream, tmp_path, tok
 def test_second_run_reads_the_cache_and_not_the_source(open_stream, parquet_file, monkeypatch):
     plain = take(open_stream(parquet_file), 40)
 
-    def unreachable(self, group):
+    def unreachable(self, group, *how):
         raise AssertionError("the source was read")
 
     monkeypatch.setattr(TextSource, "read", unreachable)
@@ -264,13 +270,13 @@ def test_bounded_cache_gives_the_same_batches(open_stream, parquet_file):
     assert sum(path.stat().st_size for path in source.cache.directory.glob("group_*.bin")) <= 8e3
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, where every write finds the disk full")
 def test_full_disk_is_a_sentence(open_stream, parquet_file, monkeypatch):
-    def full(self, tokens):
-        raise OSError(28, "No space left on device")
-
     source = open_stream(parquet_file)
-    monkeypatch.setattr("gpt2repro.data.shards.ShardWriter.append", full)
-    with pytest.raises(InputError, match="no space is left for the token cache"):
+    aside = source.cache.directory / "group.bin.tmp-full"
+    aside.symlink_to("/dev/full")
+    monkeypatch.setattr("gpt2repro.files.name_aside", lambda path: aside)
+    with pytest.raises(InputError, match=r"can't be written \(No space left on device\); .*set --cache_gib"):
         take(source, 1)
     assert not list(source.cache.directory.glob("*.tmp*"))
 
@@ -319,10 +325,7 @@ def test_empty_documents_and_null_rows_do_not_count(open_stream, tmp_path):
     lines = [json.dumps({"text": text}) for text in texts]
     lines[10:10] = ["", '{"text": ""}', '{"text": null}']
     (tmp_path / "holes.jsonl").write_text("\n".join(lines))
-    plain, holes = (
-        [text for g in range(len(s.groups)) for some in s.read(g) for text in some]
-        for s in (resolve(str(tmp_path / name)) for name in ("plain.jsonl", "holes.jsonl"))
-    )
+    plain, holes = (read_all(resolve(str(tmp_path / name))) for name in ("plain.jsonl", "holes.jsonl"))
     assert plain == holes == texts
 
 
@@ -330,14 +333,35 @@ def test_lines_are_cut_into_groups_without_loss_at_any_border(tmp_path, monkeypa
     texts = [*documents(50), "x" * 500, "ü" * 40]
     path = write(tmp_path / "text.jsonl", texts)
     for size in (1, 7, 64, 65, 1000, 100_000):
-        monkeypatch.setattr("gpt2repro.data.text_sources.LINES_GROUP_BYTES", size)
+        monkeypatch.setattr("gpt2repro.data.text.LINES_GROUP_BYTES", size)
         source = resolve(str(path))
-        assert [text for g in range(len(source.groups)) for some in source.read(g) for text in some] == texts
+        assert read_all(source) == texts
     text_file = write(tmp_path / "text.txt", texts)
-    whole = resolve(str(text_file))
-    assert "".join(text for g in range(len(whole.groups)) for some in whole.read(g) for text in some) == (
-        text_file.read_text(encoding="utf-8")
-    )
+    assert "".join(read_all(resolve(str(text_file)))) == text_file.read_text(encoding="utf-8")
+
+
+def test_null_rows_are_counted_and_bad_utf_8_is_replaced_and_located_once_however_often_it_is_read(tmp_path):
+    bad = b'{"text": "caf\xe9 \xff \xef\xbf\xbd"}\n'
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": null}\n' + bad + b'{"text": null}\n')
+    (tmp_path / "b.txt").write_bytes(b"plain\n" * 20 + b"\xff" + b"plain\n" * 20)
+    reports = []
+    reading = Reading("text", strict=False, document_bytes=64, report=reports.append)
+    for _ in range(2):
+        assert read_all(resolve(str(tmp_path / "a.jsonl")), reading) == ["good", "caf\ufffd \ufffd \ufffd"]
+        reading.tell()
+    assert reports == [
+        "2 rows without text (null) were left out",
+        f"2 times U+FFFD stands for what is no UTF-8, first at byte 45 of {tmp_path / 'a.jsonl'}",
+    ]
+    assert "".join(read_all(resolve(str(tmp_path / "b.txt")), reading)).count("\ufffd") == 1
+
+
+def test_a_stream_goes_on_over_bad_utf_8_and_says_so(open_stream, tmp_path):
+    lines = [json.dumps({"text": text}).encode() for text in documents(300)]
+    lines[100] = lines[100].replace(b"]", b"]\xff")
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    take(open_stream(tmp_path / "a.jsonl"), 10)
+    assert any("1 times U+FFFD stands for what is no UTF-8, first at byte" in report for report in open_stream.reports)
 
 
 # -- the Hub and its faults --------------------------------------------------------------------------------------------
@@ -391,15 +415,15 @@ def test_an_outage_does_not_stop_a_run_whose_groups_are_cached(hub, open_stream)
 
 
 def test_an_endless_outage_ends_with_a_sentence(hub, open_stream, monkeypatch):
-    monkeypatch.setattr(hub_text, "RETRIES", 3)
+    monkeypatch.setattr(text_io, "RETRIES", 3)
     source = open_stream("user/text")
     hub.fail("GET .*parquet", status=502, times=10**6)
-    with pytest.raises(InputError, match=r"failed 4 times.*continues from the last checkpoint"):
+    with pytest.raises(InputError, match=r"after 3 retries .*the same command continues where it was"):
         take(source, 1)
 
 
 def test_closing_a_stream_that_waits_for_the_hub_is_prompt(hub, open_stream, monkeypatch):
-    monkeypatch.setattr(hub_text, "RETRY_SECONDS", 60.0)
+    monkeypatch.setattr(text_io, "RETRY_SECONDS", 60.0)
     source = open_stream("user/text")
     hub.fail("GET .*parquet", status=502, times=10**6)
     ahead = prefetch(source.batches(source.initial_state(), rank=0, world=1, sequences=SEQUENCES), depth=1)

@@ -1,6 +1,7 @@
 """Tokenizers: the ids are those of the reference, whichever way they are made."""
 
 import itertools
+import json
 import os
 import pickle
 import random
@@ -13,6 +14,7 @@ import pytest
 from gpt2repro.data.tokenization import (
     EOT,
     Encoder,
+    UnknownCharacter,
     bpe_tokenizer,
     char_tokenizer,
     fingerprint,
@@ -143,9 +145,36 @@ def test_characters_are_numbered_as_in_nanogpt():
     assert (encoder.vocab_size, encoder.eot_id) == (len(stoi) + 1, len(stoi))
 
 
-def test_unseen_characters_are_unknown_and_not_a_crash():
-    encoder = Encoder(char_tokenizer(["abc"]))
-    assert encoder.encode_batch(["aéb🙂\ud800c"])[0].tolist() == [0, 3, 1, 3, 3, 2]
+def test_unseen_characters_are_refused_or_counted():
+    encoder = Encoder(char_tokenizer(["abc"]), count_unknown=True)
+    assert encoder.encode_batch(["aéb🙂\ud800cé"])[0].tolist() == [0, 3, 1, 3, 3, 2, 3]
+    assert encoder.unknown == {"é": 2, "🙂": 1, "\ufffd": 1}
+    with pytest.raises(UnknownCharacter, match=r"the character 'é' \(U\+00E9\) behind 'cab' is not in the tokenizer's"):
+        Encoder(char_tokenizer(["abc"])).encode_joined(["abc", "cabé"], [True, True])
+
+
+def test_the_ids_decide_about_the_fingerprint_and_not_the_files(gpt2, shared_data, tmp_path):
+    """OpenAI's own vocabulary and merges, as tiktoken caches them, are those of our rebuilt tokenizer."""
+    from transformers import GPT2TokenizerFast
+
+    by_size = sorted((shared_data / "tiktoken").iterdir(), key=lambda path: path.stat().st_size)
+    merges, vocab = (path for path in by_size if path.stat().st_size > 400_000)
+    pairs = [tuple(line.split()) for line in merges.read_text(encoding="utf-8").splitlines()[1:]]
+    theirs = GPT2TokenizerFast(vocab=json.loads(vocab.read_text(encoding="utf-8")), merges=pairs)
+    assert fingerprint(theirs) == fingerprint(gpt2)
+    content = json.loads(gpt2.backend_tokenizer.to_str())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    gpt2.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert fingerprint(load_tokenizer(tmp_path)) != fingerprint(gpt2)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused():
+    tokenizer = char_tokenizer(["abc"])
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="end-of-text token is None, outside its vocabulary of 4"):
+        Encoder(tokenizer)
 
 
 def test_trained_bpe_encodes_every_text_and_nothing_in_it_is_special():
@@ -168,7 +197,8 @@ def test_bpe_training_is_deterministic():
 def test_joined_ids_are_the_batch_with_end_of_text_where_documents_end():
     encoder = Encoder(bpe_tokenizer(PROSE, 300))
     a, b = encoder.encode_batch(["one", "two"])
-    joined = encoder.encode_joined(["one", "two", ""], [False, True, True])
+    joined, text_bytes = encoder.encode_joined(["one", "two", ""], [False, True, True])
+    assert text_bytes == 6 and encoder.encode_joined(["é🙂\ud800"], [False])[1] == 2 + 4 + 3
     assert joined.tolist() == [*a, *b, encoder.eot_id, encoder.eot_id] and joined.dtype == encoder.dtype
 
 

@@ -18,17 +18,17 @@ import shutil
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gpt2repro.data import text_files
-from gpt2repro.data.preparation import pieces_of, prepare, split_of, tokenizer_of_plan
+from gpt2repro.data.preparation import check_place, prepare, split_of, tokenizer_of_plan
 from gpt2repro.data.python_docs import python_docs
 from gpt2repro.data.shards import Manifest
+from gpt2repro.data.text import TEXT_CUT_VERSION, find_text, pieces_of
 from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer, gpt2_tokenizer
 from gpt2repro.options import InputError, parse_options
 
@@ -60,6 +60,8 @@ class Options:
     "Part of the text kept for validation."
     split: Literal["auto", "document", "position"] = "auto"
     "Whole documents chosen by hash, or the end of every document; auto: by position below 100 documents."
+    text_document_bytes: Annotated[int, Field(ge=1)] | None = None
+    "Cut plain text into documents of the lines that begin in so many bytes (streams: 16384); none: a file is one."
     shard_tokens: Annotated[int, Field(gt=0, lt=2**31)] = 100_000_000
     "About how many tokens go into one shard."
     workers: Annotated[int, Field(gt=0)] | None = None
@@ -79,11 +81,14 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro prepare-text", description=__doc__)
+    check_place(options.out)
     start = time.perf_counter()
     corpus = _open_corpus(options)
     settings = {"split": corpus.split, "text_column": options.text_column, "tokenizer": options.tokenizer}
     if options.tokenizer == "bpe":
         settings["vocab_size"] = options.vocab_size
+    if options.text_document_bytes is not None:
+        settings |= {"text_document_bytes": options.text_document_bytes, "text_cut": TEXT_CUT_VERSION}
 
     def text_of(split: str) -> Iterator[str]:
         """The text of one split in pieces, divided as `prepare` will divide it."""
@@ -113,8 +118,9 @@ def main(argv: list[str]) -> int:
     manifest = prepare(
         options.out, tokenizer, corpus.units, corpus.read, source=corpus.source, settings=settings,
         val_fraction=options.val_fraction, workers=options.workers, overwrite=options.overwrite,
-        describe_val=compressed_sizes,
+        describe_val=compressed_sizes, where=corpus.where,
     )  # fmt: skip
+    corpus.tell()
     _report(options.out, manifest, time.perf_counter() - start)
     return 0
 
@@ -128,6 +134,8 @@ class Corpus:
     source: dict
     split: str
     "document or position"
+    where: Callable[[dict], str] = lambda unit: "the corpus"
+    tell: Callable[[], None] = lambda: None
 
 
 def _open_corpus(options: Options) -> Corpus:
@@ -140,12 +148,13 @@ def _open_corpus(options: Options) -> Corpus:
         source = {"corpus": "python-docs", "python": platform.python_version(), "sha256": digest}
         return Corpus([unit], lambda unit: map(pieces_of, texts), source, "document")
     inputs = options.input or [str(_shakespeare())]
-    files = text_files.find(inputs, text_column=options.text_column)
+    files = find_text(inputs, text_column=options.text_column, document_bytes=options.text_document_bytes)
     split = options.split
     if split == "auto":
-        split = "position" if files.few_documents(100) else "document"
+        few = len(files.files) < 100 and all(file.format == "txt" for file in files.files)
+        split = "position" if few and options.text_document_bytes is None else "document"
     units = files.units(options.shard_tokens, val_fraction=options.val_fraction if split == "position" else None)
-    return Corpus(units, files.read, files.source, split)
+    return Corpus(units, files.read, files.source, split, files.where, files.reading.tell)
 
 
 def _make_tokenizer(options: Options, text_of):

@@ -3,39 +3,44 @@
 `PreparePart` is a step of a datatrove pipeline: task `rank` of `world_size` does the units of that node, with the same
 code and so the same bytes as without datatrove. Any executor takes it:
 
-    SlurmPipelineExecutor([PreparePart(argv)], tasks=64, time="10:00:00", partition="cpu", cpus_per_task=16)
+    options = prepare_fineweb.Options(out=Path("/shared/fineweb"))
+    part = PreparePart(prepare_fineweb.prepare_part, options)
+    SlurmPipelineExecutor([part], tasks=64, time="10:00:00", partition="cpu", cpus_per_task=16)
 
 followed by one more run of prepare_fineweb.py, which finds every unit finished and writes the manifest. The local
 executor is tested; Slurm's and Ray's have not been run.
 """
 
-import importlib
+import dataclasses
 import os
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
+
+from gpt2repro.options import InputError
 
 
 class PreparePart:
-    """One task: `prepare_fineweb.py ARGV --num_nodes world_size --node_index rank`."""
+    """One task: `prepare(options)` as node `rank` of `world_size`. Travels to another process by dill."""
 
-    def __init__(self, argv: list[str], workers: int = 1):
-        self.argv, self.workers = argv, workers
+    def __init__(self, prepare: Callable[[Any], Any], options: Any, workers: int = 1):
+        self.prepare, self.options, self.workers = prepare, options, workers
 
     def __call__(self, data=None, rank: int = 0, world_size: int = 1):
-        script = importlib.import_module("prepare_fineweb")  # by name: a library module imports no script
-        options = script.parse_options(script.Options, self.argv, prog="prepare_fineweb.py")
-        options.num_nodes, options.node_index, options.workers = world_size, rank, self.workers
-        script.prepare_part(options)
+        node = {"num_nodes": world_size, "node_index": rank, "workers": self.workers}
+        self.prepare(dataclasses.replace(self.options, **node))
         return iter(())
 
 
-def run_locally(argv: list[str], workers: int | None, out: Path) -> None:
+def run_locally(prepare: Callable[[Any], Any], options: Any) -> None:
     """All tasks in processes of this machine, each of which works alone."""
-    from datatrove.executor import LocalPipelineExecutor
-
-    count = workers or os.cpu_count() or 1
-    logs = out.with_name(f"{out.name}.datatrove")  # not in OUT, which holds the data set alone
+    try:
+        from datatrove.executor import LocalPipelineExecutor
+    except ImportError as error:
+        raise InputError("--executor datatrove needs a package: pip install 'gpt2repro[datatrove]'") from error
+    count = options.workers or os.cpu_count() or 1
+    logs = options.out.with_name(f"{options.out.name}.datatrove")  # not in OUT, which holds the data set alone
     LocalPipelineExecutor(
-        [PreparePart(argv)],
+        [PreparePart(prepare, options)],
         tasks=count,
         workers=count,
         logging_dir=str(logs),

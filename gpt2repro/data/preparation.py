@@ -9,8 +9,7 @@ what an interruption can cost: its shard appears by a rename, then a note about 
 on several that share the units, ends in the same bytes; and once the manifest is there, running again does nothing.
 
 Nothing is held but the batches on their way: a unit stops reading while its oldest batches wait to be written. This
-module does not know where the text comes from (`text_files`, `python_docs` and the commands do) nor what is trained
-on it.
+module does not know where the text comes from (`text`, `python_docs` and the commands do) nor what is trained on it.
 """
 
 import contextlib
@@ -28,9 +27,27 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Literal
 
-from gpt2repro.data.shards import FORMAT, MANIFEST, SPLITS, TOKENIZER, VERSION, Manifest, ShardWriter, load_manifest
-from gpt2repro.data.tokenization import Encoder, load_tokenizer, well_formed
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from gpt2repro.data.shards import (
+    CHECKED,
+    FORMAT,
+    HEADER_BYTES,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    VERSION,
+    Count,
+    Manifest,
+    ShardRecord,
+    ShardWriter,
+    load_manifest,
+)
+from gpt2repro.data.text import BYTES_PER_TOKEN, Piece
+from gpt2repro.data.tokenization import Encoder, UnknownCharacter, load_tokenizer
 from gpt2repro.files import read_json_if_whole, write_json
 from gpt2repro.options import InputError
 
@@ -39,19 +56,11 @@ UNITS = "units"
 
 # One batch is one message to a worker: its cost of 0.3 ms vanishes, and there are enough of them for many workers.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20
-# A longer document is cut where GPT-2's pre-tokeniser cuts anyway: one book is many messages and gives the same ids.
-PIECE_CHARACTERS = 2**20
 # Reads of several units overlap: while one waits for the network or the disk, the tokenisers work for the others.
 UNITS_AT_ONCE = 4
 BATCHES_AHEAD = 8  # of each unit, at least: what is read while the workers start
 # Below this a process pool costs more than it brings (each process takes about a second to start).
 PROCESSES_FROM_BYTES = 30_000_000
-# A newline between visible characters: the pre-tokeniser of GPT-2 always ends a token behind it.
-SEAM = re.compile(r"(?<=\S)\n(?=\S)")
-BYTES_PER_TOKEN = 4.5  # of English under GPT-2's tokenizer; only used to guess sizes beforehand
-
-# A piece of a document, and whether the document ends with it.
-Piece = tuple[str, bool]
 
 
 def prepare(
@@ -69,13 +78,15 @@ def prepare(
     node: tuple[int, int] = (0, 1),
     overwrite: bool = False,
     describe_val: Callable[[], dict] = dict,
+    where: Callable[[dict], str] = lambda unit: "the text",
     show_progress: bool = True,
 ) -> Manifest | None:
     """Turn `units` into a data set in `out`. Returns its manifest, or None while units of other nodes are missing.
 
     units: JSON objects with "bytes" (about how much text) and "split" ("train", "val", or None: by document);
         `read(unit)` gives its documents, each as pieces of text. `source` and `settings` (JSON) name the data set: a
-        directory that was begun with others is refused. `describe_val()` adds keys to the manifest's val split.
+        directory that was begun with others is refused. `describe_val()` adds keys to the manifest's val split;
+        `where(unit)` says for a sentence where its text stands.
     val_fraction: of the documents of a unit with split None, chosen by a hash of their text.
     encoder: the tokenizer's bulk form, if it is at hand or of another kind than the default.
     token_limit: the data set ends with the unit that reaches it.
@@ -102,7 +113,7 @@ def prepare(
     mine = [index for index in range(len(units)) if index % node[1] == node[0] and index not in notes]
     if notes:
         print(f"{out}: {len(notes)} of {len(units)} units are finished, continuing with the others")
-    work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, show_progress)
+    work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, where, show_progress)
     work.run(mine, workers or os.cpu_count() or 1)
     notes = {index: note for index in range(len(units)) if (note := _read_note(out, index))}  # and the other nodes'
     kept = _kept(notes, token_limit, len(units))
@@ -114,6 +125,7 @@ def prepare(
 
 def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite: bool) -> None:
     """Make `out` the place of this data set, or refuse it as the place of another."""
+    check_place(out)
     plan = {**identity, "units": units}
     if overwrite and (out / PLAN).exists():
         _remove_dataset(out)
@@ -124,8 +136,6 @@ def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite:
                 "choose another --out, or --overwrite to replace it"
             )
         return
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; --out names a directory")
     # A run killed before its plan was written leaves these behind.
     begun = re.compile(rf"{UNITS}|{TOKENIZER}|({PLAN}|{TOKENIZER})\.tmp-.*")
     strangers = sorted(path.name for path in out.glob("*") if not begun.fullmatch(path.name))
@@ -146,13 +156,27 @@ def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite:
     write_json(out / PLAN, plan)
 
 
+def check_place(out: Path) -> None:
+    """Raises: InputError, before any work, where `out` cannot become a directory to write to."""
+    try:
+        place = next(path for path in (out, *out.absolute().parents) if path.exists())
+        problem = None if place.is_dir() else f"{place} is a file; --out names a directory"
+        if problem is None and not os.access(place, os.W_OK):
+            problem = f"nothing can be written to {place}; choose another --out"
+    except OSError as error:
+        problem = f"--out {out}: {error.strerror}"
+    if problem:
+        raise InputError(problem)
+
+
 def tokenizer_of_plan(out: str | Path, source: dict, settings: dict):
     """The tokenizer of a data set begun in `out` from the same source with the same settings, else None.
 
     Saves a continued run from training its tokenizer again.
     """
     plan = read_json_if_whole(Path(out) / PLAN)
-    if plan is None or plan.get("source") != source or any(plan["settings"].get(k) != v for k, v in settings.items()):
+    begun = (plan or {}).get("settings")
+    if not isinstance(begun, dict) or plan.get("source") != source or not settings.items() <= begun.items():
         return None
     return load_tokenizer(out)
 
@@ -163,35 +187,12 @@ def split_of(text: str, val_fraction: float) -> str:
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
 
-def pieces_of(text: str) -> Iterator[Piece]:
-    """A document as pieces of about PIECE_CHARACTERS that give the same ids as the whole.
-
-    GPT-2's pre-tokeniser never joins across a single newline with something visible on both sides. A text without one
-    stays whole.
-    """
-    return pieces_of_stream([text])
-
-
-def pieces_of_stream(parts: Iterable[str]) -> Iterator[Piece]:
-    """The same for a document that arrives in parts, of which no more than a piece is held."""
-    text, searched = "", PIECE_CHARACTERS
-    for part in parts:
-        text += part
-        start = 0
-        while len(text) - start > PIECE_CHARACTERS and (cut := SEAM.search(text, start + searched - 1)):
-            yield text[start : cut.end()], False
-            start, searched = cut.end(), PIECE_CHARACTERS
-        text = text[start:]
-        searched = max(PIECE_CHARACTERS, len(text) - 1)  # what has no seam is not searched again
-    yield text, True
-
-
 class _Work:
     """The units of this process on their way through the pool."""
 
-    def __init__(self, out, units, read, encoder, val_fraction, token_limit, notes, show_progress):
+    def __init__(self, out, units, read, encoder, val_fraction, token_limit, notes, where, show_progress):
         self.out, self.units, self.read, self.encoder = out, units, read, encoder
-        self.val_fraction, self.token_limit, self.notes = val_fraction, token_limit, notes
+        self.val_fraction, self.token_limit, self.notes, self.where = val_fraction, token_limit, notes, where
         self.show_progress, self.stop, self.lock = show_progress, threading.Event(), threading.Lock()
 
     def run(self, indices: list[int], workers: int) -> None:
@@ -226,17 +227,22 @@ class _Work:
         """Read, tokenise and write one unit, then its note."""
         if self.stop.is_set() or self._enough():
             return
-        writers = _UnitWriters(self.out, index, self.encoder.vocab_size)
+        writers: dict[str, ShardWriter] = {}  # per split that has any text
         waiting: deque[tuple[str, int, Future]] = deque()  # the unit's batches in order
 
         def write_oldest():
             split, documents, future = waiting.popleft()
-            tokens, text_bytes = future.result()
-            writers.append(split, tokens, documents, text_bytes)
+            try:
+                tokens, text_bytes = future.result()
+            except UnknownCharacter as error:
+                raise InputError(f"{self.where(self.units[index])}: {error}") from None
+            if split not in writers:
+                writers[split] = ShardWriter(self.out / f"{split}_{index:06d}.bin", self.encoder.vocab_size)
+            writers[split].append(tokens, documents, text_bytes)
             self._show(len(tokens), text_bytes)
 
         with contextlib.ExitStack() as on_error:
-            on_error.callback(writers.abandon)
+            on_error.callback(lambda: [writer.abandon() for writer in writers.values()])
             for split, texts, ends in self._batches(self.units[index]):
                 if self.stop.is_set():
                     return
@@ -247,9 +253,9 @@ class _Work:
                 if self.stop.is_set():
                     return
                 write_oldest()
-            note = {"unit": index, "splits": writers.close()}
+            records = {split: writers[split].close() for split in SPLITS if split in writers}
             on_error.pop_all()
-        write_json(self.out / UNITS / f"{index:06d}.json", note)
+        write_json(self.out / UNITS / f"{index:06d}.json", note := {"unit": index, "splits": records})
         with self.lock:
             self.notes[index] = note
 
@@ -284,39 +290,6 @@ class _Work:
             if self.bytes_done and self.bytes_done < self.bytes_left:  # the guess becomes a measurement
                 self.bar.total = int((self.bar.n + tokens) * self.bytes_left / self.bytes_done)
             self.bar.update(tokens)
-
-
-class _UnitWriters:
-    """The shards of one unit, one per split that has any text."""
-
-    def __init__(self, out: Path, index: int, vocab_size: int):
-        self.out, self.index, self.vocab_size = out, index, vocab_size
-        self.writers: dict[str, ShardWriter] = {}
-        self.counts: dict[str, list[int]] = {}
-
-    def append(self, split: str, tokens, documents: int, text_bytes: int) -> None:
-        if split not in self.writers:
-            self.writers[split] = ShardWriter(self.out / f"{split}_{self.index:06d}.bin", self.vocab_size)
-            self.counts[split] = [0, 0]
-        self.writers[split].append(tokens)
-        self.counts[split][0] += documents
-        self.counts[split][1] += text_bytes
-
-    def close(self) -> dict:
-        records = {}
-        for split in SPLITS:
-            if split in self.writers:
-                record = self.writers[split].close()
-                documents, text_bytes = self.counts[split]
-                records[split] = {
-                    "file": record["file"], "tokens": record["tokens"], "documents": documents, "bytes": text_bytes,
-                    "sha256": record["sha256"],
-                }  # fmt: skip
-        return records
-
-    def abandon(self) -> None:
-        for writer in self.writers.values():
-            writer.abandon()
 
 
 def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable[[], dict]) -> Manifest:
@@ -367,17 +340,26 @@ def _note_tokens(note: dict) -> int:
     return sum(record["tokens"] for record in note["splits"].values())
 
 
+class _UnitRecord(ShardRecord):
+    documents: Count
+    bytes: Count
+
+
+class _Note(BaseModel):
+    unit: Count
+    splits: dict[Literal["train", "val"], _UnitRecord]
+
+
 def _read_note(out: Path, index: int) -> dict | None:
     """The note of a finished unit whose shards are there, whole in size; else None, and the unit is done again."""
-    note = read_json_if_whole(out / UNITS / f"{index:06d}.json")
-    if note is None:
+    try:
+        note = read_json_if_whole(out / UNITS / f"{index:06d}.json")
+        shards = _Note.model_validate(note).splits.values()
+        sizes = {out / shard.file: shard.tokens for shard in shards}
+        whole = all(path.stat().st_size in (HEADER_BYTES + 2 * n, HEADER_BYTES + 4 * n) for path, n in sizes.items())
+    except (ValidationError, OSError):
         return None
-    itemsizes = {2, 4}
-    for record in note["splits"].values():
-        path = out / record["file"]
-        if not path.exists() or path.stat().st_size not in {1024 + record["tokens"] * size for size in itemsizes}:
-            return None
-    return note
+    return note if whole and note["unit"] == index else None
 
 
 def _differences(plan: dict, found: dict, keys: list[str]) -> str:
@@ -400,7 +382,8 @@ def _short(value) -> str:
 
 def _remove_dataset(out: Path) -> None:
     """Remove what this module writes, and nothing else."""
-    (out / MANIFEST).unlink(missing_ok=True)  # first: from here on it is no data set
+    for name in (MANIFEST, CHECKED):  # the manifest first: from here on it is no data set
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / UNITS, ignore_errors=True)
     shutil.rmtree(out / TOKENIZER, ignore_errors=True)
     for path in out.glob("*.bin*"):
@@ -412,11 +395,9 @@ def _remove_dataset(out: Path) -> None:
 _encoder: Encoder | None = None  # of a worker process
 
 
-def _tokenise(texts: list[str], ends: list[bool], encoder: Encoder | None = None):
-    """(ids with `<|endoftext|>` after each document, UTF-8 bytes of the texts); runs in the pool."""
-    texts = [well_formed(text) for text in texts]
-    tokens = (encoder or _encoder).encode_joined(texts, ends)
-    return tokens, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+def _tokenise(texts: list[str], ends: list[bool], encoder: Encoder | None = None) -> tuple[np.ndarray, int]:
+    """`Encoder.encode_joined`, of the worker process where none is given; runs in the pool."""
+    return (encoder or _encoder).encode_joined(texts, ends)
 
 
 def _processes(encoder: Encoder, workers: int) -> Executor:

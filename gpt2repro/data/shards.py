@@ -10,18 +10,27 @@ Tokens are `uint16`, or `uint32` where the vocabulary has more than 65,536 entri
 (`train.bin`, `val.bin`), build-nanogpt (`*_train_*.npy`) and llm.c (`*_train_*.bin`) are recognised by their headers
 and used in place.
 
+`verify_shards` reads every byte before a run begins, and again only when a file's size, times or inode have changed.
+
 This module knows nothing of text, tokenizers or batches; it never writes anything but finished files.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+import tempfile
+import threading
 from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
-from gpt2repro.files import name_aside, publish, sha256_of
+from gpt2repro import files
 from gpt2repro.options import InputError
 
 FORMAT, VERSION = "gpt2repro-shards", 1
@@ -36,6 +45,11 @@ MAGIC = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 
 # Foreign shards carry no vocabulary; all three projects write GPT-2's.
 GPT2_VOCAB_SIZE, GPT2_EOT_ID = 50257, 50256
+
+CHECKED = ".sha256.json"  # what was hashed before: name -> size, times, inode and sha256
+HASHING_THREADS, BAR_FROM_BYTES = 8, 2**31
+READ_BYTES = 2**24  # at once
+OPEN_FILES = 128  # of one split; a corpus of 10^12 tokens has 10,000 shards
 
 # Tokens per split that are looked at when it is opened (about 0.1 s); what is read later is checked as it is read.
 CHECKED_TOKENS = 2**26
@@ -55,49 +69,119 @@ class ShardWriter:
 
     def __init__(self, path: str | Path, vocab_size: int):
         self.path, self.vocab_size, self.dtype = Path(path), vocab_size, token_dtype(vocab_size)
-        self.tokens = 0
-        self._temporary = name_aside(self.path)
+        self.tokens = self.documents = self.bytes = 0
+        self._temporary = files.name_aside(self.path)
         self._file = self._temporary.open("wb")
         self._file.write(bytes(HEADER_BYTES))
 
-    def append(self, tokens: np.ndarray) -> None:
-        """Add a 1-D array of ids. Raises InputError for ids outside the vocabulary and beyond 2^31 - 1 tokens."""
+    def append(self, tokens: np.ndarray, documents: int = 0, text_bytes: int = 0) -> None:
+        """Add a 1-D array of ids, and to the record how much text it is.
+
+        Raises: InputError for ids outside the vocabulary, beyond 2^31 - 1 tokens and where the disk is full.
+        """
         if len(tokens) and (tokens.max() >= self.vocab_size or tokens.min() < 0):
             raise InputError(
                 f"{self.path.name}: token {int(tokens.max())} does not fit a vocabulary of {self.vocab_size}; "
                 "tokenizer and data do not belong together"
             )
         self.tokens += len(tokens)
+        self.documents += documents
+        self.bytes += text_bytes
         if self.tokens > MAX_SHARD_TOKENS:
             raise InputError(f"{self.path.name} would pass 2^31 - 1 tokens, the format's limit; lower --shard_tokens")
-        self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        with self._disk():
+            self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
 
     def close(self) -> dict:
-        """Finish the shard. Returns `{"file", "tokens", "sha256"}`."""
-        self._file.seek(0)
-        self._file.write(_header(self.dtype, self.tokens))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        digest = sha256_of(self._temporary)
-        publish(self._temporary, self.path)
-        return {"file": self.path.name, "tokens": self.tokens, "sha256": digest}
+        """Finish the shard. Returns `{"file", "tokens", "documents", "bytes", "sha256"}`."""
+        with self._disk():
+            self._file.seek(0)
+            self._file.write(_header(self.dtype, self.tokens))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            digest = files.sha256_of(self._temporary)
+            files.publish(self._temporary, self.path)
+        record = {"file": self.path.name, "tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
+        return {**record, "sha256": digest}
 
     def abandon(self) -> None:
         """Throw the unfinished shard away."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what was not yet written does not fit on the disk
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _disk(self):
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.path} can't be written ({error.strerror}); free some space, or set --cache_gib where it is a "
+                "stream's cache, and run the same command again"
+            ) from error
 
 
 def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> dict:
-    """Write `tokens` (1-D, ids below `vocab_size`) as one shard, atomically. Returns `{"file", "tokens", "sha256"}`."""
+    """Write `tokens` (1-D, ids below `vocab_size`) as one shard, atomically. Returns `ShardWriter.close()`'s record."""
     writer = ShardWriter(path, vocab_size)
     try:
         writer.append(np.asarray(tokens))
+        return writer.close()
     except InputError:
         writer.abandon()
         raise
-    return writer.close()
+
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**62)]
+
+
+def _file_name(name: str) -> str:
+    if not files.is_plain_name(name) or name != Path(name).name or len(name) > 255:
+        raise ValueError(f"{name[:80]!r} is no file name")
+    return name
+
+
+class ShardRecord(BaseModel):
+    """One shard, in a manifest."""
+
+    file: Annotated[str, AfterValidator(_file_name)]
+    tokens: Annotated[int, Field(strict=True, ge=0, le=MAX_SHARD_TOKENS)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Split(BaseModel):
+    tokens: Count
+    documents: Count | None
+    bytes: Count | None
+    shards: list[ShardRecord]
+
+    @model_validator(mode="after")
+    def _add_up(self):
+        if sum(shard.tokens for shard in self.shards) != self.tokens:
+            raise ValueError(f"the shards do not add up to {self.tokens} tokens")
+        return self
+
+
+class _Tokenizer(BaseModel):
+    vocab_size: Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+    eot_id: Count
+    kind: str = ""
+    sha256: str = ""
+
+    @model_validator(mode="after")
+    def _has_its_end(self):
+        if self.eot_id >= self.vocab_size:
+            raise ValueError(f"eot_id={self.eot_id} is outside the vocabulary of {self.vocab_size}")
+        return self
+
+
+class _Content(BaseModel):
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: _Tokenizer
+    source: dict = {}
+    settings: dict = {}
+    splits: Annotated[dict[str, _Split], Field(min_length=1)]
 
 
 class Manifest(dict):
@@ -105,11 +189,17 @@ class Manifest(dict):
 
     sha256: str
 
+    def digests(self) -> dict[str, str]:
+        """File name -> sha256 of all shards."""
+        return {shard["file"]: shard["sha256"] for split in self["splits"].values() for shard in split["shards"]}
+
 
 def load_manifest(directory: str | Path) -> Manifest:
-    """Read `DIR/manifest.json`. Raises InputError where it is missing, damaged or of another format version."""
+    """Read `DIR/manifest.json`. Raises: InputError where it is missing, damaged or of another format version."""
     path = Path(directory) / MANIFEST
     try:
+        if not path.is_file() or path.stat().st_size > files.LARGEST_JSON_BYTES:
+            raise OSError
         raw = path.read_bytes()
     except OSError:
         raise InputError(f"{path} does not exist or can't be read: {directory} is no finished data set") from None
@@ -124,71 +214,40 @@ def load_manifest(directory: str | Path) -> Manifest:
         raise InputError(
             f"{path} has version {manifest.get('version')}, this program reads {VERSION}; prepare the data again"
         )
-    if problem := _manifest_problem(manifest):
-        raise InputError(f"{path} is damaged: {problem}; prepare the data again")
+    try:
+        _Content.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        problem = f"{'.'.join(map(str, first['loc']))[:80]}: {first['msg'].removeprefix('Value error, ')}"
+        raise InputError(f"{path} is damaged: {problem}; prepare the data again") from None
     manifest.sha256 = hashlib.sha256(raw).hexdigest()
     return manifest
-
-
-def _manifest_problem(manifest: dict) -> str | None:
-    """What in a manifest cannot be, so that whatever reads it later need not ask."""
-
-    def is_count(value, least=0) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-    tokenizer, splits = manifest.get("tokenizer"), manifest.get("splits")
-    if manifest.get("dtype") not in ("uint16", "uint32"):
-        return f"its dtype is {manifest.get('dtype')!r}"
-    if not isinstance(tokenizer, dict) or not is_count(tokenizer.get("vocab_size"), 1):
-        return "its tokenizer has no vocab_size"
-    if not isinstance(splits, dict) or not splits:
-        return "it has no splits"
-    for name, split in splits.items():
-        if (
-            not isinstance(split, dict)
-            or not is_count(split.get("tokens"))
-            or not isinstance(split.get("shards"), list)
-        ):
-            return f"its split {name} has no tokens and shards"
-        for shard in split["shards"]:
-            if not isinstance(shard, dict) or not is_count(shard.get("tokens")):
-                return f"a shard of its split {name} has no number of tokens"
-            file = shard.get("file")
-            if (
-                not isinstance(file, str)
-                or not file
-                or file != Path(file).name
-                or set(file) & set("/\\:\0")
-                or len(file) > 255
-            ):
-                return f"a shard of its split {name} is called {str(file)[:80]!r}, which is no file name"
-        if sum(shard["tokens"] for shard in split["shards"]) != split["tokens"]:
-            return f"the shards of its split {name} do not add up to its {split['tokens']} tokens"
-    return None
 
 
 class TokenSplit:
     """The shards of one split as one long array of tokens.
 
     `tokens`, `documents`, `bytes` (UTF-8 bytes of the text) are its size; the last two are None for foreign shards.
-    `sha256` names the whole data set. Memory stays O(1): the files are mapped, and only what is read is touched.
+    `sha256` names the whole data set. Memory stays O(1). The files are read, not mapped: a mapped file that is cut
+    kills the process (SIGBUS) without a word.
     """
 
     def __init__(
-        self, name, files, counts, dtype, offset, *, vocab_size, eot_id, sha256, documents=None, text_bytes=None
+        self, name, paths, counts, dtype, offset, *, vocab_size, eot_id, sha256, documents=None, text_bytes=None
     ):
         self.name, self.vocab_size, self.eot_id, self.sha256 = name, vocab_size, eot_id, sha256
         self.documents, self.bytes = documents, text_bytes
         self.tokens = sum(counts)
-        self._files, self._counts, self._dtype, self._offset = files, counts, dtype, offset
+        self._paths, self._counts, self._dtype, self._offset = paths, counts, dtype, offset
         self._starts = np.concatenate([[0], np.cumsum(counts)]).tolist()  # first token of every shard, and the end
-        self._maps = {}
-        self._check_some_tokens()
+        self._open, self._lock = {}, threading.Lock()
+        for shard, count in enumerate(counts):
+            self._read(shard, 0, np.empty(min(count, CHECKED_TOKENS // len(counts) + 1), dtype))
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) as a new array, across shard borders.
 
-        Raises InputError for an id outside the vocabulary, which only a damaged file can hold.
+        Raises: InputError for a file that became shorter or unreadable, and for an id outside the vocabulary.
         """
         if not 0 <= start <= start + count <= self.tokens:
             raise IndexError(f"tokens [{start}, {start + count}) lie outside the {self.name} split of {self.tokens}")
@@ -196,35 +255,46 @@ class TokenSplit:
         filled, shard = 0, bisect_right(self._starts, start) - 1
         while filled < count:
             first = start + filled - self._starts[shard]
-            piece = self._shard(shard)[first : first + count - filled]
-            out[filled : filled + len(piece)] = piece
+            piece = out[filled : filled + self._counts[shard] - first]
+            self._read(shard, first, piece)
             filled, shard = filled + len(piece), shard + 1
-        if count and out.max() >= self.vocab_size:
-            at = start + int(np.argmax(out >= self.vocab_size))
-            raise InputError(self._outside(bisect_right(self._starts, at) - 1, at - start, out))
         return out
 
-    def _shard(self, index: int) -> np.ndarray:
-        if index not in self._maps:
-            self._maps[index] = np.memmap(
-                self._files[index], self._dtype, "r", offset=self._offset, shape=(self._counts[index],)
+    def _read(self, shard: int, first: int, out: np.ndarray) -> None:
+        """Fill `out` with the tokens of one shard from `first` on."""
+        path, position, left = self._paths[shard], self._offset + first * out.itemsize, memoryview(out).cast("B")
+        try:
+            while len(left):
+                with self._lock:  # for the table of files, and for systems without pread
+                    content = self._pread(shard, min(len(left), READ_BYTES), position)
+                if not content:
+                    raise InputError(f"{path} ends at byte {position}: it was cut since the run began; bring it back")
+                left[: len(content)] = content
+                left, position = left[len(content) :], position + len(content)
+        except OSError as error:
+            raise InputError(f"{path} can't be read any more ({error.strerror}); bring it back") from error
+        if len(out) and out.max() >= self.vocab_size:
+            raise InputError(
+                f"{path} holds token {int(out[np.argmax(out >= self.vocab_size)])}, but the vocabulary ends at "
+                f"{self.vocab_size - 1}: the file is damaged or was made with another tokenizer; prepare the data again"
             )
-        return self._maps[index]
 
-    def _check_some_tokens(self) -> None:
-        for index, count in enumerate(self._counts):
-            tokens = self._shard(index)[: min(count, CHECKED_TOKENS // len(self._counts) + 1)] if count else ()
-            if len(tokens) and tokens.max() >= self.vocab_size:
-                raise InputError(self._outside(index, int(np.argmax(tokens >= self.vocab_size)), tokens))
+    def _pread(self, shard: int, size: int, position: int) -> bytes:
+        if shard not in self._open:
+            while len(self._open) >= OPEN_FILES:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[shard] = open(self._paths[shard], "rb", buffering=0)  # noqa: SIM115 - stays open
+        file = self._open[shard]
+        if hasattr(os, "pread"):
+            return os.pread(file.fileno(), size, position)
+        file.seek(position)
+        return file.read(size)
 
-    def _outside(self, shard: int, at: int, tokens: np.ndarray) -> str:
-        return (
-            f"{self._files[shard]} holds token {int(tokens[at])}, but the vocabulary ends at {self.vocab_size - 1}: "
-            "the file is damaged or was made with another tokenizer; prepare the data again"
-        )
+    def __getstate__(self):  # open files stay in their process
+        return {**self.__dict__, "_open": {}, "_lock": None}
 
-    def __getstate__(self):  # mappings stay in their process
-        return {**self.__dict__, "_maps": {}}
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
 
 
 def open_split(directory: str | Path, split: str) -> TokenSplit:
@@ -235,9 +305,10 @@ def open_split(directory: str | Path, split: str) -> TokenSplit:
     """
     directory = Path(directory)
     if not directory.is_dir():
+        bare_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not directory.parent.exists()
         raise InputError(
-            f"{directory} is no directory; make a data set there with "
-            f"`gpt2repro prepare-text --corpus python-docs --out {directory}`"
+            f"{directory} is no directory; make a data set there with `{how_to_prepare(directory)}`"
+            f"{f', or write hf://{directory} if it lies on the Hub' if bare_id else ''}"
         )
     if (directory / MANIFEST).exists():
         return _open_own(directory, split)
@@ -253,25 +324,81 @@ def has_split(directory: str | Path, split: str) -> bool:
     directory = Path(directory)
     if (directory / MANIFEST).exists():
         return bool(load_manifest(directory)["splits"].get(split, {}).get("tokens"))
-    return bool(_foreign_files(directory, split))
+    return bool(foreign_files(directory, split))
 
 
-def verify_dataset(directory: str | Path) -> Manifest:
-    """Compare every shard with the manifest's sha256. Raises InputError naming the first bad file."""
-    directory = Path(directory)
-    manifest = load_manifest(directory)
-    for split in manifest["splits"].values():
-        for record in split["shards"]:
-            path = directory / record["file"]
-            if not path.exists():
-                raise InputError(
-                    f"{path} is missing, though manifest.json lists it; prepare or download the data again"
-                )
-            if sha256_of(path) != record["sha256"]:
-                raise InputError(
-                    f"{path} is damaged (its sha256 is not the manifest's); delete it and prepare or download again"
-                )
+def how_to_prepare(directory: Path) -> str:
+    """The command that makes the data set which a directory, such as a preset's `data`, is named after."""
+    name = directory.name.lower()
+    size = re.search(r"(100|350)b$", name)  # of tokens; the default is sample-10BT
+    subset = f" --subset sample-{size[1]}BT" if size else ""
+    texts = {
+        "fineweb-edu": f"python prepare_fineweb.py{subset}",
+        "fineweb": f"python prepare_fineweb.py --dataset HuggingFaceFW/fineweb{subset}",
+        "openwebtext": "python prepare_fineweb.py --dataset Skylion007/openwebtext --subset none",
+        "shakespeare_char": "gpt2repro prepare-text --corpus shakespeare --tokenizer char",
+        "shakespeare": "gpt2repro prepare-text --corpus shakespeare --tokenizer gpt2",
+        "python-docs": "gpt2repro prepare-text --corpus python-docs",
+    }
+    known = next((command for word, command in texts.items() if word in name), "gpt2repro prepare-text --input TEXTS")
+    return f"{known} --out {directory}"
+
+
+def verify_dataset(directory: str | Path, *, remember: bool = False) -> Manifest:
+    """Compare every byte of the shards with the manifest. Raises: InputError naming the first bad file.
+
+    remember: don't read again what was read before and has not changed since.
+    """
+    directory, manifest = Path(directory), load_manifest(directory)
+    expected = manifest.digests()
+    for name, digest in digests_of(directory, list(expected), remember=remember).items():
+        if digest != expected[name]:
+            raise InputError(
+                f"{directory / name} is damaged (its sha256 is not the manifest's); delete it and prepare or download "
+                "again"
+            )
     return manifest
+
+
+def digests_of(directory: Path, names: list[str], *, remember: bool = True) -> dict[str, str]:
+    """File name -> sha256 of files in a directory, hashed by several threads; a bar shows where it takes long.
+
+    remember: keep what was found, with size, times and inode, in `.sha256.json` beside the files, or below HF_HOME
+        where nothing can be written there, and hash nothing twice; of several processes one does it.
+    """
+    from filelock import FileLock
+    from huggingface_hub.constants import HF_HOME
+    from tqdm import tqdm
+
+    for path in (directory / name for name in names):
+        if not path.is_file():
+            raise InputError(f"{path} is missing, though manifest.json lists it; prepare or download the data again")
+    key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    at_home = not os.access(directory, os.W_OK)
+    place = Path(HF_HOME) / "gpt2repro" / "sha256" / f"{key}.json" if at_home else directory / CHECKED
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    lock = FileLock(Path(tempfile.gettempdir()) / f"gpt2repro-{user}-{key}.lock")
+    with lock if remember else contextlib.nullcontext():
+        known = (files.read_json_if_whole(place) if remember else None) or {}
+        facts = {}
+        for name in names:
+            now = (directory / name).stat()
+            facts[name] = [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino]
+        found = {name: known[name][-1] for name in names if list(known.get(name, ()))[:-1] == facts[name]}
+        new = [name for name in names if name not in found]
+        total = sum(facts[name][0] for name in new)
+        with (
+            ThreadPoolExecutor(HASHING_THREADS) as pool,
+            tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=total < BAR_FROM_BYTES) as bar,
+        ):
+            for name, digest in zip(new, pool.map(lambda name: files.sha256_of(directory / name), new), strict=True):
+                found[name] = digest
+                bar.update(facts[name][0])
+        if new and remember:
+            with contextlib.suppress(OSError):  # then it is hashed again the next time
+                place.parent.mkdir(parents=True, exist_ok=True)
+                files.write_json(place, {**known, **{name: [*facts[name], found[name]] for name in names}})
+    return {name: found[name] for name in names}
 
 
 def _open_own(directory: Path, split: str) -> TokenSplit:
@@ -281,9 +408,9 @@ def _open_own(directory: Path, split: str) -> TokenSplit:
         have = ", ".join(name for name, other in manifest["splits"].items() if other["tokens"])
         raise InputError(f"{directory} has no {split} split (it has {have}); prepare it with a larger --val_fraction")
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    files, counts = [directory / record["file"] for record in content["shards"]], []
-    for path, record in zip(files, content["shards"], strict=True):
-        if not path.exists():
+    paths, counts = [directory / record["file"] for record in content["shards"]], []
+    for path, record in zip(paths, content["shards"], strict=True):
+        if not path.is_file():
             raise InputError(f"{path} is missing, though manifest.json lists it; prepare or download the data again")
         found, count = _read_header(path)
         if found != dtype or count != record["tokens"]:
@@ -293,47 +420,44 @@ def _open_own(directory: Path, split: str) -> TokenSplit:
             )
         counts.append(count)
     return TokenSplit(
-        split, files, counts, dtype, HEADER_BYTES,
+        split, paths, counts, dtype, HEADER_BYTES,
         vocab_size=manifest["tokenizer"]["vocab_size"], eot_id=manifest["tokenizer"]["eot_id"],
         sha256=manifest.sha256, documents=content["documents"], text_bytes=content["bytes"],
     )  # fmt: skip
 
 
-def _foreign_files(directory: Path, split: str) -> list[Path]:
+def foreign_files(directory: Path, split: str) -> list[Path]:
     """nanoGPT's `train.bin`, build-nanogpt's `edufineweb_train_000001.npy`, llm.c's `fineweb_train_000001.bin`."""
     one = directory / f"{split}.bin"
-    named = sorted(path for end in ("npy", "bin") for path in directory.glob(f"*{split}*.{end}"))
-    return [one] if one.exists() else named
+    if one.exists():
+        return [one]
+    # The split is a word of its own, the last one of the two: not "val" in "interval" or "retrieval_train".
+    words = {path: re.findall(r"(?<![a-z])(?:train|val)(?![a-z])", path.stem.lower()) for path in directory.iterdir()}
+    return sorted(path for path, said in words.items() if path.suffix in (".npy", ".bin") and said[-1:] == [split])
 
 
 def _open_foreign(directory: Path, split: str) -> TokenSplit:
-    files = _foreign_files(directory, split)
-    if not files:
+    paths = foreign_files(directory, split)
+    if not paths:
         raise InputError(
-            f"{directory} has no manifest.json and no {split} shards (looked for {split}.bin, *{split}*.npy, "
-            f"*{split}*.bin); make a data set with `gpt2repro prepare-text` or prepare_fineweb.py"
+            f"{directory} has no manifest.json and no {split} shards (looked for {split}.bin, *_{split}_*.npy, "
+            f"*_{split}_*.bin); make a data set with `gpt2repro prepare-text` or prepare_fineweb.py"
         )
     if (directory / "meta.pkl").exists():
         raise InputError(
             f"{directory} holds nanoGPT's character-level tokens, whose vocabulary is pickled in meta.pkl and never "
             "read here; prepare the text again with `gpt2repro prepare-text --tokenizer char`"
         )
-    shapes = {path: _foreign_shape(path) for path in files}
+    shapes = {path: _foreign_shape(path) for path in paths}
     layouts = {(dtype, offset) for dtype, offset, _ in shapes.values()}
     if len(layouts) > 1:
         listing = ", ".join(f"{path.name}: {dtype} at byte {offset}" for path, (dtype, offset, _) in shapes.items())
         raise InputError(f"the {split} shards of {directory} are of different formats ({listing}); keep one kind")
-    # Hashing 20 GB at every start would be too much; names, sizes and both ends of every file tell data sets apart.
-    identity = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            head = file.read(2**16)
-            file.seek(max(0, path.stat().st_size - 2**16))
-            identity.update(json.dumps([path.name, path.stat().st_size]).encode() + head + file.read())
+    # The name of a data set must be told without reading all of it; `digests_of` reads all of it.
     dtype, offset = layouts.pop()
     return TokenSplit(
-        split, files, [count for _, _, count in shapes.values()], dtype, offset,
-        vocab_size=GPT2_VOCAB_SIZE, eot_id=GPT2_EOT_ID, sha256=identity.hexdigest(),
+        split, paths, [count for _, _, count in shapes.values()], dtype, offset,
+        vocab_size=GPT2_VOCAB_SIZE, eot_id=GPT2_EOT_ID, sha256=files.sha256_of_ends(paths),
     )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ Legend: T seq_len, N windows per epoch = (tokens - 1) // T, W world. Knows no mo
 from __future__ import annotations
 
 import queue
-import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +23,20 @@ import numpy as np
 import torch
 
 from gpt2repro.data.ordering import Permutation, derive_seed, next_positions, skip_ahead
-from gpt2repro.data.shards import has_split, open_split, verify_dataset
+from gpt2repro.data.shards import (
+    MANIFEST,
+    TOKENIZER,
+    digests_of,
+    foreign_files,
+    has_split,
+    open_split,
+    verify_dataset,
+)
 from gpt2repro.options import InputError
 
-__all__ = ["Permutation", "Prefetch", "ShardSource", "merge_states", "open_source", "prefetch", "skip_ahead"]
+__all__ = [
+    "Permutation", "Prefetch", "ShardSource", "merge_states", "open_data", "open_source", "prefetch", "skip_ahead"
+]  # fmt: skip
 
 SHARD_ORDER_VERSION = 1  # raise it when the same (data, seed, position) would give another window
 
@@ -36,26 +45,26 @@ class ShardSource:
     """Batches from the shards of one split; see the module's drawing.
 
     `split` has .tokens, .vocab_size, .sha256 and .read(start, count). `vocab_size` is the model's, where it is known:
-    a smaller one than the data's is refused. `validation` and `directory` are kept for the training loop.
+    a smaller one than the data's is refused. The other attributes are for the training loop.
     """
 
-    directory: Path | None = None  # where the shards lie, with their tokenizer and manifest
+    tokenizer = None  # what made the tokens; set by `open_data`
+    validation = None  # the split to evaluate on
+    directory: Path | None = None  # where the shards lie
+    manifest = None  # of a data set made here
 
-    def __init__(
-        self, split, *, seq_len: int, seed: int, vocab_size: int | None = None, validation=None, directory=None
-    ):
+    def __init__(self, split, *, seq_len: int, seed: int, vocab_size: int | None = None):
         self.windows = (split.tokens - 1) // seq_len
         if self.windows < 1:
             raise InputError(
                 f"the data has {split.tokens} tokens, fewer than one window of seq_len + 1 = {seq_len + 1}; "
                 "prepare more text or lower --seq_len"
             )
-        self.split, self.seq_len, self.seed = split, seq_len, seed
-        self.vocab_size, self.directory = split.vocab_size, directory
+        self.split, self.seq_len, self.seed, self.vocab_size = split, seq_len, seed, split.vocab_size
         check_vocabulary(split.vocab_size, vocab_size)
-        self.validation = validation
         self.tokens_per_epoch = self.windows * seq_len
         self._permutations: dict[int, Permutation] = {}
+        self._digests: dict[str, str] = {}
 
     def identity(self) -> dict:
         """What must be the same on resume, because another value would mean another order of windows."""
@@ -66,6 +75,19 @@ class ShardSource:
             "seq_len": self.seq_len,
             "seed": self.seed,
         }
+
+    def digests(self) -> dict[str, str]:
+        """File name -> sha256 of foreign shards, for the run's state; a manifest's are in `identity()` already."""
+        return self._digests
+
+    def check_digests(self, saved: dict[str, str]) -> None:
+        """Raises: InputError naming a foreign shard that is not the one it was when the state was saved."""
+        for name, digest in saved.items():
+            if self._digests.get(name, digest if self.manifest else None) != digest:
+                raise InputError(
+                    f"{self.directory}/{name} is not the file that this run began with (its sha256 has changed); "
+                    "bring the old one back, or start a new run"
+                )
 
     def initial_state(self) -> dict:
         return {"position": 0, "skipped": []}
@@ -189,29 +211,27 @@ def prefetch(iterator: Iterator, depth: int, *, pin_memory: bool = False) -> Pre
     return Prefetch(iterator, depth, pin_memory=pin_memory)
 
 
-def download_shards(repository: str) -> Path:
-    """A dataset repository of shards, `user/name[@revision]`, as a local directory whose every checksum was compared.
+def shards_directory(data: str) -> Path:
+    """Where the shards lie that `--data` names; those of hf://user/name[@revision] are downloaded once."""
+    return download_shards(data.removeprefix("hf://")) if data.startswith("hf://") else Path(data)
 
-    Downloads once into Hugging Face's cache; a second call, or another process, finds the files there.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+def download_shards(repository: str) -> Path:
+    """A dataset repository of shards, `user/name[@revision]`, as a directory in Hugging Face's cache."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = repository.partition("@")
+    where = {"repo_type": "dataset", "revision": revision or None}
     try:
-        directory = Path(snapshot_download(name, repo_type="dataset", revision=revision or None))
+        hf_hub_download(name, MANIFEST, **where)  # before terabytes of something else
+        return Path(snapshot_download(name, **where))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise InputError(
+                f"the dataset {repository} holds no token shards (no {MANIFEST}); --data stream:{repository} reads text"
+            ) from error
         raise InputError(f"cannot get the dataset {repository} from the Hub: {str(error).splitlines()[0]}") from error
-    verified = directory / ".checksums-compared"
-    if not verified.exists():
-        verify_dataset(directory)
-        verified.touch()
-    return directory
-
-
-def is_hub_id(data: str) -> bool:
-    """True for `user/name` where no directory `user` exists here: a mistyped path is not looked for on the Hub."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", data) is not None and not Path(data.split("/")[0]).exists()
 
 
 def check_vocabulary(data_vocab_size: int, vocab_size: int | None) -> None:
@@ -233,12 +253,6 @@ def merge_states(states: list[dict]) -> dict:
     if "lanes" not in states[0]:
         return states[0]
     return {**states[0], "lanes": {lane: where for state in states for lane, where in state["lanes"].items()}}
-
-
-def shards_directory(data: str) -> Path:
-    if data.startswith("hf://"):
-        return download_shards(data.removeprefix("hf://"))
-    return Path(data)
 
 
 def open_source(
@@ -266,38 +280,60 @@ def open_source(
             data.removeprefix("stream:"),
             tokenizer=tokenizer, seq_len=seq_len, seed=seed, sequences=sequences, **stream_options,
         )  # fmt: skip
-    if data.startswith("hf://") or is_hub_id(data):
-        directory = download_shards(data.removeprefix("hf://"))
-    else:
-        directory = Path(data)
-    train = open_split(directory, "train")
-    validation = open_split(directory, "val") if has_split(directory, "val") else None
-    source = ShardSource(
-        train, seq_len=seq_len, seed=seed, vocab_size=vocab_size, validation=validation, directory=directory
-    )
+    directory = shards_directory(data)
+    split = open_split(directory, "train")
+    source = ShardSource(split, seq_len=seq_len, seed=seed, vocab_size=vocab_size)
     source.check_batch(sequences)
+    source.directory = directory
+    source.validation = open_split(directory, "val") if has_split(directory, "val") else None
+    if (directory / MANIFEST).exists():
+        source.manifest = verify_dataset(directory, remember=True)
+    else:
+        paths = foreign_files(directory, "train") + foreign_files(directory, "val")
+        source._digests = digests_of(directory, [path.name for path in paths])
     return source
 
 
-def open_data(config, sequences):
-    from gpt2repro.data.shards import MANIFEST, TOKENIZER, load_manifest
-    from gpt2repro.data.tokenization import gpt2_tokenizer, load_tokenizer
+def open_data(config, sequences: int):
+    """The training data of a run as `open_source` opens it, with its tokenizer and the split to evaluate on.
 
-    def find(directory):
-        if config.tokenizer not in (None, "gpt2"):
-            return load_tokenizer(config.tokenizer)
-        if config.tokenizer is None and directory is not None and (directory / TOKENIZER).is_dir():
-            return load_tokenizer(directory)
-        return gpt2_tokenizer()
+    config: has `data`, `val_data`, `tokenizer`, `seq_len`, `seed`, `vocab_size` and the options of streams.
 
+    Raises: InputError where a tokenizer is not the one that made the tokens, and as `open_source` does.
+    """
     options = {"seq_len": config.seq_len, "seed": config.seed, "sequences": sequences, "vocab_size": config.vocab_size}
     if config.data.startswith("stream:"):
-        options |= {"tokenizer": find(None), "text_column": config.text_column}
+        options |= {"tokenizer": _tokenizer(config.tokenizer, None), "text_column": config.text_column}
         options |= {"lanes": config.stream_lanes, "cache_dir": config.cache_dir, "cache_gib": config.cache_gib}
     source = open_source(config.data, **options)
-    source.tokenizer = find(source.directory)
-    d = source.directory
-    source.manifest = load_manifest(d) if d is not None and (d / MANIFEST).exists() else None
-    if config.val_data:
-        source.validation = open_split(config.val_data, "val")
+    source.tokenizer = source.tokenizer or _tokenizer(config.tokenizer, source.directory)
+    _check_tokenizer(source.tokenizer, config.tokenizer, source.directory, source.manifest)
+    if config.val_data is not None:
+        directory = shards_directory(config.val_data)
+        source.validation = open_split(directory, "val")
+        check_vocabulary(source.validation.vocab_size, source.vocab_size)
+        if (directory / MANIFEST).exists():
+            manifest = verify_dataset(directory, remember=True)
+            _check_tokenizer(source.tokenizer, f"that of {config.data}", directory, manifest)
     return source
+
+
+def _tokenizer(name: str | None, directory: Path | None):
+    """The tokenizer that made the data: named, or lying beside the shards; foreign shards and streams are GPT-2's."""
+    from gpt2repro.data.tokenization import gpt2_tokenizer, load_tokenizer
+
+    if name is None and directory is not None and (directory / TOKENIZER).is_dir():
+        return load_tokenizer(directory)
+    return gpt2_tokenizer() if name in (None, "gpt2") else load_tokenizer(name)
+
+
+def _check_tokenizer(tokenizer, name: str | None, directory: Path | None, manifest) -> None:
+    from gpt2repro.data.tokenization import fingerprint
+
+    expected = manifest["tokenizer"].get("sha256") if manifest else None
+    if expected and fingerprint(tokenizer) != expected:
+        remedy = "prepare the data again" if name is None else f"prepare {directory} with it, or choose the one that did"
+        raise InputError(
+            f"the tokenizer {name or directory / TOKENIZER} did not make the tokens of {directory}: its vocabulary, "
+            f"merges or special ids are not those that manifest.json names; {remedy}"
+        )

@@ -1,7 +1,7 @@
 """Text that is tokenised while the model trains: groups of documents -> token cache -> lanes -> batches.
 
-    group          ── the piece of a source that is read at once (text_sources.py); a worker thread tokenises it into
-                      one shard of the cache, every document followed by <|endoftext|>
+    group          ── the piece of a source that is read at once (text.py); a worker thread tokenises it into one shard
+                      of the cache (token_cache.py), every document followed by <|endoftext|>
     unit u         ── epoch u // U: the groups in an order keyed by (seed, epoch), each cut into P parts, U = P groups;
                       the rows of a group are shuffled by (seed, epoch, group) before it is cut
     lane v of V    ── units v, v + V, v + 2V, … : an endless stream of tokens, read in windows of T and one more
@@ -30,31 +30,25 @@ Legend: T seq_len, S sequences per batch, V lanes, P parts, W world. Knows no mo
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import hashlib
 import json
 import math
-import sys
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 
-from gpt2repro.data import hub_text
+from gpt2repro.data import text, text_io
 from gpt2repro.data.ordering import Permutation, derive_seed
-from gpt2repro.data.shards import HEADER_BYTES, ShardWriter, TokenSplit
-from gpt2repro.data.text_sources import TextSource, local_files, resolve
-from gpt2repro.data.tokenization import Encoder, well_formed
-from gpt2repro.files import write_json
+from gpt2repro.data.shards import HEADER_BYTES, TokenSplit
+from gpt2repro.data.token_cache import TokenCache
+from gpt2repro.data.tokenization import Encoder
+from gpt2repro.files import read_json_if_whole, write_json
 from gpt2repro.options import InputError
 
 STREAM_ORDER_VERSION = 1  # raise it when the same (source, seed, state) would give another window
@@ -66,15 +60,6 @@ GROUP_ORDER, ROW_ORDER = 1, 2  # the two uses of the seed
 # llm.c validates on); a smaller one holds out every 20th document, so it is read once before the first batch.
 GROUPS_TO_HOLD_OUT_WHOLE, MOST_HELD_OUT, HELD_OUT_ROWS = 20, 10, 20
 
-DAY_SECONDS = 86400
-NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
-
-Result = TypeVar("Result")
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
 
 class StreamSource:
     """Batches from text that is tokenised on the way; the module says how, and what is guaranteed.
@@ -84,11 +69,11 @@ class StreamSource:
     """
 
     tokens_per_epoch = None  # known only when everything has been read
-    directory = None  # no shards of its own
+    directory = manifest = None  # no shards of its own
 
     def __init__(
         self,
-        source: TextSource,
+        source: text.TextSource,
         *,
         tokenizer,
         seq_len: int,
@@ -97,12 +82,12 @@ class StreamSource:
         cache_dir: Path,
         cache_gib: float | None = None,
         workers: int = 2,
-        report: Callable[[str], None] = say,
+        report: Callable[[str], None] = text_io.say,
     ):
         self.source, self.seq_len, self.seed, self.lanes = source, seq_len, seed, lanes
-        self.encoder = Encoder(tokenizer)
+        self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer, count_unknown=True)
         self.vocab_size = self.encoder.vocab_size
-        self.workers, self.report = workers, report
+        self.workers = workers
         groups = len(source.groups)
         held_out = min(MOST_HELD_OUT, math.ceil(groups / 100)) if groups >= GROUPS_TO_HOLD_OUT_WHOLE else 0
         self._held_out_groups = sorted(Permutation(groups, seed=0)(np.arange(held_out)).tolist())  # for every seed
@@ -110,7 +95,9 @@ class StreamSource:
         self.parts = max(FEWEST_PARTS, math.ceil(lanes / len(self._train_groups)))
         self.units = len(self._train_groups) * self.parts
         self.unit_location = functools.lru_cache(maxsize=1 << 14)(self._unit_location)
-        self.cache = TokenCache(source, self.encoder, Path(cache_dir), limit_gib=cache_gib, report=report)
+        document_bytes = text.TEXT_DOCUMENT_BYTES
+        reading = text.Reading(source.text_column, strict=False, document_bytes=document_bytes, report=report)
+        self.cache = TokenCache(source, self.encoder, reading, Path(cache_dir), cache_gib)
         self.validation = self._open_validation()
 
     def identity(self) -> dict:
@@ -127,6 +114,13 @@ class StreamSource:
             "seq_len": self.seq_len,
             "seed": self.seed,
         }
+
+    def digests(self) -> dict[str, str]:
+        """No shards whose content `identity()` does not name."""
+        return {}
+
+    def check_digests(self, saved: dict[str, str]) -> None:
+        """Nothing to compare."""
 
     def initial_state(self) -> dict:
         return {"position": 0, "skipped": [], "lanes": {}}
@@ -222,11 +216,12 @@ class StreamSource:
     def _open_validation(self) -> TokenSplit | None:
         """The documents that are never trained on, as a split; None where the source is too small to spare any."""
         path = self.cache.directory / "validation.bin"
-        facts = path.with_suffix(".json")
-        if not (facts.exists() and path.exists()):
-            shard = self.cache.write_shard(path, self._held_out_documents)
-            write_json(facts, {**shard, "documents_seen": self._documents_seen})
-        found = json.loads(facts.read_text(encoding="utf-8"))
+        found = read_json_if_whole(path.with_suffix(".json"))
+        if found is None or not path.exists():
+            self._documents_seen = 0
+            shard = self.cache.write_shard(path, self._held_out_documents())
+            found = {**shard, "documents_seen": self._documents_seen}
+            write_json(path.with_suffix(".json"), found)
         if not self._held_out_groups and found["documents_seen"] - found["documents"] < self.lanes:
             raise InputError(
                 f"{self.source.name} has {found['documents_seen']} documents, too few for {self.lanes} lanes; "
@@ -240,14 +235,12 @@ class StreamSource:
             documents=found["documents"], text_bytes=found["bytes"],
         )  # fmt: skip
 
-    def _held_out_documents(self) -> Iterator[list[str]]:
-        self._documents_seen = 0
+    def _held_out_documents(self) -> Iterator[str]:
         for group in self._held_out_groups or range(len(self.source.groups)):
-            row = 0
-            for some in self.source.read(group):
-                rows = range(row, row := row + len(some))
-                self._documents_seen += len(some)
-                yield [text for row, text in zip(rows, some, strict=True) if self._held_out_groups or _held_out(row)]
+            for row, document in enumerate(self.source.read(group, self.cache.reading)):
+                self._documents_seen += 1
+                if self._held_out_groups or _held_out(row):
+                    yield document
 
 
 def _held_out(row):
@@ -322,143 +315,6 @@ class _Units:
             self._pending[group] = self._pool.submit(self._stream.cache.fetch, group, self._stop)
 
 
-class TokenCache:
-    """Groups of a source as token shards on disk: `group_000007.bin`, every document followed by <|endoftext|>.
-
-    A file appears whole or not at all, so ranks and runs may share a cache; what two of them write is the same.
-    """
-
-    def __init__(self, source: TextSource, encoder: Encoder, root: Path, *, limit_gib: float | None, report):
-        self.source, self.encoder, self.report = source, encoder, report
-        self.limit_bytes = None if limit_gib is None else limit_gib * 2**30
-        key = hashlib.sha256(f"{source.sha256} {encoder.sha256}".encode()).hexdigest()[:16]
-        self.directory = root / key
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for left_behind in self.directory.glob("*.tmp-*"):  # by a process that was killed, unless it is being written
-            with contextlib.suppress(OSError):
-                if left_behind.stat().st_mtime < time.time() - DAY_SECONDS:
-                    left_behind.unlink()
-
-    def path(self, group: int) -> Path:
-        return self.directory / f"group_{group:06d}.bin"
-
-    def fetch(self, group: int, stop: threading.Event) -> None:
-        """Tokenise the group unless it is there already."""
-        if not self.path(group).exists():
-            self.write_shard(self.path(group), lambda: self.source.read(group), stop)
-            self._make_room(self.path(group))
-
-    def read(self, group: int, stop: threading.Event) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, the end of each document) of a group that was fetched; a damaged file is made again."""
-        while True:
-            try:
-                header = np.fromfile(self.path(group), "<i4", 256)
-                count = (self.path(group).stat().st_size - HEADER_BYTES) // self.encoder.dtype.itemsize
-                if len(header) == 256 and header[2] == count:
-                    tokens = np.empty(0, self.encoder.dtype)
-                    if count:  # an empty file cannot be mapped
-                        tokens = np.memmap(self.path(group), self.encoder.dtype, "r", offset=HEADER_BYTES)
-                    if tokens.max(initial=0) < self.encoder.vocab_size:
-                        return tokens, np.flatnonzero(tokens == self.encoder.eot_id) + 1
-                self.report(f"{self.path(group)} is damaged; its text is tokenised again")
-                self.path(group).unlink()
-            except FileNotFoundError:  # made room for another group, perhaps by another process
-                self.fetch(group, stop)
-
-    def write_shard(
-        self, path: Path, documents: Callable[[], Iterator[list[str]]], stop: threading.Event | None = None
-    ) -> dict:
-        """Tokenise documents into a shard, again from the start after a fault. Returns its size and sha256."""
-        stop = stop or threading.Event()
-
-        def write() -> dict:
-            writer, count, text_bytes = ShardWriter(path, self.encoder.vocab_size), 0, 0
-            try:
-                for some in documents():
-                    if _given_up(stop):
-                        raise CancelledError
-                    texts = [well_formed(text) for text in some]
-                    writer.append(self.encoder.encode_joined(texts, [True] * len(texts)))
-                    count, text_bytes = count + len(texts), text_bytes + sum(len(text.encode()) for text in texts)
-            except BaseException:
-                writer.abandon()
-                raise
-            return {**writer.close(), "documents": count, "bytes": text_bytes}
-
-        what = f"reading {self.source.name}"
-        return retried(write, what=what, report=self.report, stop=stop, remote=self.source.remote)
-
-    def _make_room(self, newest: Path) -> None:
-        if self.limit_bytes is None:
-            return
-        files = {path: path.stat() for path in self.directory.glob("group_*.bin") if path != newest}
-        total = newest.stat().st_size + sum(facts.st_size for facts in files.values())
-        for path in sorted(files, key=lambda path: files[path].st_mtime):
-            if total <= self.limit_bytes:
-                break
-            with contextlib.suppress(PermissionError):  # Windows keeps what is in use
-                path.unlink(missing_ok=True)
-                total -= files[path].st_size
-
-
-def retried(
-    action: Callable[[], Result], *, what: str, report: Callable[[str], None], stop: threading.Event, remote: bool
-) -> Result:
-    """The result of `action`, tried again after faults of the network that may pass.
-
-    Raises InputError for what will not pass, and when it has not passed after `hub_text.RETRIES` pauses.
-    """
-    for attempt in range(hub_text.RETRIES + 1):
-        try:
-            return action()
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in NO_SPACE:
-                raise InputError(
-                    f"{what}: no space is left for the token cache; free some or set --cache_gib"
-                ) from error
-            if not is_fault(error):
-                raise
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            if not (remote and hub_text.may_pass(error)):
-                raise InputError(f"{what}: {reason}") from error
-            if attempt == hub_text.RETRIES:
-                raise InputError(
-                    f"{what} failed {hub_text.RETRIES + 1} times, at last with {reason}. "
-                    "The same command continues from the last checkpoint when the source is back"
-                ) from error
-            pause = hub_text.seconds_before_retry(error, attempt)
-            report(f"{what}: {reason}; trying again in {pause:.1f} s ({attempt + 1} of {hub_text.RETRIES})")
-            deadline = time.monotonic() + pause
-            while time.monotonic() < deadline:
-                if _given_up(stop):
-                    raise CancelledError from error
-                stop.wait(min(0.2, max(0.0, deadline - time.monotonic())))
-    raise AssertionError("the last attempt returns or raises")
-
-
-def is_fault(error: Exception) -> bool:
-    """True for what goes wrong outside this program: the network, a file, its bytes."""
-    outside = (
-        "httpx",
-        "httpcore",
-        "aiohttp",
-        "requests",
-        "urllib3",
-        "fsspec",
-        "huggingface_hub",
-        "datasets",
-        "pyarrow",
-    )
-    return isinstance(error, (OSError, EOFError, UnicodeDecodeError)) or any(
-        kind.__module__.startswith(outside) for kind in type(error).__mro__
-    )
-
-
-def _given_up(stop: threading.Event) -> bool:
-    """True when nobody waits for the result any more; the interpreter waits for worker threads before it ends."""
-    return stop.is_set() or not threading.main_thread().is_alive()
-
-
 def default_lanes(sequences: int) -> int:
     """The smallest multiple of the batch that is at least 64."""
     return sequences * math.ceil(FEWEST_LANES / sequences)
@@ -476,7 +332,7 @@ def open_stream(
     cache_dir: Path | None = None,
     cache_gib: float | None = None,
     workers: int = 2,
-    report: Callable[[str], None] = say,
+    report: Callable[[str], None] = text_io.say,
 ) -> StreamSource:
     """The stream of `ID[:config][@revision]`, a path, a directory or a glob.
 
@@ -507,25 +363,22 @@ def open_stream(
     return stream
 
 
-def _resolve_or_remember(spec: str, text_column: str, cache_dir: Path, report: Callable[[str], None]) -> TextSource:
-    if local_files(spec):
-        return retried(
-            lambda: resolve(spec, text_column=text_column),
-            what=f"reading {spec}", report=report, stop=threading.Event(), remote=False,
-        )  # fmt: skip
+def _resolve_or_remember(spec: str, text_column: str, cache_dir: Path, report) -> text.TextSource:
+    if text_io.local_files(spec):
+        return text_io.retrying(lambda: text.resolve(spec, text_column=text_column), spec, report=report)
     remembered = cache_dir / f"source_{hashlib.sha256(f'{spec} {text_column}'.encode()).hexdigest()[:16]}.json"
 
-    def resolve_now() -> TextSource:
+    def resolve_now() -> text.TextSource:
         try:
-            return resolve(spec, text_column=text_column)
+            return text.resolve(spec, text_column=text_column)
         except Exception as error:
-            if not (is_fault(error) and hub_text.may_pass(error) and remembered.exists()):
+            if not (text_io.is_fault(error) and text_io.may_pass(error) and remembered.exists()):
                 raise
-            source = TextSource(**json.loads(remembered.read_text(encoding="utf-8")))
+            source = text.TextSource(**json.loads(remembered.read_text(encoding="utf-8")))
             report(f"the Hub is out of reach ({type(error).__name__}); using {source.name} as of {source.revision}")
             return source
 
-    source = retried(resolve_now, what=f"looking up {spec}", report=report, stop=threading.Event(), remote=True)
+    source = text_io.retrying(resolve_now, f"hf://datasets/{spec}", report=report)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    write_json(remembered, asdict(source))
+    write_json(remembered, source.facts())
     return source

@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,6 +38,10 @@ GPT2_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)
 
 # Long runs of Unicode's White_Space, which is the \s above (Python's is wider).
 _LONG_RUN = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
+
+
+class UnknownCharacter(InputError):
+    """A text holds a character that the tokenizer has no id for."""
 
 
 def gpt2_tokenizer():
@@ -126,12 +131,18 @@ def load_tokenizer(source: str | Path):
 
 
 def fingerprint(tokenizer) -> str:
-    """sha256 of what decides the ids: vocabulary, merges, `<|endoftext|>`; the same after saving and loading."""
+    """sha256 of what decides the ids: vocabulary, merges, special ids; the same after saving and loading.
+
+    Two tokenizers with the same fingerprint give the same ids, whatever their files look like.
+    """
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise InputError(f"{tokenizer.name_or_path} is no fast tokenizer (no tokenizer.json), which this program needs")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
+    vocab = model["vocab"]
     decisive = [
         model["type"],
-        sorted(model["vocab"].items()),
+        sorted(vocab.items()) if isinstance(vocab, dict) else vocab,
         _merges(model) if model["type"] == "BPE" else [],
         sorted((token["content"], token["id"]) for token in content["added_tokens"]),
         tokenizer.eos_token_id,
@@ -162,13 +173,20 @@ class Encoder:
 
     No special token is added, and none is recognised: the characters `<|endoftext|>` in a document are text like any
     other. Copies to a spawned process by pickling. `fast=True` takes the `gigatoken` package (GPT-2 only) where it
-    proves to give tiktoken's ids; `uses_gigatoken` says whether it did.
+    proves to give tiktoken's ids; `uses_gigatoken` says whether it did. A character that a character tokenizer does not
+    know is refused (UnknownCharacter), or with `count_unknown` becomes `<|endoftext|>` and is counted in `unknown`.
     """
 
-    def __init__(self, tokenizer, *, fast: bool = False):
+    def __init__(self, tokenizer, *, fast: bool = False, count_unknown: bool = False):
+        self.count_unknown, self.unknown = count_unknown, Counter()
         self.sha256 = fingerprint(tokenizer)
         self.kind = "gpt2" if self.sha256 == GPT2_FINGERPRINT else kind(tokenizer)
         self.vocab_size, self.eot_id = len(tokenizer), tokenizer.eos_token_id
+        if self.eot_id is None or not 0 <= self.eot_id < self.vocab_size:
+            raise InputError(
+                f"the tokenizer's end-of-text token is {self.eot_id}, outside its vocabulary of {self.vocab_size}; "
+                "every document ends with one"
+            )
         self.dtype = token_dtype(self.vocab_size)
         if self.kind == "gpt2":
             values = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
@@ -191,8 +209,12 @@ class Encoder:
         """Ids of each text, as arrays of `self.dtype`."""
         return [ids.astype(self.dtype, copy=False) for ids in self._encode([well_formed(text) for text in texts])]
 
-    def encode_joined(self, texts: list[str], ends: list[bool]) -> np.ndarray:
-        """Ids of all texts in one array of `self.dtype`, `eot_id` after every text that ends a document."""
+    def encode_joined(self, texts: list[str], ends: list[bool]) -> tuple[np.ndarray, int]:
+        """(ids of all texts as one array of `self.dtype`, `eot_id` after every text that ends a document; their bytes).
+
+        The second is the size of the texts in UTF-8.
+        """
+        texts = [well_formed(text) for text in texts]
         pieces = self._encode(texts)
         out = np.empty(sum(map(len, pieces)) + sum(ends), self.dtype)
         filled = 0
@@ -202,7 +224,7 @@ class Encoder:
             if end:
                 out[filled] = self.eot_id
                 filled += 1
-        return out
+        return out, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
     def _prepare(self) -> None:
         """What can't be pickled, or is quicker to build than to send."""
@@ -246,7 +268,19 @@ class Encoder:
         return not text.isascii() and bool(self._strange[_code_points(text)].any())
 
     def _encode_characters(self, texts: list[str]) -> list[np.ndarray]:
-        return [self._table[np.minimum(_code_points(text), len(self._table) - 1)] for text in texts]
+        encoded = []
+        for text in texts:
+            ids = self._table[np.minimum(_code_points(text), len(self._table) - 1)]
+            if (unknown := ids == self.eot_id).any():
+                if not self.count_unknown:
+                    at = int(np.argmax(unknown))
+                    where = f"the character {text[at]!r} (U+{ord(text[at]):04X}) behind {text[max(0, at - 20) : at]!r}"
+                    raise UnknownCharacter(
+                        f"{where} is not in the tokenizer's vocabulary; choose gpt2's, or one made of this text"
+                    )
+                self.unknown.update(text[at] for at in np.flatnonzero(unknown))
+            encoded.append(ids)
+        return encoded
 
     def _encode_trained(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)

@@ -3,10 +3,36 @@
 from pathlib import Path
 
 from gpt2repro.data.shards import MANIFEST, TOKENIZER, Manifest, verify_dataset
+from gpt2repro.data.text_io import first_line
 from gpt2repro.options import InputError
 
 # The Hub advises against more than 100 files per commit; fewer also means less to repeat after an interruption.
 FILES_PER_COMMIT = 25
+
+
+def check_push(repo: str) -> None:
+    """Ask the Hub who is logged in. Raises: InputError, before any work, where `USER/NAME` can't be written to."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    login = f"uploading to {repo} needs a login: run `hf auth login` or set HF_TOKEN"
+    try:
+        validate_repo_id(repo)
+        user = HfApi().whoami()
+    except HFValidationError as error:
+        raise InputError(f"--push_to_hub {repo} is no USER/NAME: {error}") from error
+    except LocalTokenNotFoundError as error:
+        raise InputError(login) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"{login} ({first_line(error)})") from error
+    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    if "/" not in repo or repo.split("/")[0] not in owners:
+        raise InputError(
+            f"--push_to_hub {repo}: the login may write below {', '.join(owners)} only; choose such a name"
+        )
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise InputError(f"uploading to {repo} needs a token that may write; this one only reads")
 
 
 def push_dataset(directory: str | Path, repo: str, *, private: bool = False) -> None:
@@ -20,7 +46,7 @@ def push_dataset(directory: str | Path, repo: str, *, private: bool = False) -> 
 
     directory, api = Path(directory), HfApi()
     manifest = verify_dataset(directory)
-    digests = {shard["file"]: shard["sha256"] for split in manifest["splits"].values() for shard in split["shards"]}
+    digests = manifest.digests()
     try:
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         present = {
@@ -45,7 +71,7 @@ def push_dataset(directory: str | Path, repo: str, *, private: bool = False) -> 
         raise InputError(f"uploading to {repo} needs a login: run `hf auth login` or set HF_TOKEN") from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise InputError(
-            f"{repo} could not be uploaded: {str(error).splitlines()[0]}; run the same command again to continue"
+            f"{repo} could not be uploaded: {first_line(error)}; run the same command again to continue"
         ) from error
     print(f"{repo}: {len(digests)} shards, sha256 {manifest.sha256}; train with --data hf://{repo}")
 
@@ -69,8 +95,8 @@ def dataset_card(manifest: Manifest, repo: str) -> str:
 ---
 # {repo}: token shards
 
-Text: {text}. Tokenizer: {tokenizer["kind"]}, {tokenizer["vocab_size"]:,} entries, in `tokenizer/`; every document is
-followed by token {tokenizer["eot_id"]} (`<|endoftext|>`).
+Text: {text}. Tokenizer: {tokenizer.get("kind")}, {tokenizer["vocab_size"]:,} entries, in `tokenizer/`; every document
+is followed by token {tokenizer["eot_id"]} (`<|endoftext|>`).
 
 | split | tokens | documents | bytes of text | shards |
 |---|---|---|---|---|

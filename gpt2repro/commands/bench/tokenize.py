@@ -28,10 +28,10 @@ import numpy as np
 from pydantic import Field
 
 from gpt2repro.commands.bench import harness
-from gpt2repro.data import text_files
 from gpt2repro.data.preparation import prepare
 from gpt2repro.data.python_docs import docstrings, python_docs
 from gpt2repro.data.shards import has_split, open_split
+from gpt2repro.data.text import find_text
 from gpt2repro.data.tokenization import Encoder, gpt2_tokenizer
 from gpt2repro.options import parse_options
 
@@ -120,7 +120,7 @@ def write_text(path: Path, inputs: list[str], text_bytes: int) -> int:
     for package in PACKAGES:
         texts += docstrings(Path(sysconfig.get_paths()["purelib"]) / package)
     if inputs:
-        files = text_files.find(inputs)
+        files = find_text(inputs)
         texts += [
             "".join(piece for piece, _ in document) for unit in files.units(10**9) for document in files.read(unit)
         ]
@@ -145,7 +145,7 @@ def write_text(path: Path, inputs: list[str], text_bytes: int) -> int:
 def ours(source: Path, out: Path, shard_tokens: int, workers: int, tokenizer, encoder: Encoder) -> None:
     """The engine of prepare_fineweb.py, first shard for validation and all."""
     shutil.rmtree(out, ignore_errors=True)
-    files = text_files.find([str(source)])
+    files = find_text([str(source)])
     units = files.units(shard_tokens)
     for index, unit in enumerate(units):
         unit["split"] = "train" if index else "val"
