@@ -34,6 +34,7 @@ from typing import Literal
 from gpt2repro.files import step_in_name
 from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, parse_options, run_main, to_yaml
+from gpt2repro.redaction import scrub
 
 EXIT_DONE, EXIT_STOPPED, EXIT_BAD_NUMBERS = 0, 3, 4
 UPLOAD_SECONDS_AT_EXIT = (
@@ -712,6 +713,7 @@ def refuse_another_run(saved: dict, now: dict, path: Path) -> None:
     the rest of the schedule change lr(step) from here on. Not free: the data and its order (data, seed, seq_len,
     batch_tokens: they say which windows each step sees), the architecture and the kind of optimizer state.
     """
+    saved, now = scrub(saved), scrub(now)  # a checkpoint is written without home directories
     pairs = {"batch_tokens": (saved["batch_tokens"], now["batch_tokens"])}
     pairs["optimizer"] = (saved["optimizer"], now["optimizer"])
     for part in ("architecture", "data"):
