@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gpt2repro.options import InputError
-from gpt2repro.publishing.hub import check_native, export_native
+from gpt2repro.publishing.exports import check_native, export_native
 
 SENTENCES = ["the cat sat on the mat", "a dog ran", "birds can fly over the hill", "the sun is warm today"]
 

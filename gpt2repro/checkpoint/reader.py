@@ -87,8 +87,11 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
     return str(path)
 
 
-def verify_checkpoint(path: str | Path) -> None:
-    """Raises InputError unless every file is there, of its recorded size and sha256, and none is pickled."""
+def verify_checkpoint(path: str | Path, *, strays: bool = False) -> None:
+    """Raises InputError unless every file is there, of its recorded size and sha256, and none is pickled.
+
+    `strays` looks at the files in checksums.json only: whoever publishes these leaves the others at home.
+    """
     path = Path(path)
     checksums = read_json(path / "checksums.json")
     if not checksums:
@@ -105,7 +108,7 @@ def verify_checkpoint(path: str | Path) -> None:
     for name in ("config.json", "model.safetensors", "trainer_state/state.json"):
         if name not in checksums:
             raise InputError(f"{path}: checksums.json does not list {name}")
-    for file in sorted(path.rglob("*")):
+    for file in sorted([path / name for name in checksums] if strays else path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if file.suffix.lower() in PICKLES:
             raise InputError(f"{path}: {name} may hold pickled objects; a checkpoint has only safetensors and JSON")

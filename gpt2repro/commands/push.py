@@ -10,6 +10,7 @@ Each checkpoint of a run becomes a branch `step-N`; the newest one keeps the opt
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,8 +106,10 @@ def send_one(api, model: Path, run_dir: Path | None, options: Options, card: dic
     if options.native:
         hub.publish_native(api, options.repo, model, load_for_comparison(model), cards)
         revisions.append("native")
-    files = hub.checkpoint_files(model, with_trainer_state=False) | cards(model)
+    files = hub.weights_only(hub.checkpoint_files(model)) | cards(model)
     hub.publish(api, options.repo, files, revision=revisions[0], message=model.name)
+    if at_home := sorted({path.name for path in model.iterdir() if path.is_file()} - files.keys() - {hub.CHECKSUMS}):
+        print(f"not part of the model, so not sent: {', '.join(at_home)}")
     return revisions
 
 
@@ -126,15 +129,28 @@ def space_files(repo: str) -> dict[str, bytes | Path]:
     files: dict[str, bytes | Path] = {
         f"gpt2repro/{path.relative_to(PACKAGE).as_posix()}": path
         for path in sorted(PACKAGE.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts and "bench" not in path.parts
+        if path.is_file() and not path.is_symlink() and "__pycache__" not in path.parts and "bench" not in path.parts
     }
     for name in ("configuration_gpt2repro", "modeling_gpt2repro"):
         files[f"{name}.py"] = Path(__import__(name).__file__)
     title = repo.split("/")[-1]
     files["README.md"] = SPACE_README.format(title=title, repo=repo, gradio=gradio_version()).encode()
     files["app.py"] = SPACE_APP.format(repo=repo).encode()
-    files["requirements.txt"] = SPACE_REQUIREMENTS.encode()
+    files["requirements.txt"] = "".join(f"{line}\n" for line in space_requirements()).encode()
     return files
+
+
+def space_requirements() -> list[str]:
+    """The requirements of the page with the bounds of setup.cfg, or of the installed package."""
+    from configparser import ConfigParser
+    from importlib.metadata import requires
+
+    checkout = ConfigParser()
+    if checkout.read(PACKAGE.parent / "setup.cfg", encoding="utf-8"):
+        lines = checkout["options"]["install_requires"].splitlines()
+    else:
+        lines = [line for line in requires("gpt2repro") or [] if "extra ==" not in line]
+    return [line for line in lines if re.split(r"[^\w-]", line)[0] in SPACE_IMPORTS]
 
 
 def gradio_version() -> str:
@@ -172,14 +188,5 @@ if __name__ == "__main__":
     raise SystemExit(run_main(main, ["--model", "{repo}", "--host", "0.0.0.0", "--port", "7860"]))
 '''
 
-# What the page imports; gradio itself is the Space's sdk. The bounds are setup.cfg's.
-SPACE_REQUIREMENTS = """torch>=2.11,<2.14
-transformers>=5.4
-huggingface_hub>=1.3
-matplotlib
-numpy
-pydantic>=2
-pyyaml
-safetensors
-tiktoken>=0.14
-"""
+# What the page imports; gradio itself is the Space's sdk.
+SPACE_IMPORTS = "torch transformers huggingface_hub matplotlib numpy pydantic pyyaml safetensors tiktoken".split()
