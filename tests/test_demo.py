@@ -77,8 +77,9 @@ def test_shown_probability_is_the_models_own(served):
 
 @pytest.mark.extra
 def test_character_of_several_tokens_becomes_one_span(served):
-    from gpt2repro.generation.decoder import Step, TextStream
+    from gpt2repro.generation.decoder import Step
     from gpt2repro.generation.demo_page import Spans
+    from gpt2repro.generation.prompts import TextStream
 
     ids = served.tokenizer("🙃", add_special_tokens=False)["input_ids"]
     assert len(ids) > 1
