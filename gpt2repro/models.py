@@ -131,6 +131,27 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
     return model.to(device).eval(), tokenizer
 
 
+def plain_twin(model):
+    """The GPT-2 (ours or transformers') that `model` was before anybody edited it, without memory for its weights.
+
+    None where `model` is of any other class, subclasses included.
+    """
+    import copy
+
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    if type(model) not in (GPT2ReproForCausalLM, GPT2LMHeadModel):
+        return None
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config)).eval()
+    if hasattr(twin, "pad_head") and type(model.lm_head) is not type(twin.lm_head):
+        twin.pad_head()  # a head that `pad_head` has changed computes the same
+    return twin
+
+
 def load_for_comparison(name: str):
     """A model in fp32 on the CPU: what its native twin has to agree with."""
     import torch

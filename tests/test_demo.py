@@ -1,11 +1,15 @@
 """The page of `gpt2repro demo`: its answers without a browser, then the whole of it in a real headless Chromium."""
 
 import contextlib
+import http.client
+import json
 import math
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +24,7 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 TEXT = "The import statement binds a name. A <tag> & “quotes”, 中文 and 🙂 too.\n" * 30
 SETTINGS = {
-    "temperature": 0.8, "top_k": 50, "top_p": 1, "new_tokens": 40, "most_new_tokens": 100, "seed": 3,
+    "temperature": 0.8, "top_k": 50, "top_p": 1, "new_tokens": 40, "seed": 3,
 }  # fmt: skip
 
 
@@ -45,7 +49,7 @@ def served():
 def last_answer(served, prompt: str, **settings) -> tuple[str, str]:
     from gpt2repro.generation.demo_page import answer
 
-    return list(answer(served, prompt, **{**SETTINGS, **settings}))[-1]
+    return list(answer(served, {"prompt": prompt, **SETTINGS, **settings}, most_new_tokens=100))[-1]
 
 
 def shown_text(page: str) -> str:
@@ -77,8 +81,9 @@ def test_shown_probability_is_the_models_own(served):
 
 @pytest.mark.extra
 def test_character_of_several_tokens_becomes_one_span(served):
-    from gpt2repro.generation.decoder import Step, TextStream
+    from gpt2repro.generation.decoder import Step
     from gpt2repro.generation.demo_page import Spans
+    from gpt2repro.generation.prompts import TextStream
 
     ids = served.tokenizer("🙃", add_special_tokens=False)["input_ids"]
     assert len(ids) > 1
@@ -95,13 +100,15 @@ def test_character_of_several_tokens_becomes_one_span(served):
     ("prompt", "settings", "sentence"),
     [
         ("long " * 3000, {}, "the model sees 256. Please shorten it."),
-        ("x" * 30_000, {}, "too long for this page"),
-        ("a", {"temperature": -1}, "temperature=-1.0 must be"),
-        ("a", {"top_p": 7}, "top_p=7.0 must lie in"),
-        ("a", {"top_k": None}, "not a number"),
-        ("a", {"new_tokens": 10**9}, "the length must lie between 1 and 100"),
-        ("a", {"seed": -5}, "the seed must be 0 or"),
-        (["/etc/passwd"], {}, "too long for this page"),
+        ("x" * 30_000, {}, "prompt: String should have at most 20000 characters"),
+        ("\ud800", {}, "unable to parse raw data as a unicode string"),
+        ("a", {"temperature": -1}, "temperature: should be greater than or equal to 0"),
+        ("a", {"temperature": math.nan}, "temperature: should be a finite number"),
+        ("a", {"top_p": 7}, "top_p: should be less than or equal to 1"),
+        ("a", {"top_k": None}, "top_k: should be a valid integer"),
+        ("a", {"new_tokens": 0}, "new_tokens: should be greater than or equal to 1"),
+        ("a", {"seed": -5}, "seed: should be greater than or equal to 0"),
+        (["/etc/passwd"], {}, "prompt: should be a valid string"),
     ],
 )
 def test_what_a_visitor_gets_wrong_is_said_in_a_sentence(served, prompt, settings, sentence):
@@ -115,6 +122,110 @@ def test_failure_on_our_side_is_a_sentence_for_the_visitor_and_a_traceback_for_t
     _, below = last_answer(served, "The")
     assert "Something went wrong on this side" in below and "ZeroDivision" not in below
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.extra
+def test_the_length_is_cut_to_what_the_model_sees_and_the_page_says_so(served):
+    page, below = last_answer(served, "a" * 230, new_tokens=100, temperature=0)
+    room = 256 - len(served.tokenizer("a" * 230)["input_ids"])
+    assert f"cut at {room}: there is no room for 100" in shown_text(below)
+    assert page.count('class="tok ') == room
+
+
+@pytest.mark.extra
+def test_the_first_word_is_reached_by_tab_and_the_others_from_there(served):
+    page, _ = last_answer(served, "The import")
+    assert page.count('tabindex="0"') == 1 and page.index('tabindex="0"') < page.index('tabindex="-1"')
+
+
+@pytest.fixture
+def door(served, free_port, monkeypatch):
+    """A served page whose text never ends: (address, what a browser sends for it, an event: the text was given up)."""
+    import gradio
+
+    from gpt2repro.generation import demo_page
+
+    given_up = threading.Event()
+
+    def endless(*_, **__):
+        try:
+            while True:
+                time.sleep(0.02)
+                yield "x", "y"
+        finally:
+            given_up.set()
+
+    monkeypatch.setattr(demo_page, "answer", endless)
+    monkeypatch.setattr(demo_page, "SECONDS_UNHEARD", 0.5)
+    blocks, how = demo_page.build({"model": served}, most_new_tokens=100, concurrency=1, queue=2)
+    write = next(index for index, fn in blocks.fns.items() if fn.name == "write")
+    job = {"data": ["model", "The", 0.8, 50, 1, 40, 3], "fn_index": write, "session_hash": "visitor"}
+    blocks.launch(server_port=free_port, prevent_thread_lock=True, **how)
+    yield f"http://127.0.0.1:{free_port}/", job, given_up
+    blocks.close()
+    gradio.close_all()
+
+
+def post(url: str, body: dict):
+    data = json.dumps(body).encode()
+    return urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=10)
+
+
+@pytest.mark.extra
+def test_a_text_ends_when_nobody_listens(door):
+    address, job, given_up = door
+    post(address + "gradio_api/queue/join", job).close()
+    assert given_up.wait(20), "nobody ever listened"
+
+    given_up.clear()
+    job["session_hash"] = "listener"
+    post(address + "gradio_api/queue/join", job).close()
+    with urllib.request.urlopen(address + "gradio_api/queue/data?session_hash=listener", timeout=10) as stream:
+        start = time.monotonic()
+        while time.monotonic() - start < 1.5:
+            assert stream.readline() is not None
+        assert not given_up.is_set(), "somebody listens"
+    assert given_up.wait(20), "the listener has gone"
+
+
+@pytest.mark.extra
+def test_large_requests_and_the_monitoring_page_are_refused(door):
+    address, *_ = door
+    for name, value in (("Content-Length", str(10**6)), ("Transfer-Encoding", "chunked")):
+        connection = http.client.HTTPConnection(address.split("/")[2], timeout=10)
+        connection.putrequest("POST", "/gradio_api/queue/join")
+        connection.putheader(name, value)
+        connection.endheaders()  # it answers without waiting for the body
+        assert connection.getresponse().status == 413
+        connection.close()
+    for path in ("monitoring", "gradio_api/monitoring", "gradio_api/monitoring/summary"):
+        with pytest.raises(urllib.error.HTTPError, match="40[34]"):
+            urllib.request.urlopen(address + path, timeout=10)
+
+
+@pytest.mark.extra
+def test_a_port_that_is_taken_and_a_machine_that_cannot_reach_itself_are_said_in_a_sentence(
+    free_port, tmp_path, monkeypatch
+):
+    pytest.importorskip("gradio")
+    model, tokenizer = make_model()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--port", str(free_port), "--device", "cpu"]
+    with socket.create_server(("127.0.0.1", free_port)), pytest.raises(InputError, match="cannot listen on 127.0.0.1"):
+        demo.main(arguments)
+    with pytest.raises(InputError, match=r"cannot listen on no\.such\.host"):
+        demo.main([*arguments, "--host", "no.such.host"])
+    monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)  # what Gradio finds behind some proxies
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(InputError, match="the page does not answer at http://127.0.0.1.*connect to itself"):
+        demo.main(arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--model"], ["--model", ""], ["--model", "a", ""], []])
+def test_a_model_has_to_be_named(arguments):
+    with pytest.raises(InputError, match="--model (needs a run|is required)"):
+        demo.main(arguments)
 
 
 def test_missing_gradio_is_named_with_the_command_that_installs_it(monkeypatch):

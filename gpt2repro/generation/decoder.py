@@ -1,16 +1,13 @@
-"""Prompts -> tokens, one step at a time: sampling, the decode engine, and text that streams.
+"""Prompts -> tokens, one step at a time.
 
     prompts --left-pad--> prefill --> logits (B, V) --> choose --> token (B,) --+--> yielded, still on the device
                                          ^                                      |
                                          +---------- one step, static cache ----+
 
-GPT-2 (ours and transformers') is decoded straight from its weights: a static key-value cache, fixed shapes, no Python
-module in between, and on CUDA the whole step - forward, sampling, bookkeeping - is one captured graph. Every other
-causal language model goes through its own `forward`. Nothing waits for the device between two tokens, except to see now
-and then whether every row has ended, and where somebody reads a token while it streams.
-
-Chance comes from outside: each row has its own stream of uniform numbers, drawn before the first token from
-(seed, row). So a seed gives the same text in every batch, and the captured step holds no random state.
+A plain GPT-2 (ours or transformers') is decoded straight from its weights: a static key-value cache, fixed shapes, no
+Python module in between. On CUDA the whole step (forward, sampling, bookkeeping) is one captured graph. Every other
+causal language model, an edited GPT-2 included, is called as a module. Nothing waits for the device between two tokens,
+except to see now and then whether every row has ended, and where somebody reads a token while it streams.
 
 Knows no file, no command and no Hub. Shapes: B batch, T prompt, L cache slots, C n_embd, H heads, D head size, V
 vocabulary.
@@ -18,91 +15,24 @@ vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
+from gpt2repro.generation.sampling import Sampling, choose, uniforms
+from gpt2repro.models import plain_twin
 from gpt2repro.options import InputError
 
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # config.activation_function -> F.gelu's name
 STEPS_BETWEEN_CHECKS = 16  # asking a GPU "has every row ended?" costs an idle gap of some 20 µs; a step takes 250 µs
 CACHE_BLOCK = 64  # caches grow in blocks, so that neighbouring lengths share a captured graph
-
-
-# ---------------------------------------------------------------------------------------------------------- sampling
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen: `temperature=0` is greedy; `top_k` and `top_p` cut the tail, None leaves it."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def problems(self) -> list[str]:
-        found = []
-        if not 0 <= self.temperature < float("inf"):
-            found.append(f"temperature={self.temperature} must be a number of at least 0 (0 takes the likeliest token)")
-        if self.top_k is not None and self.top_k < 1:
-            found.append(f"top_k={self.top_k} must be at least 1; leave it out to keep every token")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p} must lie in (0, 1]; leave it out to keep every token")
-        return found
-
-
-def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The `top_k` best logits in descending order and their ids; all of them, unsorted, without a cut (ids None)."""
-    if sampling.top_k is None and sampling.top_p is None:
-        return logits, None
-    count = min(sampling.top_k or logits.size(-1), logits.size(-1))
-    return torch.topk(logits, count)  # (B, V) -> (B, k), (B, k)
-
-
-def keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero what lies behind the first `top_p` of the mass; `probs` descend. The likeliest token always stays.
-
-    Source: Holtzman et al. 2020, section 3.1.
-    """
-    return probs * (probs.cumsum(-1) - probs < top_p)
-
-
-def probabilities(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Temperature, then top-k, then top-p -> unnormalised probabilities (B, k) and the ids they belong to."""
-    best, ids = candidates(logits.float() / sampling.temperature, sampling)
-    probs = best.softmax(-1)
-    return (probs if sampling.top_p is None else keep_nucleus(probs, sampling.top_p)), ids
-
-
-def pick(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The inverse of the distribution function at `uniform` (B,) in [0, 1): an index (B,) that is never impossible."""
-    mass = probs.cumsum(-1)
-    # The factor keeps the target below the last step of the sum, whatever order a parallel sum rounded in.
-    target = uniform[:, None] * mass[:, -1:] * (1 - 1e-6)
-    return ((mass > target) & (probs > 0)).int().argmax(-1)  # argmax: the first of equals
-
-
-def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
-    """Logits (B, V) and one uniform number per row -> token ids (B,)."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probs, ids = probabilities(logits, sampling)
-    index = pick(probs, uniform)
-    return index if ids is None else ids.gather(-1, index[:, None])[:, 0]
-
-
-def uniforms(seed: int, rows: Sequence[int], steps: int) -> torch.Tensor:
-    """(steps, rows) uniform numbers in [0, 1); a row's column depends on (seed, row) alone."""
-    streams = [np.random.Generator(np.random.Philox(key=(row << 64) + seed)) for row in rows]
-    return torch.from_numpy(np.stack([stream.random(steps, dtype=np.float32) for stream in streams], axis=1))
-
-
-# ------------------------------------------------------------------------------------------------------------ decoding
+EXACT_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # all the same function
+NO_PART_OF_FORWARD = {"name_or_path", "gradient_checkpointing"}
 
 
 class Step(NamedTuple):
@@ -112,19 +42,8 @@ class Step(NamedTuple):
     logits: torch.Tensor  # (B, V), what the tokens were chosen from
 
 
-def room_for(model, prompt_tokens: int) -> int | None:
-    """How many tokens fit behind a prompt; None where the model sets no limit. Raises: InputError if none does."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and prompt_tokens >= limit:
-        raise InputError(
-            f"the prompt has {prompt_tokens} tokens, the model sees {limit} and needs room for at least one more; "
-            "shorten the prompt"
-        )
-    return None if limit is None else limit - prompt_tokens
-
-
 class Decoder:
-    """Decodes with the model's own `forward` and a growing cache: right for every causal language model."""
+    """Calls the model and lets its cache grow: right for every causal language model, however it was edited."""
 
     def __init__(self, model, *, batch_size: int, length: int):
         self.model, self.batch_size, self.length = model, batch_size, length
@@ -184,23 +103,27 @@ class Decoder:
     def _prefill(self, ids: torch.Tensor, padding: list[int], sampling: Sampling) -> None:
         self.mask = (torch.arange(ids.size(1)) >= torch.tensor(padding)[:, None]).long().to(self.device)  # (B, T)
         self.cache = None
+        self.ids = ids
         self._forward(ids, sampling)
 
     def _advance(self, slot: int, sampling: Sampling) -> None:
         self.mask = F.pad(self.mask, (0, 1), value=1)
-        self._forward(self.token[:, None], sampling)
+        self.ids = torch.cat([self.ids, self.token[:, None]], dim=1)
+        self._forward(self.ids if self.cache is None else self.token[:, None], sampling)
 
     def _forward(self, ids: torch.Tensor, sampling: Sampling) -> None:
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.size(1) :]
-        result = self.model.forward(
-            ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.cache, self.logits = result.past_key_values, result.logits[:, -1]
+        known = inspect.signature(self.model.forward).parameters
+        renamed = "cache" in known and "past_key_values" not in known  # by transformers 5.24
+        cache = "cache" if renamed else "past_key_values"
+        inputs = {"attention_mask": self.mask, "position_ids": positions, cache: self.cache}
+        # A state-space model's memory is no cache of keys and values; it reads everything again at each step.
+        inputs |= {"use_cache": not getattr(self.model, "_is_stateful", False), "logits_to_keep": 1}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            inputs = {name: value for name, value in inputs.items() if name in known}
+        result = self.model(ids, **inputs)  # a call, so that the model's hooks run, as in `generate`
+        self.cache = getattr(result, "cache", None) or getattr(result, "past_key_values", None)
+        self.logits = result.logits[:, -1]
         self._choose(self.logits, sampling)
 
 
@@ -228,18 +151,52 @@ class Weights(NamedTuple):
     gelu: str
 
 
-def has_gpt2_layout(model) -> bool:
-    """Whether `pack` understands the model: plain GPT-2, whole on one device (a sharded one needs its own forward)."""
-    config = model.config
+def is_plain_gpt2(model) -> bool:
+    """Whether the weights say all about the model, so that `pack` may read them and ignore its code.
+
+    True for GPT-2 (ours or transformers') just as its class builds it from its config, in eval mode, on one device.
+    Every edit that could change a logit gives False: another class anywhere (an adapter, a quantised or parametrised
+    layer, a copy of our code), an added, shared or missing module, a hook, a patched `forward`, a changed attribute.
+    """
+    twin = plain_twin(model)
+    if twin is None or _has_any_global_hook():
+        return False
+    config, modules = model.config, dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # the head is mostly the embeddings again
+    shapes = {name: parameter.shape for name, parameter in twin.named_parameters(remove_duplicate=False)}
     return (
-        config.model_type in ("gpt2repro", "gpt2")
-        and config.activation_function in GELU
+        config.activation_function in GELU
+        and config._attn_implementation in EXACT_ATTENTION
         and getattr(config, "scale_attn_weights", True)
         and not getattr(config, "scale_attn_by_inverse_layer_idx", False)
         and not getattr(config, "reorder_and_upcast_attn", False)
         and not getattr(config, "add_cross_attention", False)
-        and all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
+        and all(type(parameter) is torch.nn.Parameter for parameter in parameters.values())
+        and len({(parameter.device, parameter.dtype) for parameter in parameters.values()}) == 1
+        and {name: parameter.shape for name, parameter in parameters.items()} == shapes
+        and {name: behaviour(module) for name, module in modules.items()}
+        == {name: behaviour(module) for name, module in twin.named_modules()}
+        and all(getattr(module, "config", config) == config for module in modules.values())
+        and all(has_its_own_forward(type(module)) for module in modules.values())
     )
+
+
+def behaviour(module: torch.nn.Module) -> tuple:
+    """What decides, weights aside, what a module computes: its class, its attributes, its hooks."""
+    attributes = {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in NO_PART_OF_FORWARD
+        if callable(value) or isinstance(value, (int, float, str, tuple))
+    }
+    hooks = [value for name, value in vars(module).items() if name.endswith(("ward_hooks", "ward_pre_hooks"))]
+    return type(module), attributes, any(hooks)
+
+
+def has_its_own_forward(cls: type) -> bool:
+    """Whether the class still has the `forward` of the file that defines it; some libraries exchange it."""
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    return owner.forward.__module__ == owner.__module__
 
 
 @torch.no_grad()
@@ -427,7 +384,7 @@ def decoder_for(model, *, batch_size: int, length: int, compiled: bool = False) 
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise InputError(f"prompt and new text make {length} tokens, the model sees {limit}; ask for fewer")
-    if not has_gpt2_layout(model):
+    if not is_plain_gpt2(model):
         return Decoder(model, batch_size=batch_size, length=length)
     length = min(-(-length // CACHE_BLOCK) * CACHE_BLOCK, model.config.n_positions)
     return GPT2Decoder(model, batch_size=batch_size, length=length, compiled=compiled)
@@ -464,57 +421,5 @@ def complete(
             rows=filled,
         )
         texts = torch.stack([step.tokens for step in steps], dim=1).tolist()  # B lists of ids
-        yield from ((index, until(tokens, end_token)) for index, tokens in zip(batch, texts, strict=False))
-
-
-def until(tokens: list[int], end_token: int | None) -> list[int]:
-    """The tokens before the first end token."""
-    return tokens[: tokens.index(end_token)] if end_token in tokens else tokens
-
-
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """A prompt's ids; the empty prompt is the end-of-text token, behind which GPT-2 begins a new document."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # too long is said by `room_for`
-    if ids:
-        return ids
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise InputError("the prompt is empty and this tokenizer has no token to start from; write a prompt")
-    return [start]
-
-
-class TextStream:
-    """Tokens one by one -> text as soon as it is certain; never half a UTF-8 character.
-
-    A token may end inside a character. Decoding then ends with U+FFFD, which is held back until the next tokens
-    complete it, or `flush` admits that nothing will.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.context: list[int] = []  # a token before the pending ones: some tokenizers drop a leading space without
-        self.pending: list[int] = []
-        self.shown = 0  # characters of the pending tokens' text that were given out
-
-    def push(self, token: int) -> str:
-        """The characters that `token` makes certain; often its text, sometimes none."""
-        self.pending.append(token)
-        return self._new_text(final=False)
-
-    def flush(self) -> str:
-        """What was held back, at the end."""
-        return self._new_text(final=True)
-
-    def _new_text(self, *, final: bool) -> str:
-        text = self._decode(self.context + self.pending)[len(self._decode(self.context)) :]
-        certain = text if final or not text.endswith("\ufffd") else text[:-1]
-        new, self.shown = certain[self.shown :], max(self.shown, len(certain))
-        if certain == text and self.pending:
-            self.context, self.pending, self.shown = self.pending[-1:], [], 0
-        return new
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for index, tokens in zip(batch, texts, strict=False):
+            yield index, tokens[: tokens.index(end_token)] if end_token in tokens else tokens

@@ -27,7 +27,8 @@ from gpt2repro.commands.bench.harness import (
     peak_memory_gib,
     write_record,
 )
-from gpt2repro.generation.decoder import Sampling, decoder_for
+from gpt2repro.generation.decoder import decoder_for
+from gpt2repro.generation.sampling import Sampling
 from gpt2repro.options import parse_options
 
 # layers, heads, width, vocabulary. Radford et al. 2019, table 2; `small` is for CPUs.
