@@ -164,7 +164,9 @@ class TrainConfig:
     hellaswag: str | None = None
     "HellaSwag examples to score at every evaluation: a .jsonl file, a directory or a Hub id; none: off."
     hellaswag_limit: AtLeastOne | None = None
-    "Only the first so many HellaSwag examples."
+    "Only the first so many examples of HellaSwag and of eval_tasks; none: all."
+    eval_tasks: list[str] = field(default_factory=list)
+    "Tasks to score at every evaluation: NAME or NAME=FILE; hellaswag, arc_easy, piqa, winogrande, lambada."
     sample_prompts: list[str] = field(default_factory=lambda: [""])
     "Prompts to continue at every evaluation; an empty one starts a new document."
     sample_tokens: NotNegative = 64

@@ -173,7 +173,7 @@ def build_model(config, vocab_size: int, tokenizer):
 
     torch.manual_seed(config.seed)
     if config.init_from is not None:
-        model = _first_weights(config, vocab_size)
+        model = _first_weights(config, vocab_size, tokenizer)
     else:
         sizes = {name: getattr(config, name) for name in (*ARCHITECTURE, *DROPOUT)}
         sizes |= {"vocab_size": config.vocab_size or vocab_size}
@@ -189,11 +189,12 @@ def build_model(config, vocab_size: int, tokenizer):
     return model
 
 
-def _first_weights(config, vocab_size: int):
+def _first_weights(config, vocab_size: int, tokenizer):
     """The model that `init_from` names, with the run's dropout."""
     import torch
 
     from gpt2repro.checkpoint.reader import resolve_model
+    from gpt2repro.data.tokenization import fingerprint, load_tokenizer
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     try:
@@ -213,6 +214,16 @@ def _first_weights(config, vocab_size: int):
         )
     if config.seq_len > model.config.n_positions:
         raise InputError(f"seq_len={config.seq_len} is longer than n_positions={model.config.n_positions} of init_from")
+    try:
+        own = load_tokenizer(resolve_model(config.init_from))
+    except InputError:  # weights alone, such as a bare export: nothing to compare with
+        return model
+    # Vocabulary, merges and special ids, never bytes of files: OpenAI's own are the same tokenizer as our rebuilt one.
+    if fingerprint(own) != fingerprint(tokenizer):
+        raise InputError(
+            f"init_from={config.init_from} has another tokenizer than data={config.data}, so its weights would see "
+            f"nonsense; prepare the data with it: gpt2repro prepare-text --tokenizer {config.init_from}"
+        )
     return model
 
 

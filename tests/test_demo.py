@@ -199,7 +199,7 @@ def test_large_requests_and_the_monitoring_page_are_refused(door):
         assert connection.getresponse().status == 413
         connection.close()
     for path in ("monitoring", "gradio_api/monitoring", "gradio_api/monitoring/summary"):
-        with pytest.raises(urllib.error.HTTPError, match="40[34]"):
+        with pytest.raises(urllib.error.HTTPError, match=r"40[34]"):
             urllib.request.urlopen(address + path, timeout=10)
 
 
@@ -212,19 +212,22 @@ def test_a_port_that_is_taken_and_a_machine_that_cannot_reach_itself_are_said_in
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     arguments = ["--model", str(tmp_path), "--port", str(free_port), "--device", "cpu"]
-    with socket.create_server(("127.0.0.1", free_port)), pytest.raises(InputError, match="cannot listen on 127.0.0.1"):
+    with (
+        socket.create_server(("127.0.0.1", free_port)),
+        pytest.raises(InputError, match=r"cannot listen on 127\.0\.0\.1"),
+    ):
         demo.main(arguments)
     with pytest.raises(InputError, match=r"cannot listen on no\.such\.host"):
         demo.main([*arguments, "--host", "no.such.host"])
     monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)  # what Gradio finds behind some proxies
     monkeypatch.setenv("no_proxy", "")
-    with pytest.raises(InputError, match="the page does not answer at http://127.0.0.1.*connect to itself"):
+    with pytest.raises(InputError, match=r"the page does not answer at http://127\.0\.0\.1.*connect to itself"):
         demo.main(arguments)
 
 
 @pytest.mark.parametrize("arguments", [["--model"], ["--model", ""], ["--model", "a", ""], []])
 def test_a_model_has_to_be_named(arguments):
-    with pytest.raises(InputError, match="--model (needs a run|is required)"):
+    with pytest.raises(InputError, match=r"--model (needs a run|is required)"):
         demo.main(arguments)
 
 

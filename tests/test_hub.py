@@ -131,7 +131,7 @@ def test_only_the_newest_revision_keeps_the_optimizer_and_the_hub_forgets_the_ot
     for step in (1, 2, 3):
         path = run.save(step)
         uploader.checkpoint(path)
-        wait_for(lambda step=step: f"step-{step}" in uploader.published)
+        wait_for(lambda step=step, uploader=uploader: f"step-{step}" in uploader.published)
         optimizers.append((path / "trainer_state" / "optimizer-00000-of-00001.safetensors").read_bytes())
     assert uploader.close(timeout=60) == []
     holders = [
@@ -509,7 +509,7 @@ def test_revisions_of_an_earlier_run_keep_their_optimizer(hub, run, model, tmp_p
         uploader = uploader_of(later)
         for step in steps:
             uploader.checkpoint(later.save(step))
-            wait_for(lambda step=step: f"step-{step}" in uploader.published)
+            wait_for(lambda step=step, uploader=uploader: f"step-{step}" in uploader.published)
         assert uploader.close(timeout=60) == []
     assert hub.files(REPO, "step-1") == hub.files(REPO, "v1") == before
     assert before["trainer_state/optimizer-00000-of-00001.safetensors"] in hub.repo(REPO).lfs.values()

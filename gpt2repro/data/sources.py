@@ -332,9 +332,7 @@ def _check_tokenizer(tokenizer, name: str | None, directory: Path | None, manife
 
     expected = manifest["tokenizer"].get("sha256") if manifest else None
     if expected and fingerprint(tokenizer) != expected:
-        remedy = (
-            "prepare the data again" if name is None else f"prepare {directory} with it, or choose the one that did"
-        )
+        remedy = "prepare the data again" if name is None else f"prepare {directory} with it, or name the one that did"
         raise InputError(
             f"the tokenizer {name or directory / TOKENIZER} did not make the tokens of {directory}: its vocabulary, "
             f"merges or special ids are not those that manifest.json names; {remedy}"

@@ -17,8 +17,8 @@ from pathlib import Path
 import yaml
 
 from gpt2repro.files import read_json_if_whole, step_in_name
+from gpt2repro.redaction import scrub
 from gpt2repro.training.metrics_log import read_metrics
-from gpt2repro.training.tracking import scrub
 
 LICENSE = "mit"
 SAMPLE_CHARACTERS = 4000  # a card shows what the model writes, it is no archive

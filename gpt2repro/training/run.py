@@ -93,6 +93,8 @@ class Run:
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
                 self._restore(checkpoint)
+                self.source.check_digests(self.state.digests)
+            self.state.digests = self.source.digests()
             options = yaml.safe_load(to_yaml(config))
             n_params, world = self.plain_model.num_parameters(), self.accelerator.num_processes
             self.log = RunLog(
@@ -193,13 +195,14 @@ class Run:
         state.scaler = scaler.state_dict() if scaler is not None else None
         state.health = self.monitor.state()
         state.environment = environment(self.accelerator)
-        whole = {"source": merge_states(gather_object([state.source]))}  # a stream's ranks each know their own lanes
+        content = state.model_dump(exclude=None if state.digests else {"digests"})
+        content["source"] = merge_states(gather_object([state.source]))  # a stream's ranks each know their own lanes
         self.writer.save(
             state.step,
             model=self.model,
             optimizer=self.optimizer,
             tokenizer=self.source.tokenizer,
-            state=state.model_dump() | whole,
+            state=content,
             on_written=self._written,
         )
         if state.best is not None and state.best["step"] == state.step:

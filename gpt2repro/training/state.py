@@ -69,6 +69,7 @@ class RunState(BaseModel):
     health: Health | None = None  # None before the first step
     identity: Identity
     source: Source
+    digests: dict[str, str] = {}
     environment: dict[str, Any] = {}
 
 
