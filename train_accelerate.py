@@ -587,6 +587,8 @@ def build_accelerator(config: TrainConfig):
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
+    from gpt2repro.evaluation import CHUNKS_UNDER_FSDP2
+
     torch.use_deterministic_algorithms(config.deterministic)
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32 on a GPU; no effect elsewhere
     precision = {"fp32": "no", "fp64": "no"}.get(config.precision, config.precision)
@@ -604,6 +606,11 @@ def build_accelerator(config: TrainConfig):
         raise InputError(f"precision={config.precision} does not work on this machine: {error}") from error
     if config.bf16_residual and accelerator.mixed_precision != "bf16":
         raise InputError(f"bf16_residual needs mixed precision bf16, and this run has {accelerator.mixed_precision}")
+    if accelerator.distributed_type == "FSDP" and config.loss_chunk_tokens is not None and not CHUNKS_UNDER_FSDP2:
+        raise InputError(
+            f"loss_chunk_tokens does not work with FSDP2 in torch {torch.__version__}; take torch 2.13, leave it out, or "
+            "halve micro_batch_size"
+        )
     keep_sums_exact(getattr(accelerator.state, "fsdp_plugin", None))
     accelerator.gradient_accumulation_steps = 1  # whatever its environment says: it would divide the loss once more
     return accelerator
