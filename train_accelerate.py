@@ -608,8 +608,8 @@ def build_accelerator(config: TrainConfig):
         raise InputError(f"bf16_residual needs mixed precision bf16, and this run has {accelerator.mixed_precision}")
     if accelerator.distributed_type == "FSDP" and config.loss_chunk_tokens is not None and not CHUNKS_UNDER_FSDP2:
         raise InputError(
-            f"loss_chunk_tokens does not work with FSDP2 in torch {torch.__version__}; take torch 2.13, leave it out, or "
-            "halve micro_batch_size"
+            f"loss_chunk_tokens does not work with FSDP2 in torch {torch.__version__}; take torch 2.13, or halve "
+            "micro_batch_size instead"
         )
     keep_sums_exact(getattr(accelerator.state, "fsdp_plugin", None))
     accelerator.gradient_accumulation_steps = 1  # whatever its environment says: it would divide the loss once more
