@@ -128,7 +128,10 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
             f"{name}: the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}; "
             "they do not belong together"
         )
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    if model.device.type == "cuda" and hasattr(model, "pad_head"):
+        model.pad_head()
+    return model, tokenizer
 
 
 def plain_twin(model):

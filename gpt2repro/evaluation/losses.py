@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from gpt2repro.options import InputError
 
 FINEWEB_VALIDATION_TOKENS = 10_485_760  # 20 batches x 8 processes x 64 sequences x 1024 tokens
+# Before 2.13, FSDP2 counts the modules that have run, and a head that is called once per chunk confuses the next pass.
+CHUNKS_UNDER_FSDP2 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 LOSS_CHUNK_TOKENS = 8192  # 1.6 GB of fp32 logits for GPT-2's vocabulary
 IGNORED = -100  # a target that counts for nothing: cross_entropy's default ignore_index
 
@@ -91,7 +93,8 @@ def loss_sum(forward: Forward, inputs: torch.Tensor, targets: torch.Tensor) -> t
     """
     owner = getattr(forward, "__self__", forward)  # the module behind a bound method, or the module itself
     if "loss_chunk_tokens" in inspect.signature(type(owner).forward).parameters:
-        how = {"use_cache": False, "output_logits": False, "loss_chunk_tokens": LOSS_CHUNK_TOKENS}
+        chunk = LOSS_CHUNK_TOKENS if CHUNKS_UNDER_FSDP2 or not is_fsdp(owner) else None
+        how = {"use_cache": False, "output_logits": False, "loss_chunk_tokens": chunk}
         # a sum: the mean of nothing would be NaN
         return forward(input_ids=inputs, shift_labels=targets, num_items_in_batch=1, **how).loss
     logits = forward(input_ids=inputs, use_cache=False).logits  # (B, T, V)

@@ -53,7 +53,7 @@ class Evaluator:
                 output = plain.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=min(config.sample_tokens, plain.config.n_positions - len(ids)),
+                    max_length=min(len(ids) + config.sample_tokens, plain.config.n_positions),
                     do_sample=True,
                     top_k=50,
                     pad_token_id=tokenizer.eos_token_id,
