@@ -17,6 +17,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,28 +93,17 @@ def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
         at_exit.callback(state.destroy_process_group)
         rank, world, device = state.process_index, state.num_processes, str(state.device)
     model, tokenizer, device = options.load(device=device)
+    how = {"device": device, "batch_tokens": options.batch_tokens, "rank": rank, "world": world}
+    bar = partial(tqdm, unit="batch", disable=rank > 0, file=sys.stderr)
     records, lines = [], []
     for task, data, split, examples in tasks:
         start = time.perf_counter()
         prepared = task.prepare(examples, tokenizer, max_length_of(model, tokenizer))
-        scores = score(
-            model,
-            prepared,
-            device=device,
-            batch_tokens=options.batch_tokens,
-            rank=rank,
-            world=world,
-            progress=lambda steps, title=task.title: tqdm(
-                steps, desc=title, unit="batch", disable=rank > 0, file=sys.stderr
-            ),
-        )
+        scores = score(model, prepared, progress=partial(bar, desc=task.title), **how)
         rows = task.predictions(prepared, scores)
         lines += [json.dumps({"task": task.name, **row} if len(tasks) > 1 else row) for row in rows]
-        record = {
-            "task": task.name,
-            "data": data,
-            "split": split,
-            "examples": len(rows),
+        record = {"task": task.name, "data": data, "split": split, "examples": len(rows)}
+        record |= {
             "results": task.summary(rows),
             "protocols": {name: protocol.name for name, protocol in task.protocols.items()},
             "published": task.published,

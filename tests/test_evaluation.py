@@ -277,6 +277,20 @@ def test_perplexity_command_scores_last_words_of_lines_and_of_json_lines(checkpo
     assert results[0] == results[1] and results[0]["last_words"] == 2
 
 
+def test_perplexity_command_splits_lines_at_newlines_only(checkpoint, tmp_path):
+    from gpt2repro.commands import perplexity
+
+    passages = ["The dogs pull\u2028at their leads.", "The woman\u0085stops and\x0ctalks to them."]
+    (tmp_path / "a.txt").write_text("\n".join(passages) + "\n", encoding="utf-8")
+    (tmp_path / "dir").mkdir()
+    lines = [json.dumps({"text": passage}, ensure_ascii=False) for passage in passages]
+    (tmp_path / "dir" / "test.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for name in ("a.txt", "dir"):  # a directory gives its only .jsonl file
+        arguments = ["--model", str(checkpoint), "--data", str(tmp_path / name), "--last_word"]
+        assert perplexity.main([*arguments, "--out", str(tmp_path / "out.json")]) == 0
+        assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["results"]["last_words"] == 2
+
+
 def test_perplexity_command_refuses_what_it_cannot_read(checkpoint, tmp_path, capsys):
     from gpt2repro.commands import perplexity
     from gpt2repro.options import run_main

@@ -62,12 +62,9 @@ class Options(ModelOptions):
     "Precision of the weights."
 
     def problems(self) -> list[str]:
-        found = []
-        if self.last_word and self.stride is not None:
-            found.append("--stride belongs to the sliding window, not to --last_word")
-        if self.last_word and self.detokenize is not None:
-            found.append("--detokenize belongs to the sliding window, not to --last_word")
-        return found
+        windows_own = {"stride": self.stride, "detokenize": self.detokenize} if self.last_word else {}
+        given = [name for name, value in windows_own.items() if value is not None]
+        return [f"--{name} belongs to the sliding window, not to --last_word" for name in given]
 
 
 def main(argv: list[str]) -> int:

@@ -62,6 +62,7 @@ TASK = LastWords(
     label=lambda example: 0,
     protocols={"chars": Protocol("lm-evaluation-harness (lambada_openai, greedy last word)", choices)},
     metrics=("acc", "perplexity"),
+    greedy=True,
     published={
         "124M": {"chars": {"acc": 0.3256, "perplexity": 40.0554}},
         "1558M": {"chars": {"acc": 0.5121, "perplexity": 10.634}},

@@ -24,7 +24,7 @@ Source: llm.c dev/data/fineweb.py and train_gpt2.cu (val_max_steps), modded-nano
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -101,6 +101,16 @@ def loss_sum(forward: Forward, inputs: torch.Tensor, targets: torch.Tensor) -> t
     return -target_log_probs(logits, targets).sum()
 
 
+def padded(windows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (B, T) of up to B windows of up to T + 1 tokens; what is missing is ignored."""
+    inputs, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+    for row, window in enumerate(windows):
+        ids = torch.from_numpy(np.asarray(window).astype(np.int64))
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        targets[row, : len(ids) - 1] = ids[1:]
+    return inputs, targets
+
+
 def target_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p(target) for logits (..., V) and targets (...): fp32 at least, 0 where the target is ignored."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -118,12 +128,9 @@ def token_byte_lengths(tokenizer) -> torch.Tensor:
     is_byte_level = "Ġ" in tokenizer.get_vocab() or "Ċ" in tokenizer.get_vocab()
     lengths = torch.zeros(len(pieces), dtype=torch.int64)
     for token_id, piece in enumerate(pieces):
-        if piece is None or token_id in special:
-            continue
-        if is_byte_level and byte_level_alphabet.issuperset(piece):
-            lengths[token_id] = len(piece)
-        else:
-            lengths[token_id] = len(piece.encode("utf-8", errors="surrogatepass"))
+        if piece is not None and token_id not in special:
+            in_bytes = is_byte_level and byte_level_alphabet.issuperset(piece)
+            lengths[token_id] = len(piece if in_bytes else piece.encode("utf-8", errors="surrogatepass"))
     return lengths
 
 
@@ -173,15 +180,9 @@ def validation_loss(
     with inference(model) as forward:
         for step in range(math.ceil(batches / world)):
             batch = step * world + rank  # past the end all targets are ignored: a padding pass
-            x = np.zeros((batch_size, seq_len), dtype=np.int64)
-            y = np.full((batch_size, seq_len), IGNORED, dtype=np.int64)
-            for row in range(batch_size):
-                start = (batch * batch_size + row) * seq_len
-                count = min(seq_len, predicted - start)
-                if count > 0:
-                    window = np.asarray(split.read(start, count + 1)).astype(np.int64)
-                    x[row, :count], y[row, :count] = window[:-1], window[1:]
-            inputs, targets = torch.from_numpy(x), torch.from_numpy(y)
+            starts = range(batch * batch_size * seq_len, predicted, seq_len)[:batch_size]
+            windows = [split.read(start, min(seq_len, predicted - start) + 1) for start in starts]
+            inputs, targets = padded(windows, (batch_size, seq_len))
             loss = loss_sum(forward, inputs.to(device), targets.to(device))
             if batch < batches:
                 nats[batch] = loss

@@ -59,6 +59,7 @@ class Task:
     label: Callable[[dict], int | None]  # index of the right choice; None where the split has no answers
     protocols: dict[str, Protocol]
     metrics: tuple[str, ...] = ("acc", "acc_norm")
+    greedy: bool = False  # also count the tokens of a choice that greedy decoding would not have written
     published: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # size -> protocol -> metric
     source: str = ""  # of the published numbers
 
@@ -118,7 +119,10 @@ class Task:
                 values = {"acc": sums, "acc_norm": means}
                 # of equal scores the first one wins, as in both references
                 row[protocol] |= {metric: int(np.argmax(values[metric])) for metric in self.metrics}
-                row[protocol] |= {f"{metric}_margin": _margin(values[metric]) for metric in self.metrics}
+                two_best = {metric: np.sort(values[metric])[-2:] for metric in self.metrics}
+                row[protocol] |= {
+                    f"{metric}_margin": float(best - second) for metric, (second, best) in two_best.items()
+                }
             rows.append(row)
         return rows
 
@@ -165,11 +169,6 @@ def index_of(answer, answers: Sequence[str]) -> int | None:
 def standard_error(mean: float, n: int) -> float | None:
     """Of a mean of n zeros and ones: their sample deviation / sqrt(n); None for one."""
     return math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None
-
-
-def _margin(values: np.ndarray) -> float:
-    best, second = np.sort(values)[::-1][:2]
-    return float(best - second)
 
 
 # --- rendering ------------------------------------------------------------------------------------------------------
@@ -284,12 +283,12 @@ def batches_of(groups: Sequence[Group], batch_tokens: int) -> list[list[Group]]:
 
 # --- scoring --------------------------------------------------------------------------------------------------------
 
-# Of every ending token: log p (N,), whether no token is likelier (N,), both on the device; its ending's number (N,).
-TokenScores = tuple[torch.Tensor, torch.Tensor, list[int]]
+# Of every ending token: the logits (N, V) that predict it and its id (N,), on the device; its ending's number (N,).
+Predicted = tuple[torch.Tensor, torch.Tensor, list[int]]
 
 
-def score_shared(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> TokenScores:
-    """Scores of every token of every group's endings; each group's context is computed once.
+def predict_shared(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
+    """Logits of every token of every group's endings; each group's context is computed once.
 
     Row: `padding | context | endings`, aligned on the right, so that the logits anybody needs are in the last columns.
     """
@@ -331,12 +330,11 @@ def score_shared(forward: Forward, groups: Sequence[Group], device: torch.device
     logits = forward(input_ids=torch.from_numpy(ids).to(device), use_cache=False, **inputs).logits
     logits = logits[:, first_kept - T :]  # (B, T - first_kept, V)
     index = torch.tensor([rows, columns, targets], device=device)
-    logits = logits[index[0], index[1] - first_kept]  # (N, V)
-    return target_log_probs(logits, index[2]), logits.argmax(dim=-1) == index[2], owners
+    return logits[index[0], index[1] - first_kept], index[2], owners
 
 
-def score_rows(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> TokenScores:
-    """The same numbers with a row of its own for every ending: plain causal input, padded on the right."""
+def predict_rows(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
+    """The same logits with a row of its own for every ending: plain causal input, padded on the right."""
     sequences = [(group.context, ending) for group in groups for ending in group.endings]
     width = max(len(context) + len(ending) - 1 for context, ending in sequences)
     ids = np.zeros((len(sequences), width), dtype=np.int64)
@@ -349,26 +347,33 @@ def score_rows(forward: Forward, groups: Sequence[Group], device: torch.device, 
         targets += ending
     logits = forward(input_ids=torch.from_numpy(ids).to(device), use_cache=False).logits
     index = torch.tensor([rows, columns, targets], device=device)
-    logits = logits[index[0], index[1]]  # (N, V)
-    return target_log_probs(logits, index[2]), logits.argmax(dim=-1) == index[2], rows
+    return logits[index[0], index[1]], index[2], rows
 
 
-def ending_sums(scores: TokenScores, endings: int) -> torch.Tensor:
-    """(endings, 2) float64 on the CPU: the sum of log p, and how many tokens greedy decoding would not have written.
+def token_scores(predicted: Predicted, greedy: bool) -> tuple[list[torch.Tensor], list[int]]:
+    """Columns (N,) on the device: log p and, if asked, whether another token is the likeliest; the ending's number."""
+    logits, targets, owners = predicted
+    columns = [target_log_probs(logits, targets)]
+    if greedy:
+        columns.append(logits.argmax(dim=-1) != targets)
+    return columns, owners
+
+
+def ending_sums(columns: Sequence[torch.Tensor], owners: Sequence[int], endings: int) -> torch.Tensor:
+    """Sum over each ending's tokens, (endings, columns) float64 on the CPU.
 
     Unlike atomic additions on a GPU it is the same in every run.
     """
-    log_probs, greedy, owners = scores
-    values = torch.stack([log_probs.cpu().double(), (~greedy).cpu().double()], dim=1)
-    return torch.zeros(endings, 2, dtype=torch.float64).index_add_(0, torch.tensor(owners), values)
+    values = torch.stack([column.cpu().double() for column in columns], dim=1)
+    return torch.zeros(endings, len(columns), dtype=torch.float64).index_add_(0, torch.tensor(owners), values)
 
 
 def contexts_can_be_shared(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the model's scores with shared contexts are those with a row per ending."""
     endings = sum(len(group.endings) for group in groups)
-    expected = ending_sums(score_rows(forward, groups, device, dtype), endings)[:, 0]
+    expected = ending_sums(*token_scores(predict_rows(forward, groups, device, dtype), False), endings)
     try:
-        found = ending_sums(score_shared(forward, groups, device, dtype), endings)[:, 0]
+        found = ending_sums(*token_scores(predict_shared(forward, groups, device, dtype), False), endings)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # every architecture and attention kernel refuses a 4-D mask in its own way
@@ -409,7 +414,9 @@ def score(
     share_contexts: bool | None = None,
     progress: Callable[[Iterator], Iterator] = iter,
 ) -> dict[str, list[np.ndarray]]:
-    """{protocol: per example an array (choices, 2)} as in `ending_sums`, the same on every rank.
+    """{protocol: per example an array (choices, 1)}, sums of log p, the same on every rank.
+
+    A `greedy` task has a second column: how many tokens greedy decoding would not have written.
 
     Rank r takes every `world`-th batch; all make the same number of forward passes (FSDP needs them all) and all join
     one all-reduce at the end. batch_tokens: positions per forward pass, padding included (default 512 on a CPU, 32768
@@ -421,22 +428,23 @@ def score(
     dtype = next(model.parameters()).dtype
     batches = batches_of(prepared.groups, batch_tokens)
     counts = [len(item.choices) for items in prepared.rendered.values() for item in items]
-    scores = torch.zeros(sum(counts), 2, dtype=torch.float64)
+    greedy = prepared.task.greedy
+    scores = torch.zeros(sum(counts), 1 + greedy, dtype=torch.float64)
     results = []
     with inference(model) as forward:
         if share_contexts is None:
             share_contexts = contexts_can_be_shared(forward, batches[-1][:2], device, dtype)
             refusals = torch.tensor([float(not share_contexts)], dtype=torch.float64)
             share_contexts = sum_over_ranks(refusals, device=device, world=world).item() == 0
-        score_batch = score_shared if share_contexts else score_rows
+        predict = predict_shared if share_contexts else predict_rows
         for step in progress(range(math.ceil(len(batches) / world))):
             index = step * world + rank
             groups = batches[min(index, len(batches) - 1)]
-            scored = score_batch(forward, groups, device, dtype)
+            scored = token_scores(predict(forward, groups, device, dtype), greedy)
             if index < len(batches):  # else a padding pass: every rank makes equally many forward passes
                 results.append(([slots for group in groups for slots in group.slots], scored))
     for slots, scored in results:  # only now, so that no forward pass waited for a number
-        for where, value in zip(slots, ending_sums(scored, len(slots)), strict=True):
+        for where, value in zip(slots, ending_sums(*scored, len(slots)), strict=True):
             scores[where] = value
     per_example = iter(sum_over_ranks(scores, device=device, world=world).split(counts))
     return {name: [next(per_example).numpy() for _ in items] for name, items in prepared.rendered.items()}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from gpt2repro.evaluation.losses import IGNORED, inference, loss_sum
+from gpt2repro.evaluation.losses import IGNORED, inference, loss_sum, padded
 from gpt2repro.options import InputError
 
 
@@ -42,15 +42,10 @@ def sliding_window_loss(
     with inference(model) as forward:
         for first in progress(range(0, len(starts), batch_size)):
             batch = starts[first : first + batch_size]
-            x = np.zeros((len(batch), max_length), dtype=np.int64)
-            y = np.full((len(batch), max_length), IGNORED, dtype=np.int64)
-            for row, start in enumerate(batch):
-                window = ids[start : start + max_length + 1]
-                x[row, : len(window) - 1] = window[:-1]
-                known = 0 if start == 0 else max_length - stride  # the previous window has predicted these
-                y[row, known : len(window) - 1] = window[1 + known :]
-            width = len(ids[batch[0] : batch[0] + max_length + 1]) - 1  # shorter for a text shorter than a window
-            inputs, targets = torch.from_numpy(x[:, :width]), torch.from_numpy(y[:, :width])
+            windows = [ids[start : start + max_length + 1] for start in batch]
+            width = len(windows[0]) - 1  # less than max_length in a text shorter than a window
+            inputs, targets = padded(windows, (len(batch), width))
+            targets[int(first == 0) :, : max_length - stride] = IGNORED  # the previous window has predicted these
             nats.append(loss_sum(forward, inputs.to(device), targets.to(device)))
     return {"total_nats": sum(torch.stack(nats).tolist()), "predicted_tokens": len(ids) - 1}
 

@@ -1,4 +1,4 @@
-"""The tasks by name. A further one is a file like `piqa.py` and a line here."""
+"""The tasks by name. A further one is a file like `piqa.py` and a word in each of the two lists here."""
 
 import torch
 
@@ -7,13 +7,7 @@ from gpt2repro.evaluation.losses import max_length_of
 from gpt2repro.evaluation.multiple_choice import Prepared, Task
 from gpt2repro.options import InputError
 
-TASKS = {
-    "hellaswag": hellaswag.TASK,
-    "arc_easy": arc_easy.TASK,
-    "piqa": piqa.TASK,
-    "winogrande": winogrande.TASK,
-    "lambada": lambada.TASK,
-}
+TASKS = {module.TASK.name: module.TASK for module in (hellaswag, arc_easy, piqa, winogrande, lambada)}
 
 
 def parse_specs(specs: list[str]) -> list[tuple[Task, str | None]]:

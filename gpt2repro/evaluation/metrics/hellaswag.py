@@ -60,6 +60,6 @@ class HellaSwag(evaluate.Metric):
         for name, chosen in choices.items():
             correct = (chosen == labels).astype(np.float64)
             results[name] = float(correct.mean())
-            enough = len(correct) > 1
-            results[f"{name}_stderr"] = float(correct.std(ddof=1) / np.sqrt(len(correct))) if enough else None
+            stderr = float(correct.std(ddof=1) / np.sqrt(len(correct))) if len(correct) > 1 else None
+            results[f"{name}_stderr"] = stderr
         return results
