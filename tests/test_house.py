@@ -16,18 +16,17 @@ SCRIPTS = {"prepare_fineweb", "train_accelerate", "eval_hellaswag"}
 COMMAND_FILES = sorted((ROOT / "gpt2repro" / "commands").rglob("*.py"))
 LIBRARY = sorted({*(ROOT / "gpt2repro").rglob("*.py")} - {*COMMAND_FILES, ROOT / "gpt2repro" / "__main__.py"})
 # What is imported under another name than it is installed under.
-INSTALLED_AS = {"yaml": "pyyaml", "lm_eval": "lm-eval", "PIL": "pillow"}
-# Needed without an import of ours: torch writes through tensorboard, onnx and onnxscript; make, pytest and nbclient
-# run the rest.
+INSTALLED_AS = {"yaml": "pyyaml", "lm_eval": "lm-eval", "PIL": "pillow", "llama_cpp": "llama-cpp-python"}
+# Needed without an import of ours: torch writes through tensorboard, llama.cpp's converter through gguf; make, pytest
+# and nbclient run the rest.
 NOT_IMPORTED = {
+    "gguf",
     "tensorboard",
     "pytest",
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
     "ipykernel",
-    "onnx",
-    "onnxscript",
 }
 
 

@@ -47,6 +47,7 @@ PEAK_FLOPS = {
     r"\bMI300X\b": 1307.4e12,
 }
 
+
 class RunLog:
     """The log of one run. Every process may build and call it; only the main one writes.
 
