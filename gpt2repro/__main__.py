@@ -13,6 +13,7 @@ COMMANDS = {
     "plot": "loss, learning rate and tokens/s of one or more runs -> PNG",
     "push": "publish a model on the Hugging Face Hub, with its card",
     "import-checkpoint": "nanoGPT, build-nanogpt or llm.c checkpoint -> a directory of ours",
+    "export": "a model in another program's form: a plain gpt2, ONNX, CTranslate2, GGUF",
     "demo": "a web page to talk to a model",
     "bench": "measure this machine: train, data, tokenize, hellaswag, generate, checkpoint",
     "verify-resume": "kill and resume a run, and compare it with the uninterrupted one",

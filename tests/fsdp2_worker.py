@@ -22,7 +22,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import evaluation
+from gpt2repro.checkpoint.reader import find_checkpoint
+from gpt2repro.checkpoint.restore import restore
+from gpt2repro.checkpoint.writer import CheckpointWriter
+from gpt2repro.evaluation import losses as evaluation
 from gpt2repro.evaluation.losses import inference, loss_sum
 from gpt2repro.models import compile_model
 from gpt2repro.training.optim import build_optimizer

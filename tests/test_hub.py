@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -351,6 +352,53 @@ def test_the_card_is_valid_for_the_librarys_own_parser_and_says_what_the_run_kno
     assert json.loads(files["training/metrics.jsonl"].splitlines()[-1])["step"] == 3
 
 
+def test_the_card_sets_prompts_apart_and_names_language_base_and_processor(run, monkeypatch):
+    from huggingface_hub import ModelCard
+
+    environment = {**STATE["environment"], "device": "cpu", "processor": "AMD EPYC 9R14", "processes": 1}
+    monkeypatch.setitem(STATE, "environment", environment)
+    options = {"data": "hf://HuggingFaceFW/fineweb-edu@abc", "init_from": "openai-community/gpt2@main"}
+    options |= {"sample_prompts": ["", "The import (1.*) statement"], "dollars_per_gpu_hour": None}
+    (run.dir / "config.yaml").write_text(yaml.safe_dump(options))
+    path = run.save(2)
+    blocks = "## 1\n\n    once upon\n\n## 2\n\n    The import (1.*) statement loads\n    {{ 7 * 7 }}\n"
+    (run.dir / "samples" / "step_000002.md").write_text(f"# Samples at step 2\n\n{blocks}")
+    files = card_files(path, repo=REPO, run_dir=run.dir)
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.language, card.data.base_model) == ("en", "openai-community/gpt2")
+    for said in (
+        "### 2\n\nPrompt:\n\n    The import (1.*) statement\n\nContinuation:\n\n     loads\n    {{ 7 * 7 }}",
+        "### 1\n\n    once upon",
+        "# tiny\n",
+        "1 x AMD EPYC 9R14",
+        "build-nanogpt",
+        "began from the weights of `openai-community/gpt2@main`",
+        "Language: en.",
+        'generate("The import (1.*) statement", max_new_tokens=50)',
+    ):
+        assert said in card.text, said
+    assert "cost" not in card.text and "$" not in card.text
+
+
+def test_results_are_also_files_that_the_library_reads_back(run):
+    from huggingface_hub import parse_eval_result_entries
+
+    (run.dir / "config.yaml").write_text(yaml.safe_dump({"data": "hf://HuggingFaceFW/fineweb-edu@abc"}))
+    files = card_files(run.save(2), repo=REPO, run_dir=run.dir)
+    found = {
+        (entry.dataset_id, entry.task_id): entry.value
+        for name, content in files.items()
+        if re.fullmatch(r"\.eval_results/[\w-]+\.yaml", name)
+        for entry in parse_eval_result_entries(yaml.safe_load(content))
+    }
+    assert found == {
+        ("Rowan/hellaswag", "acc_norm"): 0.2955,
+        ("HuggingFaceFW/fineweb-edu", "loss"): 3.25,
+        ("HuggingFaceFW/fineweb-edu", "perplexity"): 25.79,
+        ("HuggingFaceFW/fineweb-edu", "bits_per_byte"): 1.1,
+    }
+
+
 def test_a_bare_directory_gets_a_card_that_claims_nothing(tmp_path, model):
     from huggingface_hub import ModelCard
 
@@ -509,7 +557,7 @@ def test_revisions_of_an_earlier_run_keep_their_optimizer(hub, run, model, tmp_p
         uploader = uploader_of(later)
         for step in steps:
             uploader.checkpoint(later.save(step))
-            wait_for(lambda step=step, uploader=uploader: f"step-{step}" in uploader.published)
+            wait_for(lambda sent=uploader.published, name=f"step-{step}": name in sent)
         assert uploader.close(timeout=60) == []
     assert hub.files(REPO, "step-1") == hub.files(REPO, "v1") == before
     assert before["trainer_state/optimizer-00000-of-00001.safetensors"] in hub.repo(REPO).lfs.values()
@@ -556,7 +604,7 @@ def test_no_secret_and_no_home_directory_leaves(hub, run, monkeypatch, old):
     said = f"train.py --data /home/alice/corpus --note {SECRET} correct-horse-battery /root/x /Users/bob/y"
     environment = {**STATE["environment"], "command": said}
     monkeypatch.setitem(STATE, "environment", environment)
-    options = {"data": "/home/alice/corpus", "project": SECRET, "api_key": "plain"}
+    options = {"data": "/home/alice/corpus", "project": SECRET, "api_key": "opensesame"}
     (run.dir / "config.yaml").write_text(yaml.safe_dump(options))
     path = run.save(1)
     (run.dir / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 3.0, "note": said}) + "\n")
@@ -572,7 +620,7 @@ def test_no_secret_and_no_home_directory_leaves(hub, run, monkeypatch, old):
     verify_checkpoint(path)
     assert run_main(push.main, ["--model", str(run.dir), "--repo", REPO, "--native"]) == 0
     for name, content in sent_anywhere(hub).items():
-        for secret in (SECRET, "correct-horse", "alice", "/Users/bob", "/root/x", "plain"):
+        for secret in (SECRET, "correct-horse", "alice", "/Users/bob", "/root/x", "opensesame"):
             assert secret.encode() not in content, (name, secret)
     assert "~/corpus" in hub.files(REPO)["README.md"].decode()
     assert json.loads(hub.files(REPO)["training/metrics.jsonl"])["loss"] == 3.0

@@ -12,6 +12,7 @@ from gpt2repro.files import is_plain_name, read_json, sha256_of
 from gpt2repro.options import InputError
 
 MODEL_TYPES = ("gpt2repro", "gpt2")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".msgpack", ".h5")
 
 
@@ -62,15 +63,18 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
 def resolve_model(model: str, *, any_architecture: bool = False) -> str:
     """RUN | DIR | HUB_ID -> what `from_pretrained` takes: a run's best (else latest) checkpoint, a directory, an id.
 
+    `user/name@revision` becomes the directory of that revision in the Hub's cache.
+
     Raises: InputError for a directory that holds no model, nothing but pickled weights, or (unless
     `any_architecture`) a model of another architecture.
     """
     path = Path(model)
     if not path.exists() and not path.is_symlink():
-        if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model) and not Path(model.split("/")[0]).exists():
-            return model
+        if HUB_ID.fullmatch(model) and not Path(model.split("/")[0]).exists():
+            return fetch_model(model) if "@" in model else model
         raise InputError(
-            f"there is no model {model}: expected a run, a checkpoint's directory, or a Hub id like user/name"
+            f"there is no model {model}: expected a run, a checkpoint's directory, or a Hub id like user/name or "
+            "user/name@revision"
         )
     if path.name in POINTERS and not (path / "config.json").is_file():
         path = resolve_pointer(path.parent, path.name) or path
@@ -85,6 +89,23 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
             raise InputError(f"{model} holds neither a model (config.json) nor a run's checkpoints")
     check_model_directory(path, any_architecture=any_architecture)
     return str(path)
+
+
+def fetch_model(name: str) -> str:
+    """`user/name[@revision]` -> the directory of its model in the Hub's cache; no optimizer, no pickles.
+
+    Raises: InputError where the Hub, the repository or the revision cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return snapshot_download(
+            repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"], library_name="gpt2repro"
+        )
+    except Exception as error:  # whatever the client and its HTTP library raise
+        raise InputError(f"cannot fetch the model {name}: {(str(error).splitlines() or [repr(error)])[0]}") from None
 
 
 def verify_checkpoint(path: str | Path, *, strays: bool = False) -> None:

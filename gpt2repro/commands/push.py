@@ -37,6 +37,8 @@ class Options:
     "Publish one model (of a run: the best) as this branch, and nothing else; none: see above."
     license: str = "mit"
     "Licence of the weights, as the Hub spells it."
+    language: str | None = None
+    "Language of the text as the Hub spells it (en), for the card; none: en where the corpus is known to be English."
     cost_dollars: float | None = None
     "What the training cost, for the card."
     co2_kg: float | None = None
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--model {options.model} is not here: push sends a run's or a model's directory")
     run_dir = find_run(model)
     whole_run = options.revision is None and run_dir is not None and Path(options.model).resolve() == run_dir
-    card = {"license": options.license, "cost_dollars": options.cost_dollars, "co2_kg": options.co2_kg}
+    card = {name: getattr(options, name) for name in ("license", "language", "cost_dollars", "co2_kg")}
     try:
         api = hub.open_repo(options.repo, private=not options.public)
         revisions = send_run(run_dir, options, card) if whole_run else send_one(api, model, run_dir, options, card)
@@ -102,11 +104,11 @@ def send_one(api, model: Path, run_dir: Path | None, options: Options, card: dic
     from gpt2repro.publishing.model_card import card_files
 
     cards = partial(card_files, repo=options.repo, run_dir=run_dir, **card)
+    files = hub.weights_only(hub.checkpoint_files(model)) | cards(model)
     revisions = [options.revision or "main"]
     if options.native:
         hub.publish_native(api, options.repo, model, load_for_comparison(model), cards)
         revisions.append("native")
-    files = hub.weights_only(hub.checkpoint_files(model)) | cards(model)
     hub.publish(api, options.repo, files, revision=revisions[0], message=model.name)
     if at_home := sorted({path.name for path in model.iterdir() if path.is_file()} - files.keys() - {hub.CHECKSUMS}):
         print(f"not part of the model, so not sent: {', '.join(at_home)}")
