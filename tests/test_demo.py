@@ -28,6 +28,11 @@ SETTINGS = {
 }  # fmt: skip
 
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARGUMENTS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync""".split()
+
+
 def make_model():
     tokenizer = bpe_tokenizer([TEXT], 300)
     torch.manual_seed(0)
@@ -151,7 +156,7 @@ def door(served, free_port, monkeypatch):
         try:
             while True:
                 time.sleep(0.02)
-                yield "x", "y"
+                yield demo_page.page("x"), demo_page.below(writing=True)
         finally:
             given_up.set()
 
@@ -188,6 +193,30 @@ def test_a_text_ends_when_nobody_listens(door):
     assert given_up.wait(20), "the listener has gone"
 
 
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_stop_stands_where_write_stood_and_stops(door):
+    address, _, given_up = door
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS).new_page(
+            viewport={"width": 390, "height": 844}
+        )
+        page.goto(address)
+        write, stop, clear = (page.locator(f"#{name}") for name in ("write", "stop", "clear"))
+        assert not page.locator("#model").is_visible(), "one model is a line, nothing to choose"
+        write.click()
+        stop.wait_for()
+        assert not write.is_visible() and not clear.is_visible()
+        stop.click()
+        write.wait_for()
+        assert given_up.wait(20)
+        page.locator("#status", has_text="stopped").wait_for()
+        assert not stop.is_visible() and clear.is_visible()
+        width, sheet = page.evaluate("[innerWidth, document.querySelector('#text').getBoundingClientRect().width]")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width and sheet >= width - 32
+
+
 @pytest.mark.extra
 def test_large_requests_and_the_monitoring_page_are_refused(door):
     address, *_ = door
@@ -221,7 +250,7 @@ def test_a_port_that_is_taken_and_a_machine_that_cannot_reach_itself_are_said_in
         demo.main([*arguments, "--host", "no.such.host"])
     monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)  # what Gradio finds behind some proxies
     monkeypatch.setenv("no_proxy", "")
-    with pytest.raises(InputError, match=r"the page does not answer at http://127\.0\.0\.1.*connect to itself"):
+    with pytest.raises(InputError, match=r"the page does not answer at http://127.0.0.1.*connect to itself"):
         demo.main(arguments)
 
 
@@ -247,10 +276,6 @@ def test_labels_show_no_more_of_a_path_than_tells_models_apart(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- the browser
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGUMENTS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync""".split()
 
 
 @pytest.fixture
@@ -312,6 +337,28 @@ def test_page_in_a_real_browser(address):
                 break
         assert pieces, "it came in one piece"
         assert page.locator("#text .given").inner_text() == "The import statement"
+
+        # Enter writes, Shift+Enter breaks the line; an example is written at once
+        page.locator("#clear").click()
+        page.locator("#text .hint").wait_for()
+        assert not page.locator("#clear").is_visible() and not page.locator("#stop").is_visible()
+        prompt.fill("A")
+        prompt.press("Shift+Enter")
+        page.keyboard.type("B")
+        assert prompt.input_value() == "A\nB" and page.locator("#text .hint").is_visible()
+        prompt.press("Enter")
+        done.wait_for()
+        assert page.locator("#text .given").inner_text() == "A\nB"
+        page.get_by_text("Once upon a time").click()
+        page.locator("#text .given", has_text="Once upon a time").wait_for()
+        done.wait_for()
+
+        # keyboard: Tab reaches the first word, the arrow keys walk on
+        place = "[...document.querySelectorAll('#text .tok')].indexOf(document.activeElement)"
+        page.locator("#text .tok[tabindex='0']").focus()
+        for key, expected in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("Home", 0), ("Escape", -1)):
+            page.keyboard.press(key)
+            assert page.evaluate(place) == expected
 
         # hover: what else the model had in mind
         tokens.nth(3).hover()

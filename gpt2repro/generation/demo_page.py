@@ -133,11 +133,8 @@ def build(
         """The length slider's range for a model."""
         sees = getattr(models[name].model.config, "max_position_embeddings", None)
         most = min(most_new_tokens, sees - 1) if sees else most_new_tokens
-        return {
-            "maximum": most,
-            "value": min(120, most),
-            "info": f"the model sees {sees:,}, with the beginning" * bool(sees),
-        }
+        info = f"room for {sees:,}, beginning included" if sees else None
+        return {"maximum": most, "value": min(120, most), "info": info}
 
     def show_model(name):
         return (describe(name, models[name]), gr.Slider(**length_of(name))) if name in models else ("", gr.skip())
@@ -190,8 +187,9 @@ def build(
             event(write, inputs, [text, status], api_visibility="private", **job)
             for event in (go.click, prompt.submit, examples.load_input_event.then)
         ]
-        stop.click(lambda: below(note="stopped"), None, status, cancels=running, **small)
-        clear.click(lambda: ("", page(HINT), below()), None, [prompt, text, status], cancels=running, **small)
+        # Only after the cancelling, or a last piece of the text would come behind it.
+        stop.click(None, cancels=running).then(lambda: below(note="stopped"), None, status, **small)
+        clear.click(lambda: ("", page(HINT), below()), None, [prompt, text, status], **small)
         picker.change(show_model, picker, [facts, new_tokens], **small)
         gr.on(
             [curve_tab.select, picker.change],
