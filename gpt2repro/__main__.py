@@ -23,10 +23,8 @@ BENCHMARKS = {
     "hellaswag": "examples per second of the HellaSwag evaluation",
     "generate": "tokens per second of generation",
     "checkpoint": "time a save takes, and how long training waits for it",
-    "scale": "step time, memory and data time against model, batch and corpus size",
-    "optimizers": "Muon beside AdamW on a small model, both tuned alike",
-    "all": "the first six, one after the other",
-    "table": "rewrite the README's table from the records",
+    "all": "the first six, one after the other; --minutes 10 for a borrowed GPU",
+    "table": "rewrite the table of results/README.md from the records",
 }
 SCRIPTS = """
 In the project's root:
