@@ -73,7 +73,8 @@ def test_record_holds_command_commit_date_hardware_and_versions(record, tmp_path
 
 
 def test_commit_comes_from_the_environment_only_where_git_knows_none(monkeypatch, tmp_path):
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(harness.__file__).parent, capture_output=True, text=True)
+    place = Path(harness.__file__).parent
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=place, capture_output=True, text=True)
     monkeypatch.setenv("GPT2REPRO_COMMIT", "carried")
     if head.returncode == 0:
         assert head.stdout.startswith(harness.commit().partition("+")[0])
