@@ -26,10 +26,8 @@ BENCHMARKS = {
     "hellaswag": "examples per second of the HellaSwag evaluation",
     "generate": "tokens per second of generation",
     "checkpoint": "time a save takes, and how long training waits for it",
-    "scale": "step time, memory and data time against model, batch and corpus size",
-    "optimizers": "Muon beside AdamW on a small model, both tuned alike",
-    "all": "the first six, one after the other",
-    "table": "rewrite the README's table from the records",
+    "all": "the first six, one after the other; --minutes 10 for a borrowed GPU",
+    "table": "rewrite the table of results/README.md from the records",
 }
 # The jobs that stand in the project's root, and are started from there or, after an installation, by these names.
 SCRIPTS = {
