@@ -24,7 +24,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Literal
@@ -92,7 +92,7 @@ def prepare(
     token_limit: the data set ends with the unit that reaches it.
     node: (index, number of nodes); this process does the units with `unit % number == index`.
 
-    Raises InputError for another data set in `out`, text that can't be read, or no text at all.
+    Raises: InputError for another data set in `out`, text that can't be read, or no text at all.
     """
     out, encoder = Path(out), encoder or Encoder(tokenizer)
     identity = {
@@ -201,8 +201,12 @@ class _Work:
         from tqdm import tqdm
 
         total_bytes = sum(self.units[index]["bytes"] for index in indices)
-        small = total_bytes < PROCESSES_FROM_BYTES
-        self.pool = _threads(self.encoder, workers) if small else _processes(self.encoder, workers)
+        if total_bytes < PROCESSES_FROM_BYTES:
+            self.pool, self.tokenise = ThreadPoolExecutor(workers), self.encoder.encode_joined
+        else:
+            spawn = multiprocessing.get_context("spawn")  # fork and threads don't mix; Windows and macOS have no other
+            self.pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(self.encoder,))
+            self.tokenise = _tokenise
         self.bytes_left, self.bytes_done = total_bytes, 0
         self.bar = tqdm(
             total=int(total_bytes / BYTES_PER_TOKEN), unit=" tokens", unit_scale=True, smoothing=0.05,
@@ -246,7 +250,7 @@ class _Work:
             for split, texts, ends in self._batches(self.units[index]):
                 if self.stop.is_set():
                     return
-                waiting.append((split, sum(ends), self.pool.submit(_tokenise, texts, ends)))
+                waiting.append((split, sum(ends), self.pool.submit(self.tokenise, texts, ends)))
                 while len(waiting) >= self.in_flight or (waiting and waiting[0][2].done()):
                     write_oldest()
             while waiting:
@@ -395,14 +399,8 @@ def _remove_dataset(out: Path) -> None:
 _encoder: Encoder | None = None  # of a worker process
 
 
-def _tokenise(texts: list[str], ends: list[bool], encoder: Encoder | None = None) -> tuple[np.ndarray, int]:
-    """`Encoder.encode_joined`, of the worker process where none is given; runs in the pool."""
-    return (encoder or _encoder).encode_joined(texts, ends)
-
-
-def _processes(encoder: Encoder, workers: int) -> Executor:
-    spawn = multiprocessing.get_context("spawn")  # fork and threads don't mix; and it is what Windows and macOS have
-    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(encoder,))
+def _tokenise(texts: list[str], ends: list[bool]) -> tuple[np.ndarray, int]:
+    return _encoder.encode_joined(texts, ends)
 
 
 def _start_worker(encoder: Encoder) -> None:
@@ -411,14 +409,3 @@ def _start_worker(encoder: Encoder) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process' to handle
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphans after kill -9
-
-
-class _threads(ThreadPoolExecutor):
-    """The same pool of threads in this process: tiktoken lets the others run while it works."""
-
-    def __init__(self, encoder: Encoder, workers: int):
-        super().__init__(workers)
-        self.encoder = encoder
-
-    def submit(self, function, *arguments):
-        return super().submit(function, *arguments, self.encoder)

@@ -300,7 +300,7 @@ class TokenSplit:
 def open_split(directory: str | Path, split: str) -> TokenSplit:
     """Open "train" or "val" of a data set made here or by nanoGPT, build-nanogpt or llm.c.
 
-    Raises InputError, before anything is trained on it, for a missing directory or split, a file of the wrong size or
+    Raises: InputError, before anything is trained on it, for a missing directory or split, a file of the wrong size or
     with the wrong header, and ids outside the vocabulary. `verify_dataset` is the slow, complete check.
     """
     directory = Path(directory)

@@ -110,13 +110,13 @@ class ShardSource:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
         """Endless (x, y, state_after): this rank's rows of each global batch, int64 (sequences / world, T) each.
 
-        Raises InputError as `check_batch` does; `split.read` raises it for a token outside the vocabulary.
+        Raises: InputError as `check_batch` does; `split.read` raises it for a token outside the vocabulary.
         """
         self.check_batch(sequences, world)
         return self._batches(state, rank, sequences // world, sequences)
 
     def check_batch(self, sequences: int, world: int = 1) -> None:
-        """Raises InputError where `sequences` does not divide among the ranks or an epoch is shorter than one batch."""
+        """Raises: InputError where `sequences` does not divide among the ranks or an epoch is shorter."""
         if sequences % world:
             raise InputError(f"a batch of {sequences} sequences does not divide among {world} processes")
         if self.windows < sequences:
@@ -143,7 +143,7 @@ class ShardSource:
 
 
 class Prefetch:
-    """Runs an iterator `depth` items ahead in a thread; its exceptions are raised here, in their turn.
+    """Runs an iterator `depth` items ahead in a thread. Re-raises its error from `next()`, after the items before it.
 
     Each item carries its own state_after, so the state that a loop saves is that of the last item it has consumed,
     whatever is waiting in the queue. `pin_memory` moves tensors of an item to page-locked memory, for copies that
@@ -235,7 +235,7 @@ def download_shards(repository: str) -> Path:
 
 
 def check_vocabulary(data_vocab_size: int, vocab_size: int | None) -> None:
-    """Raises InputError where the data may hold ids that the model, if its vocabulary is known, does not have."""
+    """Raises: InputError where the data may hold ids that the model, if its vocabulary is known, does not have."""
     if vocab_size is not None and data_vocab_size > vocab_size:
         raise InputError(
             f"the data has a vocabulary of {data_vocab_size}, but the model has vocab_size={vocab_size}; "
@@ -268,7 +268,7 @@ def open_source(
     """The training data that `--data` names: a directory of shards, hf://user/name[@revision] or stream:….
 
     `tokenizer` (None: GPT-2's) and `stream_options`, which are `streaming.open_stream`'s, are for streams only.
-    Raises InputError where the data is missing, damaged, of another vocabulary, or shorter than one batch.
+    Raises: InputError where the data is missing, damaged, of another vocabulary, or shorter than one batch.
     """
     if data.startswith("stream:"):
         from gpt2repro.data.streaming import open_stream

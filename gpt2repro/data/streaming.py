@@ -126,7 +126,7 @@ class StreamSource:
         return {"position": 0, "skipped": [], "lanes": {}}
 
     def check_batch(self, sequences: int, world: int = 1) -> None:
-        """Raises InputError where a batch does not divide among the ranks, or the lanes are no multiple of it."""
+        """Raises: InputError where a batch does not divide among the ranks, or the lanes are no multiple of it."""
         if sequences % world:
             raise InputError(f"a batch of {sequences} sequences does not divide among {world} processes")
         if self.lanes % sequences:
@@ -143,7 +143,7 @@ class StreamSource:
         `state` must hold all lanes, `state_after` holds those of this rank: `merge_states` joins the ranks' states
         into one that any world size continues from. A batch that touches a skipped range is left out whole.
 
-        Raises InputError as `check_batch` does, for text that cannot be read, and when the source stays unreachable.
+        Raises: InputError as `check_batch` does, for text that cannot be read, and when the source stays unreachable.
         """
         self.check_batch(sequences, world)
         places = state["lanes"].values()
@@ -321,20 +321,9 @@ def default_lanes(sequences: int) -> int:
 
 
 def open_stream(
-    spec: str,
-    *,
-    tokenizer,
-    seq_len: int,
-    seed: int,
-    sequences: int,
-    text_column: str = "text",
-    lanes: int | None = None,
-    cache_dir: Path | None = None,
-    cache_gib: float | None = None,
-    workers: int = 2,
-    report: Callable[[str], None] = text_io.say,
+    spec: str, *, sequences: int, text_column="text", lanes=None, cache_dir=None, report=text_io.say, **options
 ) -> StreamSource:
-    """The stream of `ID[:config][@revision]`, a path, a directory or a glob.
+    """The stream of `ID[:config][@revision]`, a path, a directory or a glob; the options are `StreamSource`'s.
 
     The groups of a Hub dataset are remembered beside the cache: while the Hub is out of reach, the stream of its last
     known commit is opened and reads what is cached.
@@ -344,22 +333,12 @@ def open_stream(
 
         cache_dir = Path(HF_HOME) / "gpt2repro" / "streams"
     source = _resolve_or_remember(spec, text_column, Path(cache_dir), report)
-    stream = StreamSource(
-        source,
-        tokenizer=tokenizer,
-        seq_len=seq_len,
-        seed=seed,
-        lanes=default_lanes(sequences) if lanes is None else lanes,
-        cache_dir=cache_dir,
-        cache_gib=cache_gib,
-        workers=workers,
-        report=report,
-    )
+    lanes = default_lanes(sequences) if lanes is None else lanes
+    stream = StreamSource(source, lanes=lanes, cache_dir=cache_dir, report=report, **options)
     stream.check_batch(sequences)
     if source.kind == "datasets":
-        report(
-            f"{spec} is read as {len(source.groups)} whole files: those that the first batch needs are tokenised first"
-        )
+        files = f"{spec} is read as {len(source.groups)} whole files"
+        report(f"{files}: those that the first batch needs are tokenised first")
     return stream
 
 

@@ -293,7 +293,8 @@ def find_text(
 def _find_on_hub(dataset, config, revision, reading: Reading, copies: Path | None) -> TextFiles:
     from huggingface_hub import HfFileSystem
 
-    found = retrying(lambda: text_io.resolve_hub(dataset, config, revision), f"hf://datasets/{dataset}")
+    url = f"hf://datasets/{dataset}"
+    config, commit, urls = retrying(lambda: text_io.resolve_hub(dataset, config, revision), url)
     system = HfFileSystem()
 
     def describe(url: str) -> TextFile:
@@ -301,12 +302,12 @@ def _find_on_hub(dataset, config, revision, reading: Reading, copies: Path | Non
         lfs = info.get("lfs") or {}
         digest = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
         format, packed = format_of(url)
-        name = url.split(f"@{found.revision}/", 1)[-1]
+        name = url.split(f"@{commit}/", 1)[-1]
         return TextFile(url, name, format or "datasets", packed, info["size"], digest)
 
     with ThreadPoolExecutor(16) as pool:
-        files = list(pool.map(describe, found.files))
-    source = {"dataset": dataset, "config": found.config, "revision": found.revision, "files": _listed(files)}
+        files = list(pool.map(describe, urls))
+    source = {"dataset": dataset, "config": config, "revision": commit, "files": _listed(files)}
     return TextFiles(files, source, reading, copies)
 
 
@@ -374,9 +375,9 @@ def resolve(spec: str, *, text_column: str = "text") -> TextSource:
     if match is None or format_of(spec)[0] or PurePosixPath(spec).suffix in {".csv", *text_io.PACKED}:
         raise InputError(f"stream:{spec} names no file here, and is no Hub dataset written as ID[:config][@revision]")
     name, config = match["id"], match["config"]
-    found = text_io.resolve_hub(name, config, match["revision"])
-    groups = _groups(kind := _kind(found.files, name), found.files, text_column, name, config, found.revision)
-    return TextSource(name, kind, found.files, groups, text_column, config, found.revision)
+    _, commit, urls = text_io.resolve_hub(name, config, match["revision"])
+    groups = _groups(kind := _kind(urls, name), urls, text_column, name, config, commit)
+    return TextSource(name, kind, urls, groups, text_column, config, commit)
 
 
 def _kind(files: list[str], name: str) -> str:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gpt2repro.options import InputError
@@ -43,17 +42,8 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True)
-class HubText:
-    """The train split of a dataset at one commit."""
-
-    config: str
-    revision: str  # the commit
-    files: list[str]  # hf:// URLs
-
-
-def resolve_hub(dataset: str, config: str | None, revision: str | None) -> HubText:
-    """Pin a dataset to a commit and list its files.
+def resolve_hub(dataset: str, config: str | None, revision: str | None) -> tuple[str, str, list[str]]:
+    """(configuration, commit, hf:// URLs of the train split) of a dataset, pinned to that commit.
 
     Raises: InputError for what can never be read. Faults of the network pass through, for the caller to retry.
     """
@@ -80,7 +70,7 @@ def resolve_hub(dataset: str, config: str | None, revision: str | None) -> HubTe
     data_files = builder.config.data_files or {}
     if not data_files.get("train"):
         raise InputError(f"{dataset} has no train split; it has {', '.join(map(str, data_files)) or 'no data files'}")
-    return HubText(builder.config.name, commit, [str(url) for url in data_files["train"]])
+    return builder.config.name, commit, [str(url) for url in data_files["train"]]
 
 
 def resuming(

@@ -47,7 +47,7 @@ class UnknownCharacter(InputError):
 def gpt2_tokenizer():
     """GPT-2's tokenizer, rebuilt from tiktoken's ranks.
 
-    Raises InputError where tiktoken can neither download its two vocabulary files nor find them in its cache.
+    Raises: InputError where tiktoken can neither download its two vocabulary files nor find them in its cache.
     """
     import tiktoken
 
@@ -219,16 +219,10 @@ class Encoder:
         The second is the size of the texts in UTF-8.
         """
         texts = [well_formed(text) for text in texts]
-        pieces = self._encode(texts)
-        out = np.empty(sum(map(len, pieces)) + sum(ends), self.dtype)
-        filled = 0
-        for ids, end in zip(pieces, ends, strict=True):
-            out[filled : filled + len(ids)] = ids
-            filled += len(ids)
-            if end:
-                out[filled] = self.eot_id
-                filled += 1
-        return out, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        end = np.array([self.eot_id], self.dtype)
+        parts = [part for ids, last in zip(self._encode(texts), ends, strict=True) for part in (ids, end[:last])]
+        tokens = np.concatenate(parts, dtype=self.dtype, casting="unsafe")
+        return tokens, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
     def _prepare(self) -> None:
         """What can't be pickled, or is quicker to build than to send."""

@@ -1,31 +1,43 @@
 """A prepared data set as a dataset repository of the Hub: shards, tokenizer, a card, and the manifest last."""
 
+import contextlib
 from pathlib import Path
 
 from gpt2repro.data.shards import MANIFEST, TOKENIZER, Manifest, verify_dataset
-from gpt2repro.data.text_io import first_line
+from gpt2repro.data.text_io import first_line, is_fault
 from gpt2repro.options import InputError
 
 # The Hub advises against more than 100 files per commit; fewer also means less to repeat after an interruption.
 FILES_PER_COMMIT = 25
 
 
+@contextlib.contextmanager
+def _refusals(repo: str):
+    """What the Hub, or the way to it, refuses, as a sentence."""
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise InputError(f"--push_to_hub {repo} is no USER/NAME: {first_line(error)}") from error
+    except LocalTokenNotFoundError as error:
+        raise InputError(f"uploading to {repo} needs a login: run `hf auth login` or set HF_TOKEN") from error
+    except Exception as error:
+        if isinstance(error, InputError) or not is_fault(error):
+            raise
+        raise InputError(
+            f"{repo} could not be uploaded: {first_line(error)}; run the same command again to continue"
+        ) from error
+
+
 def check_push(repo: str) -> None:
     """Ask the Hub who is logged in. Raises: InputError, before any work, where `USER/NAME` can't be written to."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
-    login = f"uploading to {repo} needs a login: run `hf auth login` or set HF_TOKEN"
-    try:
+    with _refusals(repo):
         validate_repo_id(repo)
         user = HfApi().whoami()
-    except HFValidationError as error:
-        raise InputError(f"--push_to_hub {repo} is no USER/NAME: {error}") from error
-    except LocalTokenNotFoundError as error:
-        raise InputError(login) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"{login} ({first_line(error)})") from error
     owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
     if "/" not in repo or repo.split("/")[0] not in owners:
         raise InputError(
@@ -39,15 +51,14 @@ def push_dataset(directory: str | Path, repo: str, *, private: bool = False) -> 
     """Upload the data set to `USER/NAME`. Interrupted, a second call skips every shard that the Hub already has.
 
     The manifest comes last, so a half-uploaded repository is not mistaken for a data set.
-    Raises InputError for damaged shards, and where the Hub refuses.
+    Raises: InputError for damaged shards, and where the Hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     directory, api = Path(directory), HfApi()
     manifest = verify_dataset(directory)
     digests = manifest.digests()
-    try:
+    with _refusals(repo):
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         present = {
             entry.path: entry.lfs.sha256
@@ -67,12 +78,6 @@ def push_dataset(directory: str | Path, repo: str, *, private: bool = False) -> 
         ]
         last.append(CommitOperationAdd(MANIFEST, str(directory / MANIFEST)))
         api.create_commit(repo, last, commit_message="Manifest, tokenizer and card", repo_type="dataset")
-    except LocalTokenNotFoundError as error:
-        raise InputError(f"uploading to {repo} needs a login: run `hf auth login` or set HF_TOKEN") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(
-            f"{repo} could not be uploaded: {first_line(error)}; run the same command again to continue"
-        ) from error
     print(f"{repo}: {len(digests)} shards, sha256 {manifest.sha256}; train with --data hf://{repo}")
 
 
