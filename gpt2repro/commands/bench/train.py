@@ -31,8 +31,8 @@ from gpt2repro.data.tokenization import char_tokenizer
 from gpt2repro.files import write_json
 from gpt2repro.options import AtLeastOne, parse_options
 from gpt2repro.training.meter import flops_per_token, peak_flops
+from gpt2repro.training.metrics_log import read_metrics
 from gpt2repro.training.optim import build_optimizer
-from gpt2repro.training.tracking import read_metrics
 
 RECIPE = {"lr": 1e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 # Largest accepted distance from the fp32 reference: of the loss in nats, of all gradients as |g - g_ref| / |g_ref|.

@@ -18,7 +18,7 @@ import numpy as np
 from gpt2repro.commands.bench.harness import Record, summary
 from gpt2repro.commands.bench.train import ROOT, seconds_to_first_step, write_dataset
 from gpt2repro.options import InputError
-from gpt2repro.training.tracking import read_metrics
+from gpt2repro.training.metrics_log import read_metrics
 
 # nanoGPT's README, "I only have a macbook". The preset shakespeare_char_cpu is the same recipe for ours.
 RECIPE = {
