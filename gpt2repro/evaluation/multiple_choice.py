@@ -117,12 +117,10 @@ class Task:
                     means = sums / np.array(items[i].units, dtype=np.float64)
                 row[protocol] = {"log_likelihoods": sums.tolist(), "units": items[i].units}
                 values = {"acc": sums, "acc_norm": means}
-                # of equal scores the first one wins, as in both references
-                row[protocol] |= {metric: int(np.argmax(values[metric])) for metric in self.metrics}
-                two_best = {metric: np.sort(values[metric])[-2:] for metric in self.metrics}
-                row[protocol] |= {
-                    f"{metric}_margin": float(best - second) for metric, (second, best) in two_best.items()
-                }
+                for metric in self.metrics:
+                    second, best = np.sort(values[metric])[-2:]
+                    row[protocol][metric] = int(np.argmax(values[metric]))  # the first of equals, as in both references
+                    row[protocol][f"{metric}_margin"] = float(best - second)
             rows.append(row)
         return rows
 
@@ -396,11 +394,9 @@ class Prepared:
     groups: list[Group]
     truncated: dict[str, int]  # examples that lost context on the left, per protocol
 
-    def evaluate(
-        self, model: torch.nn.Module, *, device: torch.device | str = "cpu", rank: int = 0, world: int = 1
-    ) -> dict:
-        """The task's `summary` of one pass; every rank calls it and gets it."""
-        return self.task.summary(self.task.predictions(self, score(model, self, device=device, rank=rank, world=world)))
+    def evaluate(self, model: torch.nn.Module, **how) -> dict:
+        """The task's `summary` of one pass; `how` (device, rank, world, …) as in `score`. Every rank gets it."""
+        return self.task.summary(self.task.predictions(self, score(model, self, **how)))
 
 
 def score(

@@ -59,7 +59,6 @@ class HellaSwag(evaluate.Metric):
             choices = {"acc": scores.argmax(axis=1), "acc_norm": (scores / units).argmax(axis=1)}
         for name, chosen in choices.items():
             correct = (chosen == labels).astype(np.float64)
-            results[name] = float(correct.mean())
             stderr = float(correct.std(ddof=1) / np.sqrt(len(correct))) if len(correct) > 1 else None
-            results[f"{name}_stderr"] = stderr
+            results |= {name: float(correct.mean()), f"{name}_stderr": stderr}
         return results
