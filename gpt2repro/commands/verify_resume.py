@@ -15,7 +15,6 @@ Exit code 0: the same run; 1: not.
 """
 
 import contextlib
-import importlib.util
 import itertools
 import json
 import random
@@ -133,17 +132,8 @@ class Campaign:
         self.train_options, self.chance = train_options, random.Random(seed)
 
     def command(self, run_dir: Path, processes: int) -> list[str]:
-        found = importlib.util.find_spec("train_accelerate")
-        if found is None or found.origin is None:
-            raise InputError("train_accelerate.py is not importable: install the project, or start from its root")
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--local_addr=127.0.0.1",
-            f"--nproc_per_node={processes}",
-        ]
-        program = [found.origin, *self.train_options, "--run_dir", str(run_dir)]
+        launcher = f"-m torch.distributed.run --standalone --local_addr=127.0.0.1 --nproc_per_node={processes}".split()
+        program = ["-m", "gpt2repro", "train", *self.train_options, "--run_dir", str(run_dir)]
         return [sys.executable, *(launcher if processes > 1 else []), *program]
 
     def start(self, run_dir: Path, processes: int) -> subprocess.Popen:
