@@ -35,9 +35,10 @@ def test_the_state_of_a_checkpoint_comes_back_as_it_was(checkpoint):
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        ("step", -1), ("step", True), ("step", 2.5), ("step", 9), ("seconds", "1"),
-        ("source", {"position": -1, "skipped": []}), ("source", {"position": 1, "skipped": [[1]]}), ("source", []), ("health", None), ("health", {"losses": ["x"]}),
-        ("identity", {"data": {}}), ("best", {"step": 1}), ("run_ids", {"wandb": 1}), ("scaler", "x"),
+        ("step", -1), ("step", True), ("step", 2.5), ("step", 9), ("seconds", "1"), ("best", {"step": 1}),
+        ("source", {"position": -1, "skipped": []}), ("source", {"position": 1, "skipped": [[1]]}), ("source", []),
+        ("health", None), ("health", {"losses": ["x"]}), ("identity", {"data": {}}), ("run_ids", {"wandb": 1}),
+        ("scaler", "x"),
     ],
     ids=str,
 )  # fmt: skip
