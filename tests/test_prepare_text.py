@@ -1,5 +1,6 @@
 """`gpt2repro prepare-text`: the corpora and one's own text, as a user calls it."""
 
+import gzip
 import hashlib
 import json
 import lzma
@@ -166,6 +167,13 @@ def test_bad_input_gets_a_sentence(tmp_path, arguments, sentence):
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(InputError, match=sentence):
         main(["--out", str(tmp_path / "out"), *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)])
+
+
+def test_a_packed_text_is_split_by_document_unless_asked_otherwise(tmp_path, capsys):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(PROSE.encode() * 50))
+    manifest = prepare_text(tmp_path / "out", "--input", tmp_path / "a.txt.gz", "--tokenizer", "char")
+    assert manifest["settings"]["split"] == "document"
+    assert "split is empty, all 1 documents are in" in capsys.readouterr().out
 
 
 def test_a_long_text_is_cut_into_documents_where_that_is_asked_for(tmp_path):

@@ -281,6 +281,12 @@ def test_full_disk_is_a_sentence(open_stream, parquet_file, monkeypatch):
     assert not list(source.cache.directory.glob("*.tmp*"))
 
 
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="/dev/null, where no directory can be made")
+def test_a_cache_that_cannot_be_made_is_a_sentence(open_stream, parquet_file):
+    with pytest.raises(InputError, match=r"the cache /dev/null/.* can't be made \(Not a directory\); choose another"):
+        open_stream(parquet_file, cache="/dev/null")
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 

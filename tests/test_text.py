@@ -145,6 +145,12 @@ def test_packed_files_are_unpacked(tmp_path):
     assert documents(find_text([str(tmp_path)]))[0] == ["né\n" * 1000, "x", "x", "x"]
 
 
+def test_a_packed_file_whose_package_is_missing_is_never_read_as_it_is(tmp_path):
+    (tmp_path / "a.txt.zst").write_bytes(b"these bytes are no zstd frame")
+    with pytest.raises(InputError, match=r"a.txt.zst can't be (unpacked here|read)"):
+        documents(find_text([str(tmp_path)]))
+
+
 def test_globs_and_several_inputs_are_sorted_each(tmp_path):
     for name in ("b.txt", "a.txt", "z.md"):
         (tmp_path / name).write_text(name)

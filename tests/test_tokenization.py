@@ -218,6 +218,24 @@ def test_unreachable_vocabulary_says_what_to_do(tmp_path):
     assert "InputError" in last and "TIKTOKEN_CACHE_DIR" in last and "--tokenizer bpe or char" in last
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("change", ["null", "[]", "cut", '"model": 5', '"tokenizer_class": 5', "[" * 100_000])
+def test_a_damaged_tokenizer_is_a_sentence_or_another_tokenizer(tmp_path, file, change):
+    tokenizer = char_tokenizer(PROSE)
+    tokenizer.save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / file).read_text())
+    if change == "cut":
+        (tmp_path / file).write_text(json.dumps(whole)[:-40])
+    elif ": " in change:
+        (tmp_path / file).write_text(json.dumps(whole | json.loads(f"{{{change}}}")))
+    else:
+        (tmp_path / file).write_text(change)
+    try:
+        fingerprint(load_tokenizer(tmp_path))
+    except InputError as error:
+        assert str(error).startswith("no tokenizer could be loaded from")
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [

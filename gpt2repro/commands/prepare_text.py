@@ -151,7 +151,7 @@ def _open_corpus(options: Options) -> Corpus:
     files = find_text(inputs, text_column=options.text_column, document_bytes=options.text_document_bytes)
     split = options.split
     if split == "auto":
-        few = len(files.files) < 100 and all(file.format == "txt" for file in files.files)
+        few = len(files.files) < 100 and all(file.format == "txt" and not file.packed for file in files.files)
         split = "position" if few and options.text_document_bytes is None else "document"
     units = files.units(options.shard_tokens, val_fraction=options.val_fraction if split == "position" else None)
     return Corpus(units, files.read, files.source, split, files.where, files.reading.tell)

@@ -10,7 +10,7 @@ Tokens are `uint16`, or `uint32` where the vocabulary has more than 65,536 entri
 (`train.bin`, `val.bin`), build-nanogpt (`*_train_*.npy`) and llm.c (`*_train_*.bin`) are recognised by their headers
 and used in place.
 
-`verify_shards` reads every byte before a run begins, and again only when a file's size, times or inode have changed.
+`digests_of` reads every byte before a run begins, and again only when a file's size, times or inode have changed.
 
 This module knows nothing of text, tokenizers or batches; it never writes anything but finished files.
 """
@@ -71,8 +71,9 @@ class ShardWriter:
         self.path, self.vocab_size, self.dtype = Path(path), vocab_size, token_dtype(vocab_size)
         self.tokens = self.documents = self.bytes = 0
         self._temporary = files.name_aside(self.path)
-        self._file = self._temporary.open("wb")
-        self._file.write(bytes(HEADER_BYTES))
+        with self._disk():
+            self._file = self._temporary.open("wb")
+            self._file.write(bytes(HEADER_BYTES))
 
     def append(self, tokens: np.ndarray, documents: int = 0, text_bytes: int = 0) -> None:
         """Add a 1-D array of ids, and to the record how much text it is.

@@ -332,8 +332,9 @@ def _check_tokenizer(tokenizer, name: str | None, directory: Path | None, manife
 
     expected = manifest["tokenizer"].get("sha256") if manifest else None
     if expected and fingerprint(tokenizer) != expected:
-        remedy = "prepare the data again" if name is None else f"prepare {directory} with it, or name the one that did"
+        remedy = f"prepare {directory} with it, or choose the one that did" if name else "prepare the data again"
+        beside = directory / TOKENIZER if (directory / TOKENIZER).is_dir() else "of GPT-2 (no other lies there)"
         raise InputError(
-            f"the tokenizer {name or directory / TOKENIZER} did not make the tokens of {directory}: its vocabulary, "
+            f"the tokenizer {name or beside} did not make the tokens of {directory}: its vocabulary, "
             f"merges or special ids are not those that manifest.json names; {remedy}"
         )

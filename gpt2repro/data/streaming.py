@@ -46,7 +46,7 @@ import torch
 from gpt2repro.data import text, text_io
 from gpt2repro.data.ordering import Permutation, derive_seed
 from gpt2repro.data.shards import HEADER_BYTES, TokenSplit
-from gpt2repro.data.token_cache import TokenCache
+from gpt2repro.data.token_cache import TokenCache, make_directory
 from gpt2repro.data.tokenization import Encoder
 from gpt2repro.files import read_json_if_whole, write_json
 from gpt2repro.options import InputError
@@ -358,6 +358,6 @@ def _resolve_or_remember(spec: str, text_column: str, cache_dir: Path, report) -
             return source
 
     source = text_io.retrying(resolve_now, f"hf://datasets/{spec}", report=report)
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(cache_dir)
     write_json(remembered, source.facts())
     return source

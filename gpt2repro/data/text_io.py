@@ -222,8 +222,8 @@ def _unpack(raw, path: str):
     from fsspec.compression import compr
 
     method = fsspec.utils.infer_compression(path.lower())
-    if method not in compr:
-        raise InputError(f"{path} can't be unpacked without another package ({method}); unpack it first")
+    if method is None:  # it is known where its package is installed
+        raise InputError(f"{path} can't be unpacked here; unpack it first, or pip install zstandard")
     return compr[method](raw, mode="rb")
 
 

@@ -19,9 +19,18 @@ import numpy as np
 from gpt2repro.data.shards import HEADER_BYTES, ShardWriter
 from gpt2repro.data.text import Reading, TextSource
 from gpt2repro.data.tokenization import Encoder
+from gpt2repro.options import InputError
 
 DOCUMENTS_AT_ONCE = 256
 DAY_SECONDS = 86400
+
+
+def make_directory(path: Path) -> None:
+    """Raises: InputError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the cache {path} can't be made ({error.strerror}); choose another --cache_dir") from error
 
 
 class TokenCache:
@@ -32,7 +41,7 @@ class TokenCache:
         self.limit_bytes = None if limit_gib is None else limit_gib * 2**30
         key = hashlib.sha256(f"{source.sha256} {encoder.sha256}".encode()).hexdigest()[:16]
         self.directory = root / key
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         for left_behind in self.directory.glob("*.tmp-*"):  # by a process that was killed, unless it is being written
             with contextlib.suppress(OSError):
                 if left_behind.stat().st_mtime < time.time() - DAY_SECONDS:

@@ -130,8 +130,9 @@ def load_tokenizer(source: str | Path):
     try:
         # trust_remote_code=False: else transformers asks on stdin where a checkpoint carries the model's code.
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no tokenizer could be loaded from {source}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged file can make the libraries raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"no tokenizer could be loaded from {source}: {reason}") from error
 
 
 def fingerprint(tokenizer) -> str:
