@@ -20,6 +20,7 @@ import json
 import os
 import random
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -387,7 +388,7 @@ class Uploader:
             shutil.rmtree(staged)
 
     def _publish_main(self, api, best: Path) -> None:
-        copy = self.uploads / "main"  # the run may prune the original meanwhile
+        copy = self.uploads / f".main-{secrets.token_hex(4)}.tmp"  # the run may prune the original meanwhile
         try:
             _link_tree(best, copy)
             files = weights_only(checkpoint_files(copy)) | self._cards(copy)

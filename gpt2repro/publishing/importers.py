@@ -36,6 +36,7 @@ LLMC_OTHER_MAGICS = {
     20240801: "training tokens",
     20240803: "a Llama 3 model",
 }
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}
 LLMC_HEADER_BYTES = 256 * 4
 
@@ -205,17 +206,18 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
     state = {_unwrapped(str(name)): tensor for name, tensor in state.items()}
     state = {name: tensor for name, tensor in state.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
 
-    if odd := [
-        name for name, value in state.items() if not isinstance(value, torch.Tensor) or not value.is_floating_point()
-    ]:
-        raise InputError(f"{path}: {odd[0]} is not a tensor of floating-point numbers")
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+            kind = "meta" if getattr(value, "is_meta", False) else getattr(value, "layout", type(value).__name__)
+            raise InputError(f"{path}: {name} is not a tensor of floating-point numbers but {kind}: save it dense")
+        if value.dtype not in DTYPES or value.dim() == 0:
+            raise InputError(
+                f"{path}: {name} is not a tensor of floating-point numbers that can be read but {value.dtype} of shape "
+                f"{tuple(value.shape)}: save it as fp32, bf16 or fp16"
+            )
 
     head = state.pop("lm_head.weight", None)
-    if (
-        head is not None
-        and "transformer.wte.weight" in state
-        and not torch.equal(head, state["transformer.wte.weight"])
-    ):
+    if head is not None and not torch.equal(head.double(), state.get("transformer.wte.weight", head).double()):
         raise InputError(
             f"{path}: lm_head differs from the token embeddings; GPT-2 ties them, so this is another model"
         )
