@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gpt2repro.options import InputError
@@ -84,8 +85,6 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
     Raises: InputError, in one sentence, for what does not exist, cannot be reached, is damaged, is not a causal
     language model, or would need remote code that was not allowed.
     """
-    from pathlib import Path
-
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import cached_file, logging
@@ -155,11 +154,15 @@ def plain_twin(model):
     return twin
 
 
-def load_for_comparison(name: str):
-    """A model in fp32 on the CPU: what its native twin has to agree with."""
+def load_for_comparison(name: str | Path):
+    """A model of ours in fp32 on the CPU, without a tokenizer: what its native twin has to agree with."""
     import torch
 
-    return load_model(str(name), device="cpu", dtype=torch.float32)[0]
+    from gpt2repro.checkpoint.reader import resolve_model
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    source = resolve_model(str(name))
+    return GPT2ReproForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
 
 
 def build_model(config, vocab_size: int, tokenizer):

@@ -15,12 +15,13 @@ import pytest
 import torch
 import yaml
 from loopback_hub import TOKEN
+from safetensors.torch import load_file
 from tiny_run import flags, write_tiny_shards
 
 from gpt2repro.checkpoint.layout import resolve_pointer
 from gpt2repro.checkpoint.reader import find_checkpoint, read_state, verify_checkpoint
 from gpt2repro.checkpoint.writer import CheckpointWriter
-from gpt2repro.commands import push
+from gpt2repro.commands import export, push
 from gpt2repro.options import InputError, run_main
 from gpt2repro.publishing import hub as our_hub
 from gpt2repro.publishing.hub import Uploader, fetch_checkpoint
@@ -639,6 +640,29 @@ def test_links_beside_the_checkpoints_are_not_part_of_the_card(hub, run, tmp_pat
     assert list(files) == ["README.md"] and "once 1" not in files["README.md"].decode()
 
 
+def test_a_revision_names_a_model_for_every_command(hub, run, tmp_path):
+    from gpt2repro.data.tokenization import load_tokenizer
+    from gpt2repro.models import load_model
+
+    uploader = uploader_of(run)
+    first = run.save(1, best=True)
+    weights = (first / "model.safetensors").read_bytes()
+    uploader.checkpoint(first)
+    wait_for(lambda: "step-1" in uploader.published)
+    uploader.checkpoint(run.save(2, best=True))
+    assert uploader.close(timeout=60) == []
+    loaded, tokenizer = load_model(f"{REPO}@step-1", device="cpu", dtype=torch.float32)
+    expected = load_file(first / "model.safetensors")["transformer.wte.weight"]
+    assert torch.equal(loaded.transformer.wte.weight, expected)
+    assert load_tokenizer(f"{REPO}@step-1").get_vocab() == tokenizer.get_vocab() == run.tokenizer.get_vocab()
+    assert run_main(export.main, ["--model", f"{REPO}@step-1", "--out", str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "exported" / "model.safetensors").read_bytes() == weights
+    assert run_main(export.main, ["--model", REPO, "--out", str(tmp_path / "newest")]) == 0
+    assert (tmp_path / "newest" / "model.safetensors").read_bytes() != weights
+    with pytest.raises(InputError, match=r"cannot fetch the model user/tiny@step-9"):
+        load_model(f"{REPO}@step-9", device="cpu", dtype=None)
+
+
 def test_whether_a_login_may_write_is_asked_before(hub, monkeypatch, tmp_path):
     assert our_hub.may_write(REPO) == our_hub.may_write("bare") == ("user", None)
     assert "belongs to other, but this login is user" in our_hub.may_write("other/model")[1]
@@ -656,6 +680,8 @@ def test_a_space_carries_the_demo_and_names_the_model(hub, run, capsys):
     assert '["--model", "user/tiny", "--host", "0.0.0.0"' in files["app.py"].decode()
     for name in ("modeling_gpt2repro.py", "gpt2repro/commands/demo.py", "gpt2repro/options.py", "requirements.txt"):
         assert name in files
+    required = files["requirements.txt"].decode().split()
+    assert "torch>=2.11,<2.14" in required and not [line for line in required if re.match("wandb|datasets", line)]
     assert hub.repo(REPO, "space").settings["sdk"] == "gradio" and hub.repo(REPO, "space").private
     assert "secret HF_TOKEN" in capsys.readouterr().out
 

@@ -4,9 +4,15 @@ import re
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
-from gpt2repro.checkpoint.layout import FORMAT, POINTERS, VERSION, list_steps, rank_and_world, resolve_pointer
+from gpt2repro.checkpoint.layout import (
+    FORMAT,
+    POINTERS,
+    VERSION,
+    from_rank_zero,
+    list_steps,
+    rank_and_world,
+    resolve_pointer,
+)
 from gpt2repro.checkpoint.tensors import open_tensors
 from gpt2repro.files import is_plain_name, read_json, sha256_of
 from gpt2repro.options import InputError
@@ -24,18 +30,8 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
 
     Raises: InputError where `place` is a damaged checkpoint, or a run with nothing but damaged ones.
     """
-    rank, world = rank_and_world()
-    if all_ranks and world > 1:
-        answer: list = [None, None]
-        if rank == 0:
-            try:
-                answer[0] = find_checkpoint(place, at_most=at_most)
-            except InputError as error:
-                answer[1] = str(error)
-        dist.broadcast_object_list(answer, src=0)
-        if answer[1]:
-            raise InputError(answer[1])
-        return answer[0]
+    if all_ranks and rank_and_world()[1] > 1:
+        return from_rank_zero(lambda: find_checkpoint(place, at_most=at_most))
 
     place = Path(place)
     directory = place / "checkpoints" if (place / "checkpoints").is_dir() else place

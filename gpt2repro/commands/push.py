@@ -14,6 +14,9 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from gpt2repro.models import load_for_comparison
 from gpt2repro.options import InputError, parse_options
@@ -39,23 +42,12 @@ class Options:
     "Licence of the weights, as the Hub spells it."
     language: str | None = None
     "Language of the text as the Hub spells it (en), for the card; none: en where the corpus is known to be English."
-    cost_dollars: float | None = None
+    cost_dollars: Annotated[float, Field(ge=0)] | None = None
     "What the training cost, for the card."
-    co2_kg: float | None = None
+    co2_kg: Annotated[float, Field(ge=0)] | None = None
     "CO2 equivalents of the training in kg, for the card."
-    timeout_minutes: float = 120
+    timeout_minutes: Annotated[float, Field(gt=0)] = 120
     "Give up after so long; what has arrived stays, and the same command sends the rest."
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.repo.count("/") != 1:
-            found.append(f"repo={self.repo} should be USER/NAME")
-        for name in ("cost_dollars", "co2_kg"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                found.append(f"{name}={getattr(self, name)} must not be negative")
-        if self.timeout_minutes <= 0:
-            found.append(f"timeout_minutes={self.timeout_minutes} must be positive")
-        return found
 
 
 def main(argv: list[str]) -> int:
@@ -128,6 +120,8 @@ def send_space(options: Options) -> None:
 
 def space_files(repo: str) -> dict[str, bytes | Path]:
     """A Gradio Space that runs this very demo: the package itself travels along, the model comes from `repo`."""
+    from huggingface_hub import SpaceCardData
+
     files: dict[str, bytes | Path] = {
         f"gpt2repro/{path.relative_to(PACKAGE).as_posix()}": path
         for path in sorted(PACKAGE.rglob("*"))
@@ -135,8 +129,12 @@ def space_files(repo: str) -> dict[str, bytes | Path]:
     }
     for name in ("configuration_gpt2repro", "modeling_gpt2repro"):
         files[f"{name}.py"] = Path(__import__(name).__file__)
-    title = repo.split("/")[-1]
-    files["README.md"] = SPACE_README.format(title=title, repo=repo, gradio=gradio_version()).encode()
+    front = SpaceCardData(
+        title=repo.split("/")[-1], sdk="gradio", sdk_version=gradio_version(), app_file="app.py", models=[repo]
+    )
+    link = f"[{repo}](https://huggingface.co/{repo})"
+    text = f"---\n{front.to_yaml()}\n---\n\nA page to talk to {link}, made by `gpt2repro push --space`.\n"
+    files["README.md"] = text.encode()
     files["app.py"] = SPACE_APP.format(repo=repo).encode()
     files["requirements.txt"] = "".join(f"{line}\n" for line in space_requirements()).encode()
     return files
@@ -164,21 +162,6 @@ def gradio_version() -> str:
     except PackageNotFoundError:
         return "6.0.0"
 
-
-SPACE_README = """---
-title: {title}
-emoji: 💬
-colorFrom: blue
-colorTo: gray
-sdk: gradio
-sdk_version: {gradio}
-app_file: app.py
-models:
-- {repo}
----
-
-A page to talk to [{repo}](https://huggingface.co/{repo}), made by `gpt2repro push --space`.
-"""
 
 SPACE_APP = '''"""Started by the Space: the page of `gpt2repro demo` with one model."""
 

@@ -20,6 +20,7 @@ import json
 import os
 import random
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from gpt2repro.checkpoint.layout import STEP_NAME, list_steps, resolve_pointer
+from gpt2repro.checkpoint.layout import STEP_NAME, from_rank_zero, list_steps, rank_and_world, resolve_pointer
 from gpt2repro.checkpoint.reader import check_model_directory, verify_checkpoint
 from gpt2repro.files import read_json, read_json_if_whole, write_json
 from gpt2repro.options import InputError
@@ -157,20 +158,22 @@ def explain(error: BaseException, repo: str) -> str:
     """What went wrong and what to do, in one sentence and without any token."""
     if isinstance(error, InputError):
         return str(error)
-    status = _status(error)
+    status, kind = _status(error), type(error).__name__
     hub = os.environ.get("HF_ENDPOINT", "the Hub")
-    if type(error).__name__ in ("LocalTokenNotFoundError", "NoTokenError"):
-        return f"nobody is logged in to {hub}: set HF_TOKEN, or run `hf auth login`, with a token that may write"
-    if type(error).__name__ == "OfflineModeIsEnabled":
-        return "HF_HUB_OFFLINE is set: unset it to reach the Hub"
-    if status == 401:
-        return f"{hub} does not accept the token (401): run `hf auth login` with one that may write to {repo}"
-    if status in (402, 403):
-        return f"{hub} refuses this ({status}): the token may not write to {repo}, or its plan does not include it"
-    if status == 404:
-        return f"{hub} has no {repo} (404), or the token may not see it"
-    if status == 429:
-        return f"{hub} asks to slow down (429) while writing to {repo}"
+    login = f"nobody is logged in to {hub}: set HF_TOKEN, or run `hf auth login`, with a token that may write"
+    refused = f"{hub} refuses this ({status}): the token may not write to {repo}, or its plan does not include it"
+    known = {
+        "LocalTokenNotFoundError": login,
+        "NoTokenError": login,
+        "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it to reach the Hub",
+        401: f"{hub} does not accept the token (401): run `hf auth login` with one that may write to {repo}",
+        402: refused,
+        403: refused,
+        404: f"{hub} has no {repo} (404), or the token may not see it",
+        429: f"{hub} asks to slow down (429) while writing to {repo}",
+    }
+    if kind in known or status in known:
+        return known.get(kind) or known[status]
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} was deleted while it was being sent"
     reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:400]
@@ -387,7 +390,7 @@ class Uploader:
             shutil.rmtree(staged)
 
     def _publish_main(self, api, best: Path) -> None:
-        copy = self.uploads / "main"  # the run may prune the original meanwhile
+        copy = self.uploads / f".main-{secrets.token_hex(4)}.tmp"  # the run may prune the original meanwhile
         try:
             _link_tree(best, copy)
             files = weights_only(checkpoint_files(copy)) | self._cards(copy)
@@ -479,20 +482,11 @@ def fetch_checkpoint(name: str, into: str | Path) -> Path:
     """
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if rank_and_world()[1] == 1:
         return _fetch_checkpoint(name, Path(into))
     # The other ranks wait for the download, and NCCL would give up after 10 minutes.
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=LONGEST_FETCH_HOURS))
-    answer: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = _fetch_checkpoint(name, Path(into))
-        except InputError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0, group=patient)
-    if answer[1]:
-        raise InputError(answer[1])
-    return answer[0]
+    return from_rank_zero(lambda: _fetch_checkpoint(name, Path(into)), patient)
 
 
 def _fetch_checkpoint(name: str, into: Path) -> Path:
