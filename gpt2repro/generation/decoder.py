@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.module import _has_any_global_hook
+from transformers import PretrainedConfig
 
 from gpt2repro.generation.sampling import Sampling, choose, uniforms
 from gpt2repro.models import plain_twin
@@ -32,6 +33,10 @@ GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # conf
 STEPS_BETWEEN_CHECKS = 16  # asking a GPU "has every row ended?" costs an idle gap of some 20 µs; a step takes 250 µs
 CACHE_BLOCK = 64  # caches grow in blocks, so that neighbouring lengths share a captured graph
 EXACT_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # all the same function
+PLAIN = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
+PLAIN |= {"add_cross_attention": False}
+HOOKS = ("ward_hooks", "ward_pre_hooks")  # forward and backward; those of state dicts change no logit
+DECISIVE = (int, float, str, tuple, PretrainedConfig)  # types of attributes that a forward may look at
 NO_PART_OF_FORWARD = {"name_or_path", "gradient_checkpointing"}
 
 
@@ -162,35 +167,24 @@ def is_plain_gpt2(model) -> bool:
     if twin is None or _has_any_global_hook():
         return False
     config, modules = model.config, dict(model.named_modules())
-    parameters = dict(model.named_parameters(remove_duplicate=False))  # the head is mostly the embeddings again
-    shapes = {name: parameter.shape for name, parameter in twin.named_parameters(remove_duplicate=False)}
     return (
         config.activation_function in GELU
         and config._attn_implementation in EXACT_ATTENTION
-        and getattr(config, "scale_attn_weights", True)
-        and not getattr(config, "scale_attn_by_inverse_layer_idx", False)
-        and not getattr(config, "reorder_and_upcast_attn", False)
-        and not getattr(config, "add_cross_attention", False)
-        and all(type(parameter) is torch.nn.Parameter for parameter in parameters.values())
-        and len({(parameter.device, parameter.dtype) for parameter in parameters.values()}) == 1
-        and {name: parameter.shape for name, parameter in parameters.items()} == shapes
+        and all(getattr(config, name, plain) == plain for name, plain in PLAIN.items())
+        and len({(parameter.device, parameter.dtype) for parameter in model.parameters()}) == 1
         and {name: behaviour(module) for name, module in modules.items()}
         == {name: behaviour(module) for name, module in twin.named_modules()}
-        and all(getattr(module, "config", config) == config for module in modules.values())
         and all(has_its_own_forward(type(module)) for module in modules.values())
     )
 
 
 def behaviour(module: torch.nn.Module) -> tuple:
-    """What decides, weights aside, what a module computes: its class, its attributes, its hooks."""
-    attributes = {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name not in NO_PART_OF_FORWARD
-        if callable(value) or isinstance(value, (int, float, str, tuple))
-    }
-    hooks = [value for name, value in vars(module).items() if name.endswith(("ward_hooks", "ward_pre_hooks"))]
-    return type(module), attributes, any(hooks)
+    """What decides what a module computes, its weights' numbers aside: class, attributes, kinds of weights, hooks."""
+    own = vars(module).items()
+    attributes = {name: value for name, value in own if name[0] != "_" and name not in NO_PART_OF_FORWARD}
+    attributes = {name: value for name, value in attributes.items() if callable(value) or isinstance(value, DECISIVE)}
+    weights = {name: (type(weight), getattr(weight, "shape", None)) for name, weight in module._parameters.items()}
+    return type(module), attributes, weights, any(value for name, value in own if name.endswith(HOOKS))
 
 
 def has_its_own_forward(cls: type) -> bool:
