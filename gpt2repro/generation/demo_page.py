@@ -233,14 +233,7 @@ def checked(served: Served, wishes: dict, most_new_tokens: int) -> tuple[Samplin
         wrong = [f"{found['loc'][0]}: {found['msg'].removeprefix('Input ')}" for found in error.errors()]
         raise InputError("Please check what you chose: " + "; ".join(wrong) + ".") from None
     ids = encode_prompt(served.tokenizer, wish.prompt)
-    try:
-        room = room_for(served.model, len(ids))
-    except InputError:
-        limit = served.model.config.max_position_embeddings
-        raise InputError(
-            f"That beginning is too long for this model: it is {len(ids):,} tokens, and the model sees {limit:,}. "
-            "Please shorten it."
-        ) from None
+    room = room_for(served.model, len(ids))
     limit = min(wish.new_tokens, most_new_tokens, room or most_new_tokens)
     sampling = Sampling(wish.temperature, wish.top_k or None, None if wish.top_p == 1 else wish.top_p)
     return sampling, ids, limit, wish.seed or time.time_ns() % 2**32
