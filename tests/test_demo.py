@@ -104,7 +104,7 @@ def test_character_of_several_tokens_becomes_one_span(served):
 @pytest.mark.parametrize(
     ("prompt", "settings", "sentence"),
     [
-        ("long " * 3000, {}, "the model sees 256. Please shorten it."),
+        ("long " * 3000, {}, "the model sees 256 and needs room for at least one more; shorten the prompt"),
         ("x" * 30_000, {}, "prompt: String should have at most 20000 characters"),
         ("\ud800", {}, "unable to parse raw data as a unicode string"),
         ("a", {"temperature": -1}, "temperature: should be greater than or equal to 0"),
@@ -398,7 +398,7 @@ def test_page_in_a_real_browser(address):
         write.click()
         alert = page.locator("#status [role=alert]")
         alert.wait_for()
-        assert "Please shorten it." in alert.inner_text()
+        assert "shorten the prompt" in alert.inner_text()
         prompt.fill("A")
         write.click()
         done.wait_for()

@@ -20,6 +20,7 @@ from typing import Annotated
 from pydantic import Field
 
 from gpt2repro.files import atomic_file, read_json_lines
+from gpt2repro.generation.prompts import TextStream, encode_prompt, room_for
 from gpt2repro.models import ModelOptions
 from gpt2repro.options import InputError, parse_options
 
@@ -94,19 +95,15 @@ def main(argv: list[str]) -> int:
 
 def print_samples(model, tokenizer, options: Options) -> None:
     """`--prompt`: one sample streams as it is made; several are made together and printed one after the other."""
-    from gpt2repro.generation.decoder import complete, decoder_for
-    from gpt2repro.generation.prompts import encode_prompt
+    from gpt2repro.generation.decoder import complete
 
-    ids = encode_prompt(tokenizer, options.prompt)
-    limit = shorten(model, len(ids), options.max_new_tokens)
     if options.num_samples == 1:
-        decoder = decoder_for(model, batch_size=1, length=len(ids) + limit, compiled=options.compile)
-        print(options.prompt, end="", flush=True)
-        stream(decoder, tokenizer, ids, limit, options, row=0)
+        stream(model, tokenizer, options.prompt, options)
         return
+    ids = encode_prompt(tokenizer, options.prompt)
     start = time.perf_counter()
-    how = {"max_new_tokens": limit, "batch_size": options.batch_size, **chance(tokenizer, options)}
-    samples = dict(complete(model, [ids] * options.num_samples, **how))
+    how = {"max_new_tokens": shorten(model, len(ids), options.max_new_tokens), "batch_size": options.batch_size}
+    samples = dict(complete(model, [ids] * options.num_samples, **how, **chance(tokenizer, options)))
     for number in range(options.num_samples):
         print(f"--- sample {number + 1} of {options.num_samples}")
         print(options.prompt + tokenizer.decode(samples[number], skip_special_tokens=True))
@@ -115,9 +112,6 @@ def print_samples(model, tokenizer, options: Options) -> None:
 
 def converse(model, tokenizer, options: Options) -> None:
     """`--interactive`: every line is a prompt of its own; an empty line or end of input ends the program."""
-    from gpt2repro.generation.decoder import decoder_for
-    from gpt2repro.generation.prompts import encode_prompt
-
     with contextlib.suppress(ImportError):  # arrow keys and history, where Python has them
         import readline  # noqa: F401
     if hasattr(sys.stdin, "reconfigure"):
@@ -128,12 +122,7 @@ def converse(model, tokenizer, options: Options) -> None:
     print("Write the beginning of a text; an empty line ends the program.", file=sys.stderr)
     while prompt := read_line("\n> "):
         try:
-            ids = encode_prompt(tokenizer, prompt)
-            limit = shorten(model, len(ids), options.max_new_tokens)
-            if decoder is None or decoder.length < len(ids) + limit:
-                decoder = decoder_for(model, batch_size=1, length=len(ids) + limit, compiled=options.compile)
-            print(prompt, end="", flush=True)
-            stream(decoder, tokenizer, ids, limit, options, row=row)
+            decoder = stream(model, tokenizer, prompt, options, decoder=decoder, row=row)
         except InputError as error:  # a prompt that is too long is no reason to lose the model
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
@@ -194,8 +183,6 @@ def write_samples(options: Options) -> None:
 
 def encode_all(model, tokenizer, prompts: list[str], options: Options) -> list[list[int]]:
     """The ids of every prompt. Raises: InputError naming the first that leaves no room for the wanted length."""
-    from gpt2repro.generation.prompts import encode_prompt, room_for
-
     encoded = []
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -211,10 +198,15 @@ def encode_all(model, tokenizer, prompts: list[str], options: Options) -> list[l
     return encoded
 
 
-def stream(decoder, tokenizer, ids: list[int], limit: int, options: Options, *, row: int) -> None:
-    """Print one continuation while it is made, then its speed."""
-    from gpt2repro.generation.prompts import TextStream
+def stream(model, tokenizer, prompt: str, options: Options, *, decoder=None, row: int = 0):
+    """Print one continuation while it is made, then its speed -> the decoder, for another text."""
+    from gpt2repro.generation.decoder import decoder_for
 
+    ids = encode_prompt(tokenizer, prompt)
+    limit = shorten(model, len(ids), options.max_new_tokens)
+    if decoder is None or decoder.length < len(ids) + limit:
+        decoder = decoder_for(model, batch_size=1, length=len(ids) + limit, compiled=options.compile)
+    print(prompt, end="", flush=True)
     text = TextStream(tokenizer)
     count, start = 0, time.perf_counter()
     try:
@@ -227,6 +219,7 @@ def stream(decoder, tokenizer, ids: list[int], limit: int, options: Options, *, 
     finally:
         print(text.flush(), flush=True)
     report(count, time.perf_counter() - start)
+    return decoder
 
 
 def chance(tokenizer, options: Options) -> dict:
@@ -239,14 +232,11 @@ def chance(tokenizer, options: Options) -> dict:
 
 def shorten(model, prompt_tokens: int, wanted: int) -> int:
     """`wanted` tokens, or as many as fit behind the prompt, saying so."""
-    from gpt2repro.generation.prompts import room_for
-
     room = room_for(model, prompt_tokens)
     if room is None or room >= wanted:
         return wanted
-    print(
-        f"note: behind {prompt_tokens} prompt tokens there is room for {room} new ones, not {wanted}", file=sys.stderr
-    )
+    note = f"note: behind {prompt_tokens} prompt tokens there is room for {room} new ones, not {wanted}"
+    print(note, file=sys.stderr)
     return room
 
 

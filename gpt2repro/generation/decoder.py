@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.module import _has_any_global_hook
+from transformers import PretrainedConfig
 
 from gpt2repro.generation.sampling import Sampling, choose, uniforms
 from gpt2repro.models import plain_twin
@@ -32,6 +33,10 @@ GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # conf
 STEPS_BETWEEN_CHECKS = 16  # asking a GPU "has every row ended?" costs an idle gap of some 20 µs; a step takes 250 µs
 CACHE_BLOCK = 64  # caches grow in blocks, so that neighbouring lengths share a captured graph
 EXACT_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # all the same function
+PLAIN = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
+PLAIN |= {"add_cross_attention": False}
+HOOKS = ("ward_hooks", "ward_pre_hooks")  # forward and backward; those of state dicts change no logit
+DECISIVE = (int, float, str, tuple, PretrainedConfig)  # types of attributes that a forward may look at
 NO_PART_OF_FORWARD = {"name_or_path", "gradient_checkpointing"}
 
 
@@ -127,22 +132,14 @@ class Decoder:
         self._choose(self.logits, sampling)
 
 
-class Layer(NamedTuple):
-    """One block's weights; matrices are (in, out)."""
-
-    ln_1: tuple[torch.Tensor, torch.Tensor]
-    qkv: tuple[torch.Tensor, torch.Tensor]
-    attn_out: tuple[torch.Tensor, torch.Tensor]
-    ln_2: tuple[torch.Tensor, torch.Tensor]
-    fc: tuple[torch.Tensor, torch.Tensor]
-    mlp_out: tuple[torch.Tensor, torch.Tensor]
+Affine = tuple[torch.Tensor, torch.Tensor]  # weight and bias; a matrix is (in, out)
 
 
 class Weights(NamedTuple):
-    """GPT-2's weights as the decode step reads them."""
+    """GPT-2's weights as the decode step reads them; a layer is (ln_1, qkv, attn_out, ln_2, fc, mlp_out)."""
 
-    layers: list[Layer]
-    ln_f: tuple[torch.Tensor, torch.Tensor]
+    layers: list[tuple[Affine, ...]]
+    ln_f: Affine
     wte: torch.Tensor  # (V, C)
     wpe: torch.Tensor  # (n_positions, C)
     head: torch.Tensor  # (C, V padded to a multiple of 64)
@@ -162,35 +159,24 @@ def is_plain_gpt2(model) -> bool:
     if twin is None or _has_any_global_hook():
         return False
     config, modules = model.config, dict(model.named_modules())
-    parameters = dict(model.named_parameters(remove_duplicate=False))  # the head is mostly the embeddings again
-    shapes = {name: parameter.shape for name, parameter in twin.named_parameters(remove_duplicate=False)}
     return (
         config.activation_function in GELU
         and config._attn_implementation in EXACT_ATTENTION
-        and getattr(config, "scale_attn_weights", True)
-        and not getattr(config, "scale_attn_by_inverse_layer_idx", False)
-        and not getattr(config, "reorder_and_upcast_attn", False)
-        and not getattr(config, "add_cross_attention", False)
-        and all(type(parameter) is torch.nn.Parameter for parameter in parameters.values())
-        and len({(parameter.device, parameter.dtype) for parameter in parameters.values()}) == 1
-        and {name: parameter.shape for name, parameter in parameters.items()} == shapes
+        and all(getattr(config, name, plain) == plain for name, plain in PLAIN.items())
+        and len({(parameter.device, parameter.dtype) for parameter in model.parameters()}) == 1
         and {name: behaviour(module) for name, module in modules.items()}
         == {name: behaviour(module) for name, module in twin.named_modules()}
-        and all(getattr(module, "config", config) == config for module in modules.values())
         and all(has_its_own_forward(type(module)) for module in modules.values())
     )
 
 
 def behaviour(module: torch.nn.Module) -> tuple:
-    """What decides, weights aside, what a module computes: its class, its attributes, its hooks."""
-    attributes = {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name not in NO_PART_OF_FORWARD
-        if callable(value) or isinstance(value, (int, float, str, tuple))
-    }
-    hooks = [value for name, value in vars(module).items() if name.endswith(("ward_hooks", "ward_pre_hooks"))]
-    return type(module), attributes, any(hooks)
+    """What decides what a module computes, its weights' numbers aside: class, attributes, kinds of weights, hooks."""
+    own = vars(module).items()
+    attributes = {name: value for name, value in own if name[0] != "_" and name not in NO_PART_OF_FORWARD}
+    attributes = {name: value for name, value in attributes.items() if callable(value) or isinstance(value, DECISIVE)}
+    weights = {name: (type(weight), getattr(weight, "shape", None)) for name, weight in module._parameters.items()}
+    return type(module), attributes, weights, any(value for name, value in own if name.endswith(HOOKS))
 
 
 def has_its_own_forward(cls: type) -> bool:
@@ -209,37 +195,23 @@ def pack(model) -> Weights:
     on_gpu = next(model.parameters()).is_cuda
     body = model.transformer
 
-    def matrix(linear) -> tuple[torch.Tensor, torch.Tensor]:  # Conv1D stores (in, out)
+    def matrix(linear) -> Affine:  # Conv1D stores (in, out)
         weight = linear.weight.detach()
         return (weight.t().contiguous().t() if on_gpu else weight), linear.bias.detach()
 
-    def norm(layer_norm) -> tuple[torch.Tensor, torch.Tensor]:
+    def norm(layer_norm) -> Affine:
         return layer_norm.weight.detach(), layer_norm.bias.detach()
 
-    layers = [
-        Layer(
-            norm(block.ln_1),
-            matrix(block.attn.c_attn),
-            matrix(block.attn.c_proj),
-            norm(block.ln_2),
-            matrix(block.mlp.c_fc),
-            matrix(block.mlp.c_proj),
-        )
-        for block in body.h
-    ]
+    layers = []
+    for block in body.h:
+        attention = norm(block.ln_1), matrix(block.attn.c_attn), matrix(block.attn.c_proj)
+        layers.append((*attention, norm(block.ln_2), matrix(block.mlp.c_fc), matrix(block.mlp.c_proj)))
     head = model.lm_head.weight.detach()  # (V, C)
     vocab_size = head.size(0)
     head = F.pad(head, (0, 0, 0, -vocab_size % 64)).t() if on_gpu else head.t().contiguous()
-    return Weights(
-        layers=layers,
-        ln_f=norm(body.ln_f),
-        wte=body.wte.weight.detach(),
-        wpe=body.wpe.weight.detach(),
-        head=head,
-        vocab_size=vocab_size,
-        epsilon=model.config.layer_norm_epsilon,
-        gelu=GELU[model.config.activation_function],
-    )
+    wte, wpe = body.wte.weight.detach(), body.wpe.weight.detach()
+    epsilon, gelu = model.config.layer_norm_epsilon, GELU[model.config.activation_function]
+    return Weights(layers, norm(body.ln_f), wte, wpe, head, vocab_size, epsilon, gelu)
 
 
 def gpt2_logits(
@@ -261,10 +233,15 @@ def gpt2_logits(
     batch, length = ids.shape
     heads, head_size = cache[0].size(2), cache[0].size(4)
     x = (weights.wte[ids] + weights.wpe[positions]).view(batch * length, -1)  # (B T, C)
-    norm = partial(F.layer_norm, normalized_shape=x.shape[-1:], eps=weights.epsilon)
-    for layer, layer_cache in zip(weights.layers, cache, strict=True):
-        h = norm(x, weight=layer.ln_1[0], bias=layer.ln_1[1])
-        qkv = torch.addmm(layer.qkv[1], h, layer.qkv[0])
+
+    def norm(x: torch.Tensor, affine: Affine) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], *affine, weights.epsilon)
+
+    def times(x: torch.Tensor, affine: Affine) -> torch.Tensor:
+        return torch.addmm(affine[1], x, affine[0])
+
+    for (ln_1, qkv, attn_out, ln_2, fc, mlp_out), layer_cache in zip(weights.layers, cache, strict=True):
+        qkv = times(norm(x, ln_1), qkv)
         qkv = qkv.view(batch, length, 3, heads, head_size).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         layer_cache.index_copy_(3, slots, qkv[1:])
         query, (keys, values) = qkv[0], layer_cache.unbind(0)  # (B, H, T, D), (B, H, L, D)
@@ -278,11 +255,9 @@ def gpt2_logits(
         else:
             y = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
         y = y.transpose(1, 2).reshape(batch * length, -1)  # (B, H, T, D) -> (B T, C)
-        x = x + torch.addmm(layer.attn_out[1], y, layer.attn_out[0])
-        h = norm(x, weight=layer.ln_2[0], bias=layer.ln_2[1])
-        h = F.gelu(torch.addmm(layer.fc[1], h, layer.fc[0]), approximate=weights.gelu)
-        x = x + torch.addmm(layer.mlp_out[1], h, layer.mlp_out[0])
-    last = norm(x.view(batch, length, -1)[:, -1], weight=weights.ln_f[0], bias=weights.ln_f[1])
+        x = x + times(y, attn_out)
+        x = x + times(F.gelu(times(norm(x, ln_2), fc), approximate=weights.gelu), mlp_out)
+    last = norm(x.view(batch, length, -1)[:, -1], weights.ln_f)
     return (last @ weights.head)[:, : weights.vocab_size]
 
 
@@ -333,16 +308,8 @@ class GPT2Decoder(Decoder):
         self._steps[sampling]()
 
     def _step(self, sampling: Sampling, cache: list[torch.Tensor], seen: torch.Tensor | None) -> None:
-        logits = gpt2_logits(
-            self.weights,
-            self.token[:, None],
-            self.slot - self.padding,
-            cache,
-            self.slot,
-            seen,
-            plain_attention=self.compiled,
-        )
-        self.logits.copy_(logits)
+        ids, positions, how = self.token[:, None], self.slot - self.padding, {"plain_attention": self.compiled}
+        self.logits.copy_(gpt2_logits(self.weights, ids, positions, cache, self.slot, seen, **how))
         self._choose(self.logits, sampling)
         self.slot += 1
 
@@ -395,16 +362,17 @@ def complete(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling,
     end_token: int | None,
-    seed: int = 0,
     batch_size: int = 64,
     compiled: bool = False,
+    **how,
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue every prompt -> (index of the prompt, its new tokens up to the end token), shortest prompts first.
 
-    A prompt's text depends on (seed, index), not on what it is batched with.
+    A prompt's text depends on (seed, index), not on what it is batched with. how: `sampling` and `seed`, as in
+    `Decoder.tokens`.
     """
+    how |= {"max_new_tokens": max_new_tokens, "end_token": end_token}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batch_size = min(batch_size, len(prompts))
     length = max(map(len, prompts)) + max_new_tokens
@@ -412,14 +380,7 @@ def complete(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         filled = batch + batch[-1:] * (batch_size - len(batch))  # a short last batch keeps the decoder's shape
-        steps = decoder.tokens(
-            [prompts[index] for index in filled],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            end_token=end_token,
-            seed=seed,
-            rows=filled,
-        )
+        steps = decoder.tokens([prompts[index] for index in filled], rows=filled, **how)
         texts = torch.stack([step.tokens for step in steps], dim=1).tolist()  # B lists of ids
         for index, tokens in zip(batch, texts, strict=False):
             yield index, tokens[: tokens.index(end_token)] if end_token in tokens else tokens

@@ -19,8 +19,6 @@ from pathlib import Path
 
 import gradio as gr
 from pydantic import BaseModel, Field, ValidationError
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
 
 from gpt2repro.generation.decoder import Step, decoder_for
 from gpt2repro.generation.prompts import TextStream, encode_prompt, room_for
@@ -40,26 +38,9 @@ HINT = (
     '<span class="hint">The text appears here. Point at a word, tap it, or walk with Tab and the arrow keys, '
     "to see what else the model had in mind.</span>"
 )
+MOTTO = "A GPT-2 at work: each word and how sure it was."
+PLACEHOLDER = "How does the text begin? Leave it empty and the model begins by itself."
 EXAMPLES = ("The import statement", "Once upon a time", "In this section we")
-
-# Keeps a tooltip inside the window, and lets the arrow keys walk from word to word; the rest is CSS.
-HEAD = """<script>
-const tokenOf = (event) => event.target.closest && event.target.closest("#text .tok");
-for (const kind of ["pointerover", "focusin"]) document.addEventListener(kind, (event) => {
-  const token = tokenOf(event);
-  if (!token) return;
-  const room = document.documentElement.clientWidth - token.getBoundingClientRect().left - 340;
-  token.style.setProperty("--shift", Math.min(0, room) + "px");
-});
-document.addEventListener("keydown", (event) => {
-  const token = tokenOf(event);
-  if (!token) return;
-  const all = [...document.querySelectorAll("#text .tok")], here = all.indexOf(token);
-  const there = {ArrowRight: here + 1, ArrowLeft: here - 1, Home: 0, End: all.length - 1}[event.key];
-  if (event.key === "Escape") token.blur();
-  if (all[there]) { event.preventDefault(); all[there].focus(); }
-});
-</script>"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +73,8 @@ class Door:
         headers = dict(scope.get("headers", ()))
         length = headers.get(b"content-length", b"0")
         if b"transfer-encoding" in headers or int(length) > MOST_BODY_BYTES:  # the server has checked that it is digits
-            await PlainTextResponse("this request is too large", status_code=413)(scope, receive, send)
+            await send({"type": "http.response.start", "status": 413})
+            await send({"type": "http.response.body", "body": b"this request is too large"})
             return
         is_listening = scope.get("path", "").endswith("/queue/data")
         session = (
@@ -115,14 +97,14 @@ def build(
     names = list(models)
     listeners: Counter = Counter()  # session -> its open streams
 
-    def write(name, prompt, temperature, top_k, top_p, new_tokens, seed, request: gr.Request):
+    def write(request: gr.Request, name, *wishes):
         if name not in models:
             yield page(HINT), below(f"There is no model {name!r} here; choose one of the list.")
             return
-        wishes = {"prompt": prompt, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        wishes |= {"new_tokens": new_tokens, "seed": seed}
         heard = time.monotonic()
-        for shown in answer(models[name], wishes, most_new_tokens=most_new_tokens):
+        for shown in answer(
+            models[name], dict(zip(Wishes.model_fields, wishes, strict=True)), most_new_tokens=most_new_tokens
+        ):
             if listeners[request.session_hash]:
                 heard = time.monotonic()
             elif time.monotonic() - heard > SECONDS_UNHEARD:
@@ -133,27 +115,25 @@ def build(
         """The length slider's range for a model."""
         sees = getattr(models[name].model.config, "max_position_embeddings", None)
         most = min(most_new_tokens, sees - 1) if sees else most_new_tokens
-        info = f"room for {sees:,}, beginning included" if sees else None
+        info = f"in tokens; room for {sees:,}, beginning included" if sees else "in tokens"
         return {"maximum": most, "value": min(120, most), "info": info}
 
     def show_model(name):
         return (describe(name, models[name]), gr.Slider(**length_of(name))) if name in models else ("", gr.skip())
 
+    def show_curve(name):
+        return loss_curve(models[name].run) if name in models else ""
+
+    def slider(label: str, **range_and_info) -> gr.Slider:
+        return gr.Slider(label=label, elem_id=label.lower(), **range_and_info)
+
     with gr.Blocks(title="gpt2repro", analytics_enabled=False) as blocks:
-        gr.HTML(
-            '<header class="masthead"><h1>gpt2repro</h1><p>A GPT-2 at work: each word and how sure it was.</p></header>'
-        )
+        gr.HTML(f'<header class="masthead"><h1>gpt2repro</h1><p>{MOTTO}</p></header>')
         with gr.Tab("Write"), gr.Row():
             with gr.Column(scale=5, min_width=300):
-                prompt = gr.Textbox(
-                    label="Beginning",
-                    info="Enter writes, Shift+Enter breaks the line",
-                    lines=1,  # with more, Gradio lets Enter break the line
-                    max_lines=8,
-                    autofocus=True,
-                    placeholder="How does the text begin? Leave it empty and the model begins by itself.",
-                    elem_id="prompt",
-                )
+                # One line, since with more Gradio lets Enter break the line; the style sheet makes it higher.
+                words = {"info": "Enter writes, Shift+Enter breaks the line", "placeholder": PLACEHOLDER}
+                prompt = gr.Textbox(label="Beginning", max_lines=8, autofocus=True, elem_id="prompt", **words)
                 with gr.Row(elem_id="buttons"):
                     go = gr.Button("Write", variant="primary", elem_id="write", min_width=100)
                     stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=100)
@@ -164,23 +144,15 @@ def build(
             with gr.Column(scale=2, min_width=260, elem_id="settings"):
                 picker = gr.Dropdown(names, value=names[0], label="Model", elem_id="model", visible=len(names) > 1)
                 facts = gr.HTML(describe(names[0], models[names[0]]), elem_id="facts")
-                temperature = gr.Slider(
-                    0,
-                    2,
-                    0.8,
-                    step=0.05,
-                    label="Temperature",
-                    info="0: always the likeliest word",
-                    elem_id="temperature",
-                )
-                top_k = gr.Slider(0, 200, 50, step=1, label="Top-k", info="0: no limit", elem_id="top-k")
-                top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: no limit", elem_id="top-p")
-                new_tokens = gr.Slider(1, step=1, label="Length in tokens", elem_id="length", **length_of(names[0]))
+                heat = slider("Temperature", maximum=2, value=0.8, step=0.05, info="0: always the likeliest word")
+                top_k = slider("Top-k", maximum=200, value=50, step=1, info="0: no limit")
+                top_p = slider("Top-p", minimum=0.05, maximum=1, value=1, step=0.05, info="1: no limit")
+                new_tokens = slider("Length", minimum=1, step=1, **length_of(names[0]))
                 seed = gr.Number(0, label="Seed", info="0: another text every time", precision=0, elem_id="seed")
         with gr.Tab("Loss curve", visible=any(served.run for served in models.values())) as curve_tab:
             curve = gr.HTML('<div class="curve"></div>', elem_id="curve")
 
-        inputs = [picker, prompt, temperature, top_k, top_p, new_tokens, seed]
+        inputs = [picker, prompt, heat, top_k, top_p, new_tokens, seed]
         job = {"concurrency_limit": concurrency, "concurrency_id": "decode", "show_progress": "hidden"}
         small = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         running = [
@@ -191,48 +163,22 @@ def build(
         stop.click(None, cancels=running).then(lambda: below(note="stopped"), None, status, **small)
         clear.click(lambda: ("", page(HINT), below()), None, [prompt, text, status], **small)
         picker.change(show_model, picker, [facts, new_tokens], **small)
-        gr.on(
-            [curve_tab.select, picker.change],
-            lambda name: loss_curve(models[name].run) if name in models else "",
-            picker,
-            curve,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        gr.on([curve_tab.select, picker.change], show_curve, picker, curve, **{**small, "queue": True})
     blocks.queue(max_size=queue, api_open=False)
     return blocks, launch_options(listeners)
 
 
 def launch_options(listeners: Counter) -> dict[str, object]:
     """How the page is launched: its looks, and no door that a visitor does not need."""
-    stone = gr.themes.colors.stone
-    theme = gr.themes.Base(
-        primary_hue=gr.themes.colors.teal,
-        neutral_hue=stone,
-        radius_size=gr.themes.sizes.radius_lg,
-        font=["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "DejaVu Sans", "sans-serif"],
-        font_mono=["ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"],
-    ).set(
-        body_background_fill="#faf9f7",
-        body_background_fill_dark="#131211",
-        block_background_fill_dark="#1c1b1a",
-        input_background_fill_dark="#131211",
-        block_label_text_weight="600",
-        button_primary_background_fill="#0f766e",
-        button_primary_background_fill_hover="#115e59",
-        button_primary_background_fill_dark="#0f766e",
-        button_primary_background_fill_hover_dark="#0d9488",
-        button_primary_text_color="white",
-        button_primary_text_color_dark="white",
-        slider_color="#0f766e",
-        slider_color_dark="#2dd4bf",
-    )
+    files, colours = Path(__file__), gr.themes.colors
+    fonts = {"font": ["ui-sans-serif", "system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Base(primary_hue=colours.teal, neutral_hue=colours.stone, **fonts)
     return {
         "theme": theme,
-        "css": Path(__file__).with_suffix(".css").read_text(encoding="utf-8"),
-        "head": HEAD,
+        "css": files.with_suffix(".css").read_text(encoding="utf-8"),
+        "head": f"<script>{files.with_suffix('.js').read_text(encoding='utf-8')}</script>",
         "footer_links": [],
-        "app_kwargs": {"middleware": [Middleware(Door, listeners=listeners)]},
+        "app_kwargs": {"middleware": [(Door, (), {"listeners": listeners})]},
         "max_file_size": 1,  # bytes: nobody has anything to upload here
         "enable_monitoring": False,
         "ssr_mode": False,
@@ -287,14 +233,7 @@ def checked(served: Served, wishes: dict, most_new_tokens: int) -> tuple[Samplin
         wrong = [f"{found['loc'][0]}: {found['msg'].removeprefix('Input ')}" for found in error.errors()]
         raise InputError("Please check what you chose: " + "; ".join(wrong) + ".") from None
     ids = encode_prompt(served.tokenizer, wish.prompt)
-    try:
-        room = room_for(served.model, len(ids))
-    except InputError:
-        limit = served.model.config.max_position_embeddings
-        raise InputError(
-            f"That beginning is too long for this model: it is {len(ids):,} tokens, and the model sees {limit:,}. "
-            "Please shorten it."
-        ) from None
+    room = room_for(served.model, len(ids))
     limit = min(wish.new_tokens, most_new_tokens, room or most_new_tokens)
     sampling = Sampling(wish.temperature, wish.top_k or None, None if wish.top_p == 1 else wish.top_p)
     return sampling, ids, limit, wish.seed or time.time_ns() % 2**32
