@@ -256,5 +256,7 @@ def test_a_whole_run_needs_a_checkout_of_nanogpt_with_its_data(tmp_path):
 
 
 def test_evaluations_of_a_whole_run_read_as_many_tokens_in_both_programs():
-    assert whole.VAL_TOKENS == 2 * 20 * 12 * 64 == 30_720  # two splits, 20 batches of 12 x 64
+    flags = dict(flag.removeprefix("--").split("=") for flag in whole.RECIPE.split())
+    per_split = int(flags["eval_iters"]) * int(flags["batch_size"]) * int(flags["block_size"])
+    assert whole.VAL_TOKENS == 2 * per_split == 30_720
     assert whole.our_command(Path("x"), "run")[-1] == "30720"

@@ -21,6 +21,7 @@ from gpt2repro.options import Positive, parse_options
 # What each may take of ten minutes. On a GPU the first four measure it; what one leaves over goes to the next ones.
 SHARES = {"train": 5.0, "generate": 2.0, "hellaswag": 1.0, "checkpoint": 1.0, "data": 0.5, "tokenize": 0.5}
 GRACE_SECONDS = 20  # beyond its share, for what a benchmark has begun
+LEAST_SECONDS = 10  # below which its imports alone would take the time
 
 
 @dataclass
@@ -40,20 +41,20 @@ def main(argv: list[str]) -> int:
     for index, name in enumerate(names):
         command, limit = [sys.executable, "-m", "gpt2repro", "bench", name, "--out", str(options.out)], None
         if options.minutes:
-            left = options.minutes - (time.monotonic() - began) / 60
-            minutes = max(0.01, left * SHARES[name] / sum(SHARES[later] for later in names[index:]))
-            command, limit = (
-                [*command, "--minutes", f"{minutes:.2f}"],
-                max(1.0, min(60 * left, 60 * minutes + GRACE_SECONDS)),
-            )
+            left = 60 * options.minutes - (time.monotonic() - began)
+            share = left * SHARES[name] / sum(SHARES[later] for later in names[index:])
+            if share < LEAST_SECONDS:
+                failed.append(f"{name} (no time)")
+                continue
+            command, limit = [*command, "--minutes", f"{share / 60:.2f}"], min(left, share + GRACE_SECONDS)
         print(f"==== bench {name} ====", flush=True)
         start = time.monotonic()
         try:
             code = subprocess.run(command, timeout=limit).returncode
         except subprocess.TimeoutExpired:
-            code = "out of time; its record has what was measured"
+            code = "stopped, out of time"
         failed += [f"{name} ({code})"] if code else []
         print(f"==== bench {name}: {time.monotonic() - start:.0f} s ====", flush=True)
     if failed:
-        print(f"not whole: {', '.join(failed)}", file=sys.stderr)
+        print(f"not whole: {', '.join(failed)}; a record has what was measured until then", file=sys.stderr)
     return 1 if failed else 0

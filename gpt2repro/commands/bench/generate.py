@@ -15,16 +15,8 @@ from typing import Literal
 
 import torch
 
-from gpt2repro.commands.bench import baselines
-from gpt2repro.commands.bench.harness import (
-    SIZES,
-    CommonOptions,
-    NotEqual,
-    Record,
-    free_memory,
-    peak_memory_gib,
-    timed,
-)  # fmt: skip
+from gpt2repro.commands.bench import baselines, harness
+from gpt2repro.commands.bench.harness import SIZES, CommonOptions, NotEqual, Record
 from gpt2repro.generation.decoder import decoder_for
 from gpt2repro.generation.sampling import Sampling
 from gpt2repro.options import AtLeastOne, parse_options
@@ -74,7 +66,7 @@ def main(argv: list[str]) -> int:
         calls = candidates(reference, ours, prompts, new_tokens)
         if not options.static or (on_gpu and options.minutes):
             del calls[STATIC]
-        first = {name: record.attempt(name, lambda call=call: timed(call)[0]) for name, call in calls.items()}
+        first = {name: record.attempt(name, lambda call=call: harness.timed(call)[0]) for name, call in calls.items()}
         calls = {name: call for name, call in calls.items() if first[name] is not None}
         times = record.compare(calls, units=batch * new_tokens)
         best = OURS_COMPILED if on_gpu else OURS
@@ -85,10 +77,10 @@ def main(argv: list[str]) -> int:
             record.figure(kind, times[best]["per_second"], unit="tokens/s", goal=GOALS_H200[batch])
         case = {"size": size, "batch": batch, "prompt_tokens": options.prompt_tokens, "new_tokens": new_tokens}
         case |= {"dtype": str(ours.dtype).removeprefix("torch."), "first_call_seconds": first, "times": times}
-        case["peak_memory_gib"] = {name: peak_memory_gib(calls[name]) for name in times}
+        case["peak_memory_gib"] = {name: harness.peak_memory_gib(calls[name]) for name in times}
         record.results["measured"].append(case)
         del reference, ours, calls
-        free_memory()
+        harness.free_memory()
     return record.finish()
 
 
@@ -118,10 +110,8 @@ def check_greedy(reference, ours) -> None:
 def candidates(reference, ours, prompts: torch.Tensor, new_tokens: int) -> dict[str, Callable]:
     """Name -> a call that continues all prompts and reads the tokens back."""
     batch, length = prompts.size(0), prompts.size(1) + new_tokens
-    decoders = {
-        name: decoder_for(ours, batch_size=batch, length=length, compiled=name == OURS_COMPILED)
-        for name in ([OURS, OURS_COMPILED] if prompts.is_cuda else [OURS])
-    }
+    names, size = [OURS, OURS_COMPILED] if prompts.is_cuda else [OURS], {"batch_size": batch, "length": length}
+    decoders = {name: decoder_for(ours, **size, compiled=name == OURS_COMPILED) for name in names}
 
     def decode(decoder):
         how = {"max_new_tokens": new_tokens, "sampling": Sampling(**SAMPLING), "end_token": None, "seed": 0}

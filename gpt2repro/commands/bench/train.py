@@ -86,20 +86,18 @@ class Options(harness.CommonOptions):
             return [f"--whole needs --nanogpt, a checkout of nanoGPT; nanogpt={self.nanogpt} holds no train.py"]
         data = self.nanogpt / "data" / "shakespeare_char"
         missing = [name for name in ("train.bin", "val.bin", "meta.pkl") if not (data / name).is_file()]
-        return (
-            [f"{data} has no {missing[0]}; make it there: python data/shakespeare_char/prepare.py"] if missing else []
-        )
+        return [f"{data} has no {name}; make it there: python data/shakespeare_char/prepare.py" for name in missing[:1]]
 
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro bench train", description=__doc__)
+    variant = "-whole" if options.whole else "" if options.size is None else f"-{options.size.lower()}"
+    record = Record(f"train{variant}", argv, options)
     if options.whole:
         from gpt2repro.commands.bench import whole
 
-        record = Record("train-whole", argv, options)
         whole.measure(record, options.nanogpt)
         return record.finish()
-    record = Record("train" if options.size is None else f"train-{options.size.lower()}", argv, options)
     on_gpu = torch.cuda.is_available()
     size = options.size or ("124M" if on_gpu else "small")
     seq_len, batch = options.seq_len or (1024 if on_gpu else 128), options.batch or (64 if on_gpu else 8)
@@ -152,10 +150,7 @@ def measure(
 
     torch.set_float32_matmul_precision("highest")
     checks, steps, parameters = {}, {}, {}
-    references = {
-        sizes["vocab_size"]: reference(sizes, x, y, device)
-        for sizes in ((shape,) if padded == shape else (shape, padded))
-    }
+    references = {sizes["vocab_size"]: reference(sizes, x, y, device) for sizes in (padded, shape)}
 
     def ready(name: str, sizes: dict) -> Callable:
         """A candidate's checked step; one whose batch does not fit takes it in as few micro-batches as do."""
@@ -179,8 +174,8 @@ def measure(
     for name in names:
         if record.time_for(name):
             sizes = padded if name.startswith("hand-written") else shape
-            step = record.attempt(name, lambda name=name, sizes=sizes: ready(name, sizes))
-            steps |= {} if step is None else {name: step}
+            if step := record.attempt(name, lambda name=name, sizes=sizes: ready(name, sizes)):
+                steps[name] = step
     references.clear()
 
     torch.set_float32_matmul_precision("high")  # what all of the loops use: TF32 for what autocast leaves in fp32
@@ -203,9 +198,7 @@ def measure(
     return times
 
 
-def candidate(
-    name: str, shape: dict, device: torch.device, precision: str
-) -> tuple[Callable, Callable, torch.nn.Module]:
+def candidate(name: str, shape: dict, device: torch.device, precision: str) -> tuple:
     """A candidate: its loss of (x, y), its step on (x, y) in some passes, its model."""
     if name in (BY_HAND, BY_HAND_COMPILED):
         model = baselines.hand_written_gpt2(shape).to(device)
@@ -257,9 +250,7 @@ def few(tokens: torch.Tensor) -> torch.Tensor:
     return tokens[: 1 + (tokens.shape[0] % 2 == 0)]
 
 
-def guard(
-    name: str, loss_of: Callable, model: torch.nn.Module, expected: tuple[float, dict], x, y, bounds: dict
-) -> dict:
+def guard(name: str, loss_of: Callable, model, expected: tuple[float, dict], x, y, bounds: dict) -> dict:
     """Loss and gradients of a candidate beside the reference's. Raises: NotEqual beyond the bounds."""
     # A compiled candidate is compiled for its batch: it sees the guard's sequences repeated, with the same mean loss.
     loss = loss_of(*(few(t).repeat(x.shape[0] // few(t).shape[0], 1) for t in (x, y)))
@@ -310,18 +301,14 @@ def measure_loop(record: Record, name: str, shape: dict, batch: int, seq_len: in
         bare.append(bare_rate(steps // 2))
     ratios = [2 * rate / (before + after) for rate, before, after in zip(loop, bare, bare[1:], strict=False)]
     print(f"  train_accelerate.py: {statistics.median(loop):,.0f} tokens/s", flush=True)
-    return {
-        "compared_with": name,
-        "tokens_per_second": loop,
-        "bare_tokens_per_second": bare,
-        "of_bare_step": harness.spread(ratios),
-    }
+    rates = {"tokens_per_second": loop, "bare_tokens_per_second": bare, "of_bare_step": harness.spread(ratios)}
+    return {"compared_with": name, **rates}
 
 
 def measure_startup(rounds: int) -> dict:
     """Seconds from starting train_accelerate.py to its first optimizer step, and of a process that only imports."""
     imports = (
-        "import numpy, yaml, pydantic, torch, accelerate\nfrom transformers import PreTrainedModel, GenerationMixin"
+        "import numpy, yaml, pydantic, torch, accelerate; from transformers import PreTrainedModel, GenerationMixin"
     )
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512, "n_positions": 64}
     only_imports, first_steps = [], []
@@ -333,11 +320,8 @@ def measure_startup(rounds: int) -> dict:
             command = training_command(Path(folder), shape, batch=8, seq_len=64, steps=1)
             first_steps.append(seconds_to_first_step([*command, "--compile", "off"], Path(folder) / "run"))
     beyond = [step - imported for step, imported in zip(first_steps[1:], only_imports[1:], strict=True)]
-    return {
-        "imports_seconds": only_imports[1:],
-        "first_step_seconds": first_steps[1:],
-        "beyond_imports_seconds": statistics.median(beyond),
-    }
+    seconds = {"imports_seconds": only_imports[1:], "first_step_seconds": first_steps[1:]}
+    return {**seconds, "beyond_imports_seconds": statistics.median(beyond)}
 
 
 def seconds_to_first_step(command: list[str], run_dir: Path) -> float:
@@ -370,15 +354,10 @@ def training_command(directory: Path, shape: dict, *, batch: int, seq_len: int, 
 def write_dataset(directory: Path, tokens: dict[str, np.ndarray], vocab_size: int) -> None:
     """Tokens of each split as a data set of ours, with a tokenizer that is never used."""
     char_tokenizer(["any"]).save_pretrained(directory / TOKENIZER)
-    splits = {
-        name: {
-            "tokens": len(ids),
-            "documents": 1,
-            "bytes": None,
-            "shards": [write_shard(directory / f"{name}.bin", ids, vocab_size)],
-        }
-        for name, ids in tokens.items()
-    }
+    splits = {}
+    for name, ids in tokens.items():
+        shard = write_shard(directory / f"{name}.bin", ids, vocab_size)
+        splits[name] = {"tokens": len(ids), "documents": 1, "bytes": None, "shards": [shard]}
     tokenizer = {"vocab_size": vocab_size, "eot_id": 0}
     manifest = {"format": FORMAT, "version": VERSION, "dtype": "uint16", "tokenizer": tokenizer, "splits": splits}
     write_json(directory / MANIFEST, manifest)

@@ -21,13 +21,11 @@ from gpt2repro.options import InputError
 from gpt2repro.training.metrics_log import read_metrics
 
 # nanoGPT's README, "I only have a macbook". The preset shakespeare_char_cpu is the same recipe for ours.
-RECIPE = {
-    "device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "block_size": 64, "batch_size": 12,
-    "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": 2000, "lr_decay_iters": 2000, "dropout": 0.0,
-}  # fmt: skip
-EVAL_STEPS = 250
-# Each of nanoGPT's evaluations reads eval_iters batches of the training data and as many of the validation data.
-VAL_TOKENS = 2 * RECIPE["eval_iters"] * RECIPE["batch_size"] * RECIPE["block_size"]
+RECIPE = "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4"
+RECIPE += " --n_head=4 --n_embd=128 --dropout=0.0"
+STEPS, EVAL_STEPS = 2000, 250
+# Each of nanoGPT's evaluations reads 20 batches of 12 x 64 of the training data and as many of the validation data.
+VAL_TOKENS = 2 * 20 * 12 * 64
 OURS, NANOGPT = "train_accelerate.py", "nanoGPT's train.py"
 PARTS = ("whole run", "start-up", "steps", "evaluation and saving")
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--cpu"]
@@ -50,7 +48,9 @@ def measure(record: Record, nanogpt: Path) -> None:
                 for part, value in zip(PARTS, seconds, strict=True):
                     parts[part][name].append(value)
         launched = [first_step(Path(folder), how, launcher) for how, launcher in (("plain", []), ("launched", LAUNCH))]
-    record.save(config={**RECIPE, "val_tokens": VAL_TOKENS}, seconds=parts, validation_loss=losses)
+    record.save(
+        config={"nanogpt": RECIPE, "steps": STEPS, "val_tokens": VAL_TOKENS}, seconds=parts, validation_loss=losses
+    )
     for part in PARTS:
         times = {name: summary(seconds) for name, seconds in parts[part].items()}
         goal = 1.0 if part == PARTS[0] else None
@@ -63,7 +63,7 @@ def measure(record: Record, nanogpt: Path) -> None:
 def run_ours(_, folder: Path, turn: int) -> tuple[list[float], float]:
     """Seconds of the PARTS, and the last validation loss."""
     start = time.perf_counter()
-    finished(our_command(folder, f"ours-{turn}", "--max_steps", RECIPE["max_iters"]), ROOT)
+    finished(our_command(folder, f"ours-{turn}", "--max_steps", STEPS), ROOT)
     total = time.perf_counter() - start
     training, evaluations = read_metrics(folder / f"ours-{turn}")
     startup, steps = first_step(folder, f"start-{turn}", []), sum(step["step_seconds"] for step in training)
@@ -72,8 +72,8 @@ def run_ours(_, folder: Path, turn: int) -> tuple[list[float], float]:
 
 def run_nanogpt(checkout: Path, folder: Path, turn: int) -> tuple[list[float], float]:
     """The same of nanoGPT, from what it prints; an iteration's time there has the evaluation before it inside."""
-    flags = [f"--{name}={value}" for name, value in {**RECIPE, "eval_interval": EVAL_STEPS}.items()]
-    config = ["config/train_shakespeare_char.py", *flags, f"--out_dir={folder / f'nanogpt-{turn}'}"]
+    steps = [f"--max_iters={STEPS}", f"--lr_decay_iters={STEPS}", f"--eval_interval={EVAL_STEPS}"]
+    config = ["config/train_shakespeare_char.py", *RECIPE.split(), *steps, f"--out_dir={folder}/nanogpt-{turn}"]
     start = time.perf_counter()
     output = finished([sys.executable, "train.py", *config], checkout)
     total = time.perf_counter() - start
