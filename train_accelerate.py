@@ -386,9 +386,8 @@ def train(config: TrainConfig) -> int:
 
             # Log. The numbers of many steps come from the device in one transfer; bad ones are met before any save.
             is_last = state.step == config.max_steps
-            evaluating, saving = (
-                state.step % every == 0 or is_last for every in (config.eval_steps, config.save_steps)
-            )
+            saving = state.step % config.save_steps == 0 or is_last
+            evaluating = state.step % config.eval_steps == 0 or saving  # unevaluated, it could not become `best`
             if state.step % config.log_steps == 0 or evaluating:
                 verdict = run.record(meter.read())
                 if verdict is not None and verdict.action == "rewind" and run.rewind(verdict):
