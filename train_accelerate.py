@@ -251,9 +251,10 @@ def main(argv: list[str]) -> int:
             raise
         return 2
     if config.plan:
-        from gpt2repro.training.planning import hub_permission, print_plan
+        from gpt2repro.publishing.hub import may_write
+        from gpt2repro.training.planning import print_plan
 
-        return print_plan(config, hub_permission) if is_first else 0
+        return print_plan(config, may_write) if is_first else 0
     return train(config)
 
 
