@@ -203,9 +203,7 @@ class Prefetch:
             self._thread.join(timeout=10)
 
 
-def prefetch(iterator: Iterator, depth: int, *, pin_memory: bool = False) -> Prefetch:
-    """The same items in the same order, made ahead of time in a thread; see Prefetch."""
-    return Prefetch(iterator, depth, pin_memory=pin_memory)
+prefetch = Prefetch
 
 
 def shards_directory(data: str) -> Path:
