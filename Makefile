@@ -5,16 +5,19 @@
 #   make test         the tests, under 8 minutes on two cores
 #   make test-all     also kill campaigns, browser and notebooks, under 40
 #   make test-oldest  the model pair on the oldest transformers that setup.cfg admits
+#   make test-gpu-image  the model pair, FSDP2 and a short run on the versions of a bare GPU image (5 GB: by hand)
 #   make style        ruff: lint and format
 
 BASE_PYTHON ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+# `make CONSTRAINTS=constraints.txt …` takes exactly the versions that were tested; CI does.
+PIP_INSTALL := $(PYTHON) -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # A test process holds about 1 GB, so not one per core on a big machine.
 PYTEST := $(PYTHON) -m pytest -n logical --maxprocesses 8 --timeout 600
 
-.PHONY: help install quickstart test test-all test-oldest style
+.PHONY: help install quickstart test test-all test-oldest test-gpu-image style
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -22,15 +25,15 @@ install: $(VENV)/installed
 
 # A stamp is older than setup.cfg when the requirements have changed, or absent when an installation broke off.
 $(VENV)/installed: setup.cfg pyproject.toml | $(PYTHON)
-	$(PYTHON) -m pip install --quiet --editable .
+	$(PIP_INSTALL) --editable .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PYTHON) -m pip install --quiet --editable '.[test]'
+	$(PIP_INSTALL) --editable '.[test]'
 	touch $@
 
 $(VENV)/installed-test-all: $(VENV)/installed-test
-	$(PYTHON) -m pip install --quiet --editable '.[test-all]'
+	$(PIP_INSTALL) --editable '.[test-all]'
 	touch $@
 
 $(PYTHON):
@@ -58,6 +61,16 @@ $(VENV)-oldest/installed: setup.cfg
 
 test-oldest: $(VENV)-oldest/installed
 	$(VENV)-oldest/bin/python -m pytest -q tests/test_modeling.py
+
+# torch 2.11 is to be had as a CUDA build only.
+$(VENV)-gpu-image/installed: setup.cfg
+	$(BASE_PYTHON) -m venv $(VENV)-gpu-image
+	$(VENV)-gpu-image/bin/python -m pip install --quiet torch==2.11.0 transformers==5.17.0 accelerate==1.15.0 \
+	  huggingface_hub==1.33.0 pydantic filelock matplotlib psutil pyarrow tensorboard tiktoken tqdm pytest pytest-timeout
+	touch $@
+
+test-gpu-image: $(VENV)-gpu-image/installed
+	$(VENV)-gpu-image/bin/python -m pytest -q tests/test_modeling.py tests/test_fsdp2.py tests/test_train.py
 
 style: $(VENV)/installed-test
 	$(PYTHON) -m ruff check .

@@ -1,7 +1,8 @@
-"""Score a model on HellaSwag under both protocols that people quote, in one pass.
+"""Score a model on HellaSwag under both protocols that people quote, in one pass; and on further tasks.
 
     python eval_hellaswag.py --model runs/124M --data hellaswag_val.jsonl
     python eval_hellaswag.py --model openai-community/gpt2 --data Rowan/hellaswag --out hellaswag.json
+    python eval_hellaswag.py --model runs/124M --task hellaswag arc_easy=arc.jsonl piqa winogrande lambada
     accelerate launch --num_processes 8 eval_hellaswag.py --model runs/124M --data hellaswag_val.jsonl
 
 Takes any causal language model of transformers. Expect about 0.2955 (build-nanogpt's acc_norm, by tokens) and 0.3114
@@ -14,27 +15,32 @@ import os
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from gpt2repro.files import check_outputs, write_output
 from gpt2repro.models import ModelOptions
 from gpt2repro.options import InputError, parse_options, run_main
 
 AtLeastOne = Annotated[int, Field(ge=1)]
+SIZES = ("124M", "350M", "774M", "1558M")
 
 
 @dataclass(kw_only=True)
 class Options(ModelOptions):
-    data: str = "Rowan/hellaswag"
-    "HellaSwag in its original .jsonl format, a directory that holds it, or a dataset of the Hub."
-    split: Literal["val", "test", "train"] = "val"
-    "Which examples; `test` has no labels, so it gives predictions only."
+    task: list[str] = field(default_factory=lambda: ["hellaswag"])
+    "hellaswag, arc_easy, piqa, winogrande, lambada; NAME=FILE says where a task's examples lie."
+    data: str | None = None
+    "Of one task: a .jsonl file, a directory that holds it, or a dataset of the Hub; none: the task's own on the Hub."
+    split: Literal["val", "test", "train"] | None = None
+    "Which examples; none: those that published numbers are about. Without labels there are predictions only."
     limit: AtLeastOne | None = None
-    "Only the first so many examples; none: all."
+    "Only the first so many examples of each task; none: all."
     out: Path | None = None
     "Write the accuracies, with what produced them, to this JSON file."
     predictions: Path | None = None
@@ -43,6 +49,13 @@ class Options(ModelOptions):
     "Tokens per forward pass, padding included; none: 512 on a CPU, 32768 elsewhere."
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     "Precision of the weights."
+
+    def problems(self) -> list[str]:
+        if not self.task:
+            return ["--task needs a name"]
+        if self.data is not None and (len(self.task) > 1 or "=" in self.task[0]):
+            return ["--data belongs to a single --task; of several each can be given as --task NAME=FILE"]
+        return []
 
 
 def main(argv: list[str]) -> int:
@@ -56,12 +69,18 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
-    from gpt2repro import hellaswag  # after the options: a typing error should not wait for torch
+    check_outputs(options.out, options.predictions)
+    from gpt2repro.evaluation.losses import max_length_of  # after the options: a typing error should not wait for torch
+    from gpt2repro.evaluation.multiple_choice import score
+    from gpt2repro.evaluation.tasks import parse_specs
 
-    examples = hellaswag.read_examples(options.data, split=options.split, limit=options.limit)
-    has_labels = any(example["label"] is not None for example in examples)
-    if not has_labels and options.predictions is None:
-        raise InputError(f"the split '{options.split}' has no labels, so there is no accuracy; give --predictions FILE")
+    tasks = []  # (task, where its examples lie, split, examples), all of them read before a model is loaded
+    for task, data in parse_specs(options.task):
+        data, split = data or options.data or task.dataset, options.split or task.split
+        examples = task.read(data, split=split, limit=options.limit)
+        if options.predictions is None and all(example["label"] is None for example in examples):
+            raise InputError(f"the split '{split}' has no labels, so there is no accuracy; give --predictions FILE")
+        tasks.append((task, data, split, examples))
 
     import torch
     from tqdm import tqdm
@@ -74,86 +93,67 @@ def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
         at_exit.callback(state.destroy_process_group)
         rank, world, device = state.process_index, state.num_processes, str(state.device)
     model, tokenizer, device = options.load(device=device)
-    start = time.perf_counter()
-    prepared = hellaswag.prepare(examples, tokenizer, hellaswag.max_length_of(model, tokenizer))
-    scores = hellaswag.score(
-        model,
-        prepared,
-        device=device,
-        batch_tokens=options.batch_tokens,
-        rank=rank,
-        world=world,
-        progress=lambda steps: tqdm(steps, desc="HellaSwag", unit="batch", disable=rank > 0, file=sys.stderr),
-    )
-    seconds = time.perf_counter() - start
+    how = {"device": device, "batch_tokens": options.batch_tokens, "rank": rank, "world": world}
+    bar = partial(tqdm, unit="batch", disable=rank > 0, file=sys.stderr)
+    records, lines = [], []
+    for task, data, split, examples in tasks:
+        start = time.perf_counter()
+        prepared = task.prepare(examples, tokenizer, max_length_of(model, tokenizer))
+        scores = score(model, prepared, progress=partial(bar, desc=task.title), **how)
+        rows = task.predictions(prepared, scores)
+        lines += [json.dumps({"task": task.name, **row} if len(tasks) > 1 else row) for row in rows]
+        record = {"task": task.name, "data": data, "split": split, "examples": len(rows)}
+        record |= {
+            "results": task.summary(rows),
+            "protocols": {name: protocol.name for name, protocol in task.protocols.items()},
+            "published": task.published,
+            "near_ties": task.near_ties(rows),
+            "truncated": prepared.truncated,
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+        records.append(record)
+        if rank == 0:
+            print(report(options, task, record), end="\n\n" if len(records) < len(tasks) else "\n")
     if rank > 0:
         return 0
-
-    rows = hellaswag.predictions(prepared, scores)
-    results, near_ties = hellaswag.summary(rows), hellaswag.near_ties(rows)
-    print(report(options, results, near_ties, prepared.truncated, len(rows), seconds))
     if options.predictions:
-        lines = [json.dumps(row, allow_nan=True) for row in rows]
-        write(options.predictions, "\n".join(lines) + "\n")
+        write_output(options.predictions, "\n".join(lines) + "\n")
     if options.out:
-        record = {
-            "model": options.model,
-            "data": options.data,
-            "split": options.split,
-            "examples": len(rows),
-            "results": results,
-            "protocols": hellaswag.PROTOCOL_NAMES,
-            "published": hellaswag.PUBLISHED,
-            "near_ties": near_ties,
-            "truncated": prepared.truncated,
-            "dtype": options.dtype,
-            "device": device.type,
-            "processes": world,
-            "seconds": round(seconds, 2),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": ["eval_hellaswag.py", *argv],
-            "torch": torch.__version__,
-        }
-        write(options.out, json.dumps(record, indent=2) + "\n")
+        # one task: its record; several: {"tasks": {name: record}}
+        found = records[0] if len(records) == 1 else {"tasks": {record["task"]: record for record in records}}
+        found = {"model": options.model, **found, "dtype": options.dtype, "device": device.type, "processes": world}
+        found["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        found |= {"command": ["eval_hellaswag.py", *argv], "torch": torch.__version__}
+        write_output(options.out, json.dumps(found, indent=2) + "\n")
     return 0
 
 
-def report(
-    options: Options, results: dict, near_ties: list[dict], truncated: dict[str, int], examples: int, seconds: float
-) -> str:
-    """The table for people: both protocols, standard errors, and the published numbers of the same protocol."""
-    from gpt2repro.evaluation.hellaswag import PROTOCOL_NAMES, PUBLISHED
-
-    lines = [f"HellaSwag, split '{options.split}', {examples:,} examples, {options.model} ({seconds:.1f} s)"]
+def report(options: Options, task, record: dict) -> str:
+    """The table for people: every protocol, standard errors, and the published numbers of the same protocol."""
+    results, near_ties = record["results"], record["near_ties"]
+    about = f"split '{record['split']}', {record['examples']:,} examples, {options.model} ({record['seconds']:.1f} s)"
+    lines = [f"{task.title}, {about}"]
     if not results:
         lines.append(f"no labels, so no accuracies; predictions are in {options.predictions}")
-    for protocol, name in PROTOCOL_NAMES.items() if results else ():
-        lines += ["", name, f"{'':10}{'this model':>18}" + "".join(f"{'GPT-2 ' + size:>13}" for size in PUBLISHED)]
-        for metric in ("acc", "acc_norm"):
-            value, stderr = (results[f"hellaswag_{metric}_{protocol}{suffix}"] for suffix in ("", "_stderr"))
-            shown = f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
-            published = (PUBLISHED[size].get(protocol, {}).get(metric) for size in PUBLISHED)
+    for protocol, name in record["protocols"].items() if results else ():
+        lines += ["", name, f"{'':10}{'this model':>18}" + "".join(f"{'GPT-2 ' + size:>13}" for size in SIZES)]
+        for metric in task.metrics:
+            key = task.metric_name(metric, protocol)
+            stderr = results.get(f"{key}_stderr")
+            shown = f"{results[key]:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
+            published = (task.published.get(size, {}).get(protocol, {}).get(metric) for size in SIZES)
             lines.append(f"{metric:10}{shown:>18}" + "".join(f"{x:13.4f}" if x else f"{'n/a':>13}" for x in published))
-    if results:
-        lines += ["", "Published: OpenAI's weights on all 10,042 validation examples; n/a: not published by protocol."]
-    for protocol, count in truncated.items():
+    if results and task.source:
+        lines += ["", f"Published: {task.source}"]
+    for protocol, count in record["truncated"].items():
         if count:
             lines.append(f"{count} examples were longer than the model's input and lost their beginning ({protocol})")
     if near_ties:
         lines.append(f"{len(near_ties)} choices are near-ties (another order of additions may turn them over):")
-        lines += [
-            f"  example {tie['index']} (ind {tie['ind']}), {tie['protocol']} {tie['metric']}: by {tie['margin']:.1e}"
-            for tie in near_ties
-        ]
+        for tie in near_ties:
+            ind = "" if tie["ind"] is None else f" (ind {tie['ind']})"
+            lines.append(f"  example {tie['index']}{ind}, {tie['protocol']} {tie['metric']}: by {tie['margin']:.1e}")
     return "\n".join(lines)
-
-
-def write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
 
 
 if __name__ == "__main__":

@@ -164,7 +164,9 @@ class TrainConfig:
     hellaswag: str | None = None
     "HellaSwag examples to score at every evaluation: a .jsonl file, a directory or a Hub id; none: off."
     hellaswag_limit: AtLeastOne | None = None
-    "Only the first so many HellaSwag examples."
+    "Only the first so many examples of HellaSwag and of eval_tasks; none: all."
+    eval_tasks: list[str] = field(default_factory=list)
+    "Tasks to score at every evaluation: NAME or NAME=FILE; hellaswag, arc_easy, piqa, winogrande, lambada."
     sample_prompts: list[str] = field(default_factory=lambda: [""])
     "Prompts to continue at every evaluation; an empty one starts a new document."
     sample_tokens: NotNegative = 64
@@ -337,7 +339,10 @@ def train(config: TrainConfig) -> int:
             # This rank's rows of the global batch, inputs and shifted targets, (rows, T) each. The batch is a pure
             # function of (data, seed, position), so `source` is all that a resumed run has to know about its data.
             start = state.source["position"]
-            x, y, state.source = next(batches)
+            batch = stop.next_of(batches)
+            if batch is None:  # a signal came while the data kept the run waiting
+                break
+            x, y, state.source = batch
             x, y = (part.to(device, non_blocking=device.type == "cuda") for part in (x, y))  # `prefetch` pinned them
 
             # Dropout's masks depend on (seed, step, rank) alone, whatever evaluation or a restart drew in between.
@@ -381,9 +386,8 @@ def train(config: TrainConfig) -> int:
 
             # Log. The numbers of many steps come from the device in one transfer; bad ones are met before any save.
             is_last = state.step == config.max_steps
-            evaluating, saving = (
-                state.step % every == 0 or is_last for every in (config.eval_steps, config.save_steps)
-            )
+            saving = state.step % config.save_steps == 0 or is_last
+            evaluating = state.step % config.eval_steps == 0 or saving  # unevaluated, it could not become `best`
             if state.step % config.log_steps == 0 or evaluating:
                 verdict = run.record(meter.read())
                 if verdict is not None and verdict.action == "rewind" and run.rewind(verdict):
@@ -406,7 +410,7 @@ def train(config: TrainConfig) -> int:
         if not failed:
             verdict = run.record(meter.read())
             failed = verdict is not None and verdict.action == "stop"
-        run.finish(verdict if failed else None, stop.name)
+        run.finish(verdict if failed else None, stop)
     accelerator.end_training()
     return run.exit_code
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "plot": "loss, learning rate and tokens/s of one or more runs -> PNG",
     "push": "publish a model on the Hugging Face Hub, with its card",
     "import-checkpoint": "nanoGPT, build-nanogpt or llm.c checkpoint -> a directory of ours",
+    "export": "a model in another program's form: a plain gpt2, ONNX, CTranslate2, GGUF",
     "demo": "a web page to talk to a model",
     "bench": "measure this machine: train, data, tokenize, hellaswag, generate, checkpoint",
     "verify-resume": "kill and resume a run, and compare it with the uninterrupted one",
@@ -25,10 +26,8 @@ BENCHMARKS = {
     "hellaswag": "examples per second of the HellaSwag evaluation",
     "generate": "tokens per second of generation",
     "checkpoint": "time a save takes, and how long training waits for it",
-    "scale": "step time, memory and data time against model, batch and corpus size",
-    "optimizers": "Muon beside AdamW on a small model, both tuned alike",
-    "all": "the first six, one after the other",
-    "table": "rewrite the README's table from the records",
+    "all": "the first six, one after the other; --minutes 10 for a borrowed GPU",
+    "table": "rewrite the table of results/README.md from the records",
 }
 # The jobs that stand in the project's root, and are started from there or, after an installation, by these names.
 SCRIPTS = {

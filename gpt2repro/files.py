@@ -82,6 +82,28 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def check_outputs(*paths: Path | None) -> None:
+    """Before the work: see that a result can be written to each path. Raises: InputError."""
+    given = [Path(os.path.abspath(path)) for path in paths if path is not None]
+    for path in given:
+        if given.count(path) > 1:
+            raise InputError(f"two results would be written to {path}; choose another place for one of them")
+        is_new = not os.path.lexists(path)
+        write_output(path, "", mode="a")
+        if is_new:
+            path.unlink(missing_ok=True)
+
+
+def write_output(path: Path, text: str, mode: str = "w") -> None:
+    """Write a result to a place that a user named. Raises: InputError where that is impossible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
+
+
 def publish(aside: Path, path: Path) -> None:
     """Give a finished, synced file its name, and make the renaming itself durable."""
     os.replace(aside, path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gpt2repro.options import InputError
@@ -84,8 +85,6 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
     Raises: InputError, in one sentence, for what does not exist, cannot be reached, is damaged, is not a causal
     language model, or would need remote code that was not allowed.
     """
-    from pathlib import Path
-
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import cached_file, logging
@@ -128,14 +127,42 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
             f"{name}: the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}; "
             "they do not belong together"
         )
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    if model.device.type == "cuda" and hasattr(model, "pad_head"):
+        model.pad_head()
+    return model, tokenizer
 
 
-def load_for_comparison(name: str):
-    """A model in fp32 on the CPU: what its native twin has to agree with."""
+def plain_twin(model):
+    """The GPT-2 (ours or transformers') that `model` was before anybody edited it, without memory for its weights.
+
+    None where `model` is of any other class, subclasses included.
+    """
+    import copy
+
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    if type(model) not in (GPT2ReproForCausalLM, GPT2LMHeadModel):
+        return None
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config)).eval()
+    if hasattr(twin, "pad_head") and type(model.lm_head) is not type(twin.lm_head):
+        twin.pad_head()  # a head that `pad_head` has changed computes the same
+    return twin
+
+
+def load_for_comparison(name: str | Path):
+    """A model of ours in fp32 on the CPU, without a tokenizer: what its native twin has to agree with."""
     import torch
 
-    return load_model(str(name), device="cpu", dtype=torch.float32)[0]
+    from gpt2repro.checkpoint.reader import resolve_model
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    source = resolve_model(str(name))
+    return GPT2ReproForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
 
 
 def build_model(config, vocab_size: int, tokenizer):
@@ -152,7 +179,7 @@ def build_model(config, vocab_size: int, tokenizer):
 
     torch.manual_seed(config.seed)
     if config.init_from is not None:
-        model = _first_weights(config, vocab_size)
+        model = _first_weights(config, vocab_size, tokenizer)
     else:
         sizes = {name: getattr(config, name) for name in (*ARCHITECTURE, *DROPOUT)}
         sizes |= {"vocab_size": config.vocab_size or vocab_size}
@@ -168,11 +195,12 @@ def build_model(config, vocab_size: int, tokenizer):
     return model
 
 
-def _first_weights(config, vocab_size: int):
+def _first_weights(config, vocab_size: int, tokenizer):
     """The model that `init_from` names, with the run's dropout."""
     import torch
 
     from gpt2repro.checkpoint.reader import resolve_model
+    from gpt2repro.data.tokenization import fingerprint, load_tokenizer
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     try:
@@ -192,6 +220,16 @@ def _first_weights(config, vocab_size: int):
         )
     if config.seq_len > model.config.n_positions:
         raise InputError(f"seq_len={config.seq_len} is longer than n_positions={model.config.n_positions} of init_from")
+    try:
+        own = load_tokenizer(resolve_model(config.init_from))
+    except InputError:  # weights alone, such as a bare export: nothing to compare with
+        return model
+    # Vocabulary, merges and special ids, never bytes of files: OpenAI's own are the same tokenizer as our rebuilt one.
+    if fingerprint(own) != fingerprint(tokenizer):
+        raise InputError(
+            f"init_from={config.init_from} has another tokenizer than data={config.data}, so its weights would see "
+            f"nonsense; prepare the data with it: gpt2repro prepare-text --tokenizer {config.init_from}"
+        )
     return model
 
 

@@ -33,20 +33,23 @@ class Tokens:
 
 
 def build():
-    """The same model, tokenizer and examples in every process."""
-    examples = hellaswag.read_examples(EXAMPLES)
+    """The same model, tokenizer and examples in every process.
+
+    In float64: sums of a few fp32 numbers are exact in float64, so the order of their addition would not show.
+    """
+    examples = hellaswag.TASK.read(EXAMPLES)
     tokenizer = bpe_tokenizer([example["ctx"] + " ".join(example["endings"]) for example in examples], 300)
     torch.manual_seed(0)
     sizes = {"n_positions": 384, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
-    return GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=len(tokenizer), **sizes)), tokenizer, examples
+    return GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=len(tokenizer), **sizes)).double(), tokenizer, examples
 
 
 def evaluate(model, tokenizer, examples, rank: int = 0, world: int = 1) -> dict:
     """What a run logs at an evaluation. 1000 tokens and 3 rows per pass leave one rank with less to do."""
     split = Tokens(1000, len(tokenizer), text_bytes=4000)
     record = validation_loss(model, split, seq_len=32, batch_size=3, tokens=900, rank=rank, world=world)
-    prepared = hellaswag.prepare(examples, tokenizer, 384)
-    return record | hellaswag.evaluate(model, tokenizer, prepared, rank=rank, world=world)
+    prepared = hellaswag.TASK.prepare(examples, tokenizer, 384)
+    return record | prepared.evaluate(model, rank=rank, world=world)
 
 
 def train_one_step(model, rank: int) -> float:

@@ -25,6 +25,7 @@ from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.checkpoint.reader import find_checkpoint
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
+from gpt2repro.evaluation import losses as evaluation
 from gpt2repro.evaluation.losses import inference, loss_sum
 from gpt2repro.models import compile_model
 from gpt2repro.training.optim import build_optimizer
@@ -230,6 +231,7 @@ def main(rank: int, world: int, port: int, folder: Path, names: list[str]) -> No
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     compile_without_generating_code()
+    evaluation.LOSS_CHUNK_TOKENS = 100  # so that an evaluation calls the head more than once, as a real one does
     found = {}
     for index, name in enumerate(names):
         found[name] = run(CASES[name], folder / str(index), rank, world)

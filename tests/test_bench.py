@@ -1,29 +1,40 @@
 """The harness on made-up work of known duration, the table on made-up records, the guard on a wrong model."""
 
 import json
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from gpt2repro.commands.bench import harness, optimizers, scale, table, train
-from gpt2repro.commands.bench.harness import compare, figure, headline, peak_memory_gib, speedup, summary
+from gpt2repro.commands.bench import all as bench_all
+from gpt2repro.commands.bench import harness, hellaswag, table, train, whole
+from gpt2repro.commands.bench.harness import CommonOptions, Record, peak_memory_gib, speedup, summary
 from gpt2repro.data.shards import open_split
 from gpt2repro.options import InputError
 
 
-def test_rounds_are_interleaved_in_alternating_order_after_the_warmup():
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    return Record("train", ["--rounds", "3"], CommonOptions(rounds=3, out=tmp_path))
+
+
+def read(record: Record) -> dict:
+    return json.loads(record.path.read_text(encoding="utf-8"))
+
+
+def test_rounds_are_interleaved_in_alternating_order_after_the_warmup(record):
     calls = []
-    times = compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=1)
-    assert "".join(calls) == "ababba"
+    times = record.compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=1)
+    assert "".join(calls) == "baabba"
     assert len(times["a"]["rounds"]) == len(times["b"]["rounds"]) == 2
 
 
-def test_times_and_speedup_are_those_of_the_work():
+def test_times_and_speedup_are_those_of_the_work(record):
     fast, slow = (lambda: time.sleep(0.01)), (lambda: time.sleep(0.03))
-    times = compare({"fast": fast, "slow": slow}, rounds=3, warmup=0, units=100)
-    assert times["fast"]["median_seconds"] >= 0.01
+    times = record.compare({"fast": fast, "slow": slow}, warmup=0, units=100, after=lambda: time.sleep(0.02))
+    assert 0.01 <= times["fast"]["median_seconds"] < 0.02  # what comes after is not timed
     assert times["fast"]["per_second"] == pytest.approx(100 / times["fast"]["median_seconds"])
     assert 1.5 < speedup(times, ours="fast", baseline="slow")["median"] < 4
 
@@ -44,25 +55,87 @@ def test_peak_memory_counts_what_lives_at_once():
     assert peak_memory_gib(call) == pytest.approx(mebibytes / 1024, rel=0.01)
 
 
-def test_record_holds_command_commit_date_hardware_and_versions(tmp_path: Path, capsys):
+def test_record_holds_command_commit_date_hardware_and_versions(record, tmp_path: Path, capsys):
     times = {"ours": summary([1.0], units=10), "theirs": summary([2.0], units=10)}
-    rows = [
-        headline("a step", times, ours="ours", baseline="theirs", unit="tokens/s", goal=1.5),
-        figure("start-up", 4.0, unit="s", goal=3.0, at_most=True),
-    ]
-    path = harness.write_record("train", {"headlines": rows}, argv=["--rounds", "1"], out=tmp_path)
-    record = json.loads(path.read_text())
-    assert path.name == f"train-{harness.host_kind()}.json"
-    assert record["command"] == "gpt2repro bench train --rounds 1"
-    assert record["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
-    assert {"commit", "date", "hardware"} <= set(record)
+    record.headline("a step", times, ours="ours", baseline="theirs", unit="tokens/s", goal=1.5)
+    record.figure("start-up", 4.0, unit="s", goal=3.0, at_most=True)
+    assert not read(record)["complete"]  # written as the rows come
+    assert [row["measure"] for row in read(record)["results"]["headlines"]] == ["a step", "start-up"]
+    assert record.finish() == 0
+    content = read(record)
+    assert content["complete"] and record.path == tmp_path / f"train-{harness.host_kind()}.json"
+    assert content["command"] == "gpt2repro bench train --rounds 3"
+    assert content["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert {"commit", "date", "hardware"} <= set(content)
     printed = capsys.readouterr().out
-    assert "goal >= 1.5x: reached" in printed
-    assert "goal <= 3 s: NOT reached" in printed
+    assert "goal >= 1.5x ✓" in printed
+    assert "goal <= 3 s ✗ not met" in printed
+
+
+def test_commit_comes_from_the_environment_only_where_git_knows_none(monkeypatch, tmp_path):
+    place = Path(harness.__file__).parent
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=place, capture_output=True, text=True)
+    monkeypatch.setenv("GPT2REPRO_COMMIT", "carried")
+    if head.returncode == 0:
+        assert head.stdout.startswith(harness.commit().partition("+")[0])
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert harness.commit() == "carried"
+    monkeypatch.delenv("GPT2REPRO_COMMIT")
+    assert harness.commit() == "unknown"
+
+
+def test_candidate_without_memory_is_lost_alone_and_the_record_says_so(record):
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 26 GiB.")
+
+    times = record.compare({"ours": lambda: None, "theirs": too_large})
+    assert list(times) == ["ours"] and len(times["ours"]["rounds"]) == 3
+    record.headline("a step", times, ours="ours", baseline="theirs", unit="s")
+    assert record.finish() == 1
+    results = read(record)["results"]
+    assert results["headlines"] == [] and "Tried to allocate 26 GiB" in results["lost"]["theirs"]
+    assert "theirs lost (OutOfMemoryError" in table.render([read(record)])
+
+
+def test_what_does_not_fit_into_the_minutes_is_dropped_and_named(tmp_path):
+    record = Record("train", [], CommonOptions(rounds=50, minutes=0.1 / 60, out=tmp_path))
+    times = record.compare({"ours": lambda: time.sleep(0.05)}, warmup=0)
+    assert 1 <= len(times["ours"]["rounds"]) < 10  # cut short, not lost
+    assert not record.time_for("a longer run")
+    record.finish()
+    assert read(record)["results"]["dropped"] == ["a longer run"] and not read(record)["complete"]
+    assert "no time for a longer run" in table.render([read(record)])
+
+
+def test_a_place_that_cannot_hold_the_record_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / f"train-{harness.host_kind()}.json").mkdir()
+    for out, why in ((tmp_path / "file", "no directory to write to"), (tmp_path, "is a directory")):
+        with pytest.raises(InputError, match=why):
+            Record("train", [], CommonOptions(out=out))
+    with pytest.raises(InputError, match="no directory to write to"):
+        hellaswag.main(["--out", "/dev/null/x"])
+
+
+def test_all_gives_each_benchmark_its_share_of_the_minutes_and_goes_on_after_one_that_fails(tmp_path, monkeypatch):
+    """Real programs, told an impossible vocabulary and sizes by a place that cannot hold their records."""
+    started = []
+    run = subprocess.run
+
+    def watched(command, **how):
+        started.append((command[4], float(command[command.index("--minutes") + 1]), how["timeout"]))
+        return run([*command[:6], "/dev/null/x"], stderr=subprocess.DEVNULL, **how)
+
+    monkeypatch.setattr(bench_all.subprocess, "run", watched)
+    assert bench_all.main(["--only", "data", "hellaswag", "--minutes", "10", "--out", str(tmp_path)]) == 1
+    assert [name for name, *_ in started] == ["hellaswag", "data"]  # what a GPU measures comes first
+    (_, first, limit), (_, second, _) = started
+    assert first == pytest.approx(10 * 1.0 / 1.5, abs=0.1) and 9 < second < 10 and 60 * first < limit <= 600
 
 
 def made_up_record(gpu: str | None) -> dict:
-    times = {"ours": summary([1.0, 1.0], units=1000), "theirs": summary([2.0, 3.0], units=1000)}
+    """As records of old look: without `complete`, `lost` and `dropped`."""
+    row = {"measure": "a step", "unit": "tokens/s", "ours": 1000.0, "baseline": 400.0, "baseline_name": "theirs"}
     return {
         "name": "train",
         "command": "gpt2repro bench train",
@@ -70,32 +143,34 @@ def made_up_record(gpu: str | None) -> dict:
         "date": "2026-01-02T03:04:05+00:00",
         "hardware": {"gpu": gpu, "cpu": "some CPU", "cores": 2, "load_average": 0.5},
         "versions": {"torch": "2.13.0"},
-        "results": {
-            "headlines": [headline("a step", times, ours="ours", baseline="theirs", unit="tokens/s", goal=2.0)]
-        },
+        "results": {"headlines": [{**row, "speedup": {"median": 2.5, "min": 2.0, "max": 3.0}, "goal": 2.0}]},
     }
 
 
 def test_table_is_rewritten_between_its_markers_from_the_records(tmp_path: Path):
     (tmp_path / "train-cpu.json").write_text(json.dumps(made_up_record(gpu=None)))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    assert table.main(["--records", str(tmp_path), "--readme", str(readme)]) == 0
-    text = readme.read_text()
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    assert table.main(["--records", str(tmp_path), "--page", str(page)]) == 0
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| a step [1] | 2 CPU cores | 1,000 tokens/s | 400 (theirs) |" in text
-    assert "**2.50x** (2.00–3.00)" in text
-    assert ">= 2x ✓" in text
+    assert "| a step [1] | 2 CPU cores | 1,000 tokens/s | 400 (theirs) | **2.50x** (2.00–3.00) | >= 2x ✓ |" in text
+    page.write_text("no markers here")
+    with pytest.raises(InputError, match="has no place for the table"):
+        table.main(["--records", str(tmp_path), "--page", str(page)])
+
+
+def test_table_of_the_results_page_is_that_of_its_records(tmp_path):
+    root = Path(__file__).parents[1]
+    page = (root / "results/README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(page, encoding="utf-8")
+    table.main(["--records", str(root / "results/benchmarks"), "--page", str(tmp_path / "README.md")])
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == page
 
 
 def test_table_says_not_run_where_no_record_comes_from_a_gpu():
     assert "| GPU | not run |" in table.render([made_up_record(gpu=None)])
     assert "not run" not in table.render([made_up_record(gpu="NVIDIA H200")])
-
-
-def test_readme_without_markers_is_told_what_to_add(tmp_path: Path):
-    with pytest.raises(InputError, match="has no place for the table"):
-        table.replace("no markers here", "table", where="README.md")
 
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 97, "n_positions": 64}
@@ -130,16 +205,6 @@ def test_random_data_of_the_loop_measurement_is_a_data_set(tmp_path: Path):
     assert command[command.index("--max_steps") + 1] == "3"
 
 
-def test_growth_is_the_exponent_of_a_power_law():
-    points = [{"x": x, "y": 3 * x**1.5} for x in (1, 10, 100)]
-    assert scale.slope(points, "x", "y") == pytest.approx(1.5)
-
-
-def test_simulated_corpus_of_a_trillion_tokens_gives_batches():
-    point = scale.measure_batch(10**12, rounds=1, sequences=4, seq_len=16)
-    assert point["seconds"] < 0.1
-
-
 @pytest.mark.parametrize("name", [train.OURS, train.TRANSFORMERS, train.BY_HAND])
 def test_step_in_two_passes_changes_the_weights_as_one_pass_does(name):
     x, y = torch.randint(0, 97, (2, 4, 16), generator=torch.Generator().manual_seed(0))
@@ -151,12 +216,47 @@ def test_step_in_two_passes_changes_the_weights_as_one_pass_does(name):
     torch.testing.assert_close(*models, rtol=1e-4, atol=2e-6)
 
 
-def test_optimizers_are_compared_on_the_same_data_and_the_best_rates_drawn(tmp_path: Path):
-    train.training_command(tmp_path, {**TINY, "n_positions": 64}, batch=12, seq_len=64, steps=4)
-    places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path), "--figures", str(tmp_path)]
-    assert optimizers.main([*places, "--steps", "4", "--lr", "1e-3", "1e-2", "--val_windows", "4"]) == 0
-    results = json.loads((tmp_path / f"optimizers-{harness.host_kind()}.json").read_text())["results"]
-    settings = [(run["optimizer"], run["lr"], run["steps"]) for run in results["runs"]]
-    both = [(name, lr, 4) for lr in (1e-3, 1e-2) for name in ("adamw", "muon")]
-    assert settings == [*both, ("muon", results["best_lr"]["muon"], 2)]
-    assert (tmp_path / f"optimizers-{harness.host_kind()}.png").stat().st_size > 10_000
+def test_a_training_record_of_a_small_model_has_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.SIZES, "small", (2, 2, 32, 97))
+    few = ["--vocab_size", "97", "--seq_len", "16", "--batch", "4", "--rounds", "2", "--no-compile", "--no-loop"]
+    assert train.main([*few, "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / f"train-{harness.host_kind()}.json").read_text())
+    case = content["results"]["cases"]["vocabulary 97"]
+    assert content["complete"] and set(case["times"]) == {train.OURS, train.TRANSFORMERS, train.BY_HAND}
+    (row,) = content["results"]["headlines"]
+    assert row["baseline_name"] == train.TRANSFORMERS and row["goal"] == 1.0
+
+
+@pytest.mark.slow
+def test_checkpoint_benchmark_compares_equals_and_says_what_a_save_costs(tmp_path):
+    from gpt2repro.commands.bench import checkpoint
+
+    sizes = {"vocab_size": 97, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "CPU_SIZES", sizes)
+        assert checkpoint.main(["--rounds", "1", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / f"checkpoint-{harness.host_kind()}.json").read_text())["results"]
+    assert len(results["headlines"]) == 2 and set(results["loop_seconds"]) > {"no save"}
+
+
+def test_hellaswag_benchmark_gives_the_loops_choices(tmp_path, monkeypatch):
+    monkeypatch.setitem(hellaswag.SIZES, "small", (2, 2, 32, 97))
+    assert hellaswag.main(["--size", "small", "--examples", "4", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / f"hellaswag-{harness.host_kind()}.json").read_text())["results"]
+    assert results["largest_score_difference"] < 1e-3 and results["flops_ratio"] > 1.5
+
+
+def test_a_whole_run_needs_a_checkout_of_nanogpt_with_its_data(tmp_path):
+    for options in (["--whole"], ["--whole", "--nanogpt", str(tmp_path)]):
+        with pytest.raises(InputError, match="a checkout of nanoGPT"):
+            train.main([*options, "--out", str(tmp_path)])
+    (tmp_path / "train.py").write_text("")
+    with pytest.raises(InputError, match=r"has no train\.bin; make it there: python .*prepare\.py"):
+        train.main(["--whole", "--nanogpt", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_evaluations_of_a_whole_run_read_as_many_tokens_in_both_programs():
+    flags = dict(flag.removeprefix("--").split("=") for flag in whole.RECIPE.split())
+    per_split = int(flags["eval_iters"]) * int(flags["batch_size"]) * int(flags["block_size"])
+    assert whole.VAL_TOKENS == 2 * per_split == 30_720
+    assert whole.our_command(Path("x"), "run")[-1] == "30720"

@@ -117,6 +117,17 @@ def test_two_processes_killed_are_the_uninterrupted_two(shards, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_run_killed_on_one_and_two_processes_in_turn_is_the_uninterrupted_one(shards, tmp_path, capsys):
+    # Four micro-batches: one process adds them one by one, two add two sums of two, so the last bits differ.
+    campaign(shards, tmp_path / "work", 3, "--processes", "1,2", seed=2, resid_pdrop=0, micro_batch_size=2)
+    report = capsys.readouterr().out
+    assert (
+        "1 process(es)" in report and "2 process(es)" in report and "twice what uninterrupted runs differ by" in report
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_on_a_stream_of_text_killed_is_the_uninterrupted_one(tmp_path):
     data = tiny_run.write_tiny_shards(tmp_path / "shards")
     words = tiny_run.TEXT.split()

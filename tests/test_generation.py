@@ -1,5 +1,6 @@
 """The decode engine against transformers' `generate` and warpers, streaming text, and `gpt2repro generate`."""
 
+import copy
 import io
 import json
 import shutil
@@ -8,26 +9,26 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from torch.nn.utils import prune
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MambaConfig,
+)
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from gpt2repro.commands import generate, loading
+from gpt2repro import models
+from gpt2repro.commands import generate
 from gpt2repro.commands.bench import generate as bench
 from gpt2repro.commands.bench.harness import NotEqual
 from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer
-from gpt2repro.generation.decoder import (
-    Decoder,
-    GPT2Decoder,
-    Sampling,
-    TextStream,
-    complete,
-    decoder_for,
-    encode_prompt,
-    pick,
-    probabilities,
-    room_for,
-    uniforms,
-)
+from gpt2repro.generation.decoder import Decoder, GPT2Decoder, complete, decoder_for
+from gpt2repro.generation.prompts import TextStream, encode_prompt, room_for
+from gpt2repro.generation.sampling import Sampling, choose, pick, probabilities, uniforms
 from gpt2repro.options import InputError
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
@@ -130,6 +131,180 @@ def test_another_architecture_is_decoded_by_its_own_forward():
     roughen(model)
     decoder = decoder_for(model, batch_size=3, length=41)
     assert type(decoder) is Decoder
+    assert torch.equal(decoded(decoder, PROMPTS, 30), generated_by_transformers(model, PROMPTS, 30))
+
+
+class Rotated(GPT2ReproForCausalLM):
+    """A GPT-2 whose positions are not what the embeddings say: in place of RoPE, they count backwards."""
+
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        return super().forward(input_ids, position_ids=63 - position_ids, **kwargs)
+
+
+def double_the_output(module, args, output):
+    return output * 2
+
+
+class LoRA(torch.nn.Module):
+    """A linear layer and a change of rank 2, as adapters put it in the layer's place."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base = linear
+        self.a, self.b = (torch.nn.Parameter(torch.randn(shape)) for shape in ((linear.nx, 2), (2, linear.nf)))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a @ self.b
+
+
+def with_a_quantised_head(model):
+    model.lm_head = torch.nn.Linear(32, 97, bias=False)
+    model.lm_head.weight = model.transformer.wte.weight
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+def with_a_head_of_its_own_class(model):
+    class Louder(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).sin()
+
+    model.lm_head.__class__ = Louder
+    return model
+
+
+class Half(torch.nn.Module):
+    def forward(self, weight):
+        return weight * 0.5
+
+
+def edited(attribute: str, value):
+    def edit(model):
+        owner, _, name = attribute.rpartition(".")
+        setattr(model.get_submodule(owner), name, value)
+        return model
+
+    return edit
+
+
+def mended(edit):
+    """An edit that returns what it made of the model's insides, as one that returns the model."""
+
+    def apply(model):
+        edit(model)
+        return model
+
+    return apply
+
+
+EDITS = {
+    "LoRA": mended(
+        lambda model: setattr(model.transformer.h[0].attn, "c_attn", LoRA(model.transformer.h[0].attn.c_attn))
+    ),
+    "int8": with_a_quantised_head,
+    "a layer of another class": with_a_head_of_its_own_class,
+    "a patched forward": mended(lambda model: setattr(model.transformer.h[0].mlp, "forward", torch.sin)),
+    "a hook": mended(lambda model: model.transformer.h[0].mlp.register_forward_hook(double_the_output)),
+    "a hook before": mended(
+        lambda model: model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].sin(),))
+    ),
+    "a hook of the model itself": mended(
+        lambda model: model.register_forward_hook(
+            lambda module, args, output: (setattr(output, "logits", output.logits.sin()), output)[1]
+        )
+    ),
+    "a parametrisation": mended(
+        lambda model: torch.nn.utils.parametrize.register_parametrization(
+            model.transformer.h[1].mlp.c_fc, "weight", Half()
+        )
+    ),
+    "pruning": mended(lambda model: prune.l1_unstructured(model.transformer.h[0].mlp.c_fc, "weight", 0.5)),
+    "another epsilon": edited("transformer.h.0.ln_1.eps", 10.0),
+    "another GELU": mended(
+        lambda model: [setattr(block.mlp, "gelu_approximation", "none") for block in model.transformer.h]
+    ),
+    "another scale of attention": edited("transformer.h.0.attn.scaling", 1.0),
+    "one block less": mended(lambda model: model.transformer.h.pop(1)),
+    "training mode with dropout 0": mended(lambda model: model.train()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("theirs", [False, True], ids=["ours", "transformers"])
+def test_an_edited_model_writes_what_it_writes_by_itself_not_what_the_unedited_one_wrote(edit, theirs, reference, ours):
+    if theirs and edit in ("another GELU", "training mode with dropout 0"):
+        pytest.skip("named or set otherwise there")
+    original = reference if theirs else ours
+    model = EDITS[edit](copy.deepcopy(original))
+    decoder = decoder_for(model, batch_size=3, length=61)
+    assert type(decoder) is Decoder
+    expected = generated_by_transformers(model, PROMPTS, 50)
+    assert torch.equal(decoded(decoder, PROMPTS, 50), expected)
+    if edit not in ("another GELU", "training mode with dropout 0"):  # too small to be seen in 50 tokens
+        assert not torch.equal(expected, generated_by_transformers(original, PROMPTS, 50)), "the edit has no effect"
+
+
+def test_a_subclass_and_a_remote_code_copy_are_decoded_by_their_own_forward(ours, tmp_path):
+    model = Rotated(ours.config).eval()
+    model.load_state_dict(ours.state_dict())
+    decoder = decoder_for(model, batch_size=3, length=61)
+    assert type(decoder) is Decoder
+    expected = generated_by_transformers(model, PROMPTS, 50)
+    assert torch.equal(decoded(decoder, PROMPTS, 50), expected)
+    assert not torch.equal(expected, generated_by_transformers(ours, PROMPTS, 50))
+
+    ours.save_pretrained(tmp_path)
+    code = tmp_path / "modeling_gpt2repro.py"
+    assert code.exists()
+    assert "hidden_states + self.mlp(" in code.read_text()
+    code.write_text(code.read_text().replace("hidden_states + self.mlp(", "hidden_states - self.mlp("))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert type(model).__name__ == "GPT2ReproForCausalLM"
+    decoder = decoder_for(model, batch_size=3, length=61)
+    assert type(decoder) is Decoder
+    assert torch.equal(decoded(decoder, PROMPTS, 50), generated_by_transformers(model, PROMPTS, 50))
+
+
+def test_hooks_of_all_modules_and_exchanged_code_of_a_class_are_seen(reference, monkeypatch):
+    def writes_what_generate_writes() -> bool:
+        decoder = decoder_for(reference, batch_size=3, length=61)
+        assert torch.equal(decoded(decoder, PROMPTS, 50), generated_by_transformers(reference, PROMPTS, 50))
+        return type(decoder) is Decoder
+
+    assert not writes_what_generate_writes()
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output.sin() if isinstance(module, torch.nn.Linear) else None
+    ):
+        assert writes_what_generate_writes()
+    monkeypatch.setattr(type(reference.transformer.h[0].mlp), "forward", lambda self, x: x.sin())
+    assert writes_what_generate_writes()
+    monkeypatch.undo()
+    assert not writes_what_generate_writes()
+
+
+def test_a_head_that_its_own_model_padded_is_still_plain(ours):
+    model = copy.deepcopy(ours)
+    if not hasattr(model, "pad_head"):
+        pytest.skip("this model pads no head")
+    model.pad_head()
+    decoder = decoder_for(model, batch_size=3, length=61)
+    assert isinstance(decoder, GPT2Decoder)
+    assert torch.equal(decoded(decoder, PROMPTS, 50), generated_by_transformers(ours, PROMPTS, 50))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None),
+        MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, bos_token_id=None, eos_token_id=None),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_without_positions_or_without_a_cache_of_keys_are_decoded(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    roughen(model)
+    decoder = decoder_for(model, batch_size=3, length=41)
     assert torch.equal(decoded(decoder, PROMPTS, 30), generated_by_transformers(model, PROMPTS, 30))
 
 
@@ -288,8 +463,64 @@ def test_generate_reports_all_bad_options_at_once_before_loading_anything():
              "--num_samples", "3", "--top_k", "0"]
         )  # fmt: skip
     message = str(error.value)
-    for part in ("exactly one of", "--out belongs to", "temperature=-1", "top_p=2", "top_k=0", "num_samples=3"):
+    for part in ("exactly one of", "--out belongs to", "--temperature: ", "--top_p: ", "--top_k: ", "num_samples=3"):
         assert part in message
+
+
+@pytest.mark.parametrize("option", ["num_samples", "max_new_tokens", "batch_size"])
+def test_absurd_numbers_are_refused_by_the_options(option):
+    with pytest.raises(InputError, match=f"--{option}: should be less than or equal to"):
+        generate.main(["--model", "none", "--prompt", "x", f"--{option}", str(10**10)])
+
+
+def test_out_is_checked_before_a_model_is_loaded(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    before = sorted(tmp_path.iterdir())
+    for out, said in (
+        (tmp_path, "no file"),
+        ("/dev/null", "no file"),
+        ("/dev/null/x", "cannot write /dev/null/x"),
+        (prompts, "is --prompts_file"),
+    ):
+        with pytest.raises(InputError, match=said):
+            generate.main(["--model", "no/such/model", "--prompts_file", str(prompts), "--out", str(out)])
+    with pytest.raises(InputError, match="there is no model"):
+        generate.main(["--model", "no/such/model", "--prompts_file", str(prompts), "--out", str(tmp_path / "out")])
+    with pytest.raises(InputError, match="more than 1,000,000 samples"):
+        generate.main(["--model", "none", "--prompts_file", str(prompts), "--out", "o", "--num_samples", "600000"])
+    assert sorted(tmp_path.iterdir()) == before, "nothing is left behind"
+
+
+def test_half_a_character_in_a_prompt_is_refused_whatever_door_it_comes_through(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    model = ["--model", checkpoint, "--device", "cpu", "--max_new_tokens", "4"]
+    with pytest.raises(InputError, match="character 3 is half of one"):
+        generate.main([*model, "--prompt", "To\udcff"])
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "fine"}\n{"prompt": "To\\ud800"}\n')
+    with pytest.raises(InputError, match=r"prompt 2 of .*prompts.jsonl: .*character 3 is half of one"):
+        generate.main([*model, "--prompts_file", str(prompts), "--out", str(tmp_path / "out.jsonl")])
+    assert not (tmp_path / "out.jsonl").exists()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"To\xff\nTo be\n"), encoding="utf-8"))
+    assert generate.main([*model, "--interactive"]) == 0
+    captured = capsys.readouterr()
+    assert "character 3 is half of one" in captured.err and captured.out.startswith("To be")
+
+
+def test_a_prompt_in_a_file_may_hold_the_line_separators_of_unicode(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert generate.read_prompts(file) == ["a\u2028b\u0085c"]
+    file.with_suffix(".txt").write_text("a\u2028b\n\nc\n", encoding="utf-8")
+    assert generate.read_prompts(file.with_suffix(".txt")) == ["a\u2028b", "c"]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-300])
+def test_a_temperature_that_no_logit_can_be_divided_by_is_greedy(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert choose(logits, Sampling(temperature), torch.tensor([0.5])).tolist() == [1]
 
 
 def test_wrong_line_of_a_prompts_file_is_named(tmp_path):
@@ -306,9 +537,11 @@ def test_code_of_another_architecture_runs_only_if_the_user_says_so(tmp_path, mo
         json.dumps({"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}})
     )
     (tmp_path / "strange.py").write_text("raise RuntimeError('remote code ran')\n")
-    monkeypatch.setattr(loading, "resolve_model", lambda name, **options: str(tmp_path))  # as if it came from the Hub
+    monkeypatch.setattr(
+        "gpt2repro.checkpoint.reader.resolve_model", lambda name, **options: str(tmp_path)
+    )  # as if it came from the Hub
     with pytest.raises(InputError, match="--trust_remote_code"):
-        loading.load_model("user/strange", device=torch.device("cpu"), dtype=None)
+        models.load_model("user/strange", device=torch.device("cpu"), dtype=None)
 
 
 def test_damaged_or_unreachable_models_are_named_in_a_sentence(checkpoint, tmp_path):
@@ -318,17 +551,17 @@ def test_damaged_or_unreachable_models_are_named_in_a_sentence(checkpoint, tmp_p
     del tensors["transformer.h.1.mlp.c_fc.bias"]
     safetensors.torch.save_file(tensors, incomplete / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"1 tensors are missing, such as transformer\.h\.1\.mlp\.c_fc\.bias"):
-        loading.load_model(str(incomplete), device=cpu, dtype=None)
+        models.load_model(str(incomplete), device=cpu, dtype=None)
     stranger = shutil.copytree(checkpoint, tmp_path / "stranger")
     bpe_tokenizer([TEXT], 320).save_pretrained(stranger)
     with pytest.raises(InputError, match="they do not belong together"):
-        loading.load_model(str(stranger), device=cpu, dtype=None)
+        models.load_model(str(stranger), device=cpu, dtype=None)
     with pytest.raises(InputError, match="there is no model"):
-        loading.load_model(str(tmp_path / "absent"), device=cpu, dtype=None)
+        models.load_model(str(tmp_path / "absent"), device=cpu, dtype=None)
     with pytest.raises(InputError, match="cannot load a causal language model from user/absent"):
-        loading.load_model("user/absent", device=cpu, dtype=None)  # the tests are offline
+        models.load_model("user/absent", device=cpu, dtype=None)  # the tests are offline
     with pytest.raises(InputError, match="device 'nonsense' is not usable"):
-        loading.pick_device("nonsense")
+        models.pick_device("nonsense")
 
 
 def test_benchmark_refuses_a_model_that_writes_something_else_and_records_the_speed_of_one_that_does_not(

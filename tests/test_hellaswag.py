@@ -13,16 +13,19 @@ import torch.nn.functional as F
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer, gpt2_tokenizer
 from gpt2repro.evaluation import hellaswag
+from gpt2repro.evaluation.losses import max_length_of
+from gpt2repro.evaluation.multiple_choice import NEAR_TIE, score
 from gpt2repro.options import InputError
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
+TASK = hellaswag.TASK
 SYNTHETIC = Path(__file__).parent / "data" / "hellaswag_synthetic.jsonl"
 METRICS = ("acc", "acc_norm")
 
 
 @pytest.fixture(scope="module")
 def examples() -> list[dict]:
-    return hellaswag.read_examples(SYNTHETIC)
+    return TASK.read(SYNTHETIC)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,12 @@ def tiny(vocab_size: int, n_positions: int = 384) -> GPT2ReproForCausalLM:
 
 
 def judged(model, tokenizer, examples, **how) -> list[dict]:
-    prepared = hellaswag.prepare(examples, tokenizer, hellaswag.max_length_of(model, tokenizer))
-    return hellaswag.predictions(prepared, hellaswag.score(model, prepared, **how))
+    prepared = TASK.prepare(examples, tokenizer, max_length_of(model, tokenizer))
+    return TASK.predictions(prepared, score(model, prepared, **how))
+
+
+def evaluated(model, tokenizer, examples) -> dict:
+    return TASK.prepare(examples, tokenizer, max_length_of(model, tokenizer)).evaluate(model)
 
 
 def build_nanogpt_way(model, tokenizer, examples) -> list[dict]:
@@ -111,7 +118,7 @@ def assert_like_build_nanogpt(rows: list[dict], references: list[dict]) -> None:
     for row, reference in zip(rows, references, strict=True):
         np.testing.assert_allclose(row["tokens"]["log_likelihoods"], -reference["sums"].numpy(), rtol=2e-6, atol=2e-5)
         for name in METRICS:
-            if row["tokens"][f"{name}_margin"] >= hellaswag.NEAR_TIE:
+            if row["tokens"][f"{name}_margin"] >= NEAR_TIE:
                 assert row["tokens"][name] == reference[name], (row["index"], name)
 
 
@@ -119,7 +126,7 @@ def assert_like_the_harness(rows: list[dict], references: list[dict]) -> None:
     for row, reference in zip(rows, references, strict=True):
         np.testing.assert_allclose(row["chars"]["log_likelihoods"], reference["sums"], rtol=2e-6, atol=2e-5)
         for name in METRICS:
-            if row["chars"][f"{name}_margin"] >= hellaswag.NEAR_TIE:
+            if row["chars"][f"{name}_margin"] >= NEAR_TIE:
                 assert (row["chars"][name] == row["label"]) == bool(reference[name]), (row["index"], name)
 
 
@@ -139,7 +146,7 @@ def test_shipped_examples_score_as_in_lm_evaluation_harness(model, tokenizer, ex
 def test_context_that_is_too_long_loses_its_left_side_as_in_lm_evaluation_harness(tokenizer, examples):
     longest_ending = max(len(ids) for e in examples for ids in tokenizer([" " + t for t in e["endings"]])["input_ids"])
     model = tiny(len(tokenizer), n_positions=longest_ending + 4)
-    prepared = hellaswag.prepare(examples, tokenizer, hellaswag.max_length_of(model))
+    prepared = TASK.prepare(examples, tokenizer, max_length_of(model))
     assert prepared.truncated["chars"] >= 2
     assert_like_the_harness(judged(model, tokenizer, examples), harness_way(model, tokenizer, examples))
 
@@ -172,7 +179,7 @@ def merging_tokenizer(examples):
 
 @pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.slow)])
 def test_real_examples_score_as_both_references(shared_data, count):
-    examples = hellaswag.read_examples(shared_data / "hellaswag" / "hellaswag_val_500.jsonl", limit=count)
+    examples = TASK.read(shared_data / "hellaswag" / "hellaswag_val_500.jsonl", limit=count)
     tokenizer = bpe_tokenizer([all_text(example) for example in examples], 500)
     model = tiny(len(tokenizer))
     rows = judged(model, tokenizer, examples)
@@ -184,7 +191,7 @@ def test_real_examples_score_as_both_references(shared_data, count):
 def test_real_examples_score_as_both_references_with_gpt2s_vocabulary(shared_data, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
     tokenizer = gpt2_tokenizer()
-    examples = hellaswag.read_examples(shared_data / "hellaswag" / "hellaswag_val_500.jsonl", limit=60)
+    examples = TASK.read(shared_data / "hellaswag" / "hellaswag_val_500.jsonl", limit=60)
     model = tiny(len(tokenizer), n_positions=1024)
     rows = judged(model, tokenizer, examples)
     assert_like_build_nanogpt(rows, build_nanogpt_way(model, tokenizer, examples))
@@ -196,7 +203,7 @@ def test_real_examples_score_as_both_references_with_gpt2s_vocabulary(shared_dat
 
 def test_equal_endings_tie_exactly_and_the_first_one_wins(model, tokenizer, examples):
     row = judged(model, tokenizer, examples)[1]
-    for protocol in hellaswag.PROTOCOLS:
+    for protocol in TASK.protocols:
         scores = row[protocol]["log_likelihoods"]
         assert scores[0] == scores[1]
         assert row[protocol]["acc"] != 1 and row[protocol]["acc_norm"] != 1
@@ -206,7 +213,7 @@ def test_near_ties_are_listed(tokenizer, examples):
     model = tiny(len(tokenizer))
     torch.nn.init.zeros_(model.transformer.wte.weight)  # every token equally likely: the mean per token ties everywhere
     rows = judged(model, tokenizer, examples)
-    listed = {(tie["index"], tie["protocol"], tie["metric"]) for tie in hellaswag.near_ties(rows)}
+    listed = {(tie["index"], tie["protocol"], tie["metric"]) for tie in TASK.near_ties(rows)}
     assert {(index, "tokens", "acc_norm") for index in range(len(examples))} <= listed
     assert all(row["tokens"]["acc_norm"] == 0 for row in rows)
 
@@ -218,11 +225,11 @@ def test_empty_context_scores_from_the_endings_second_token_as_build_nanogpt_doe
 
 def test_ending_longer_than_the_model_is_refused_in_a_sentence(tokenizer, examples):
     with pytest.raises(InputError, match=r"example 1 has an ending of \d+ tokens, more than the model's 4 positions"):
-        hellaswag.prepare(examples, tokenizer, 4)
+        TASK.prepare(examples, tokenizer, 4)
 
 
 def test_standard_error_is_that_of_lm_evaluation_harness(model, tokenizer, examples):
-    record = hellaswag.evaluate(model, tokenizer, examples)
+    record = evaluated(model, tokenizer, examples)
     accuracy, n = record["hellaswag_acc_norm_chars"], len(examples)
     sample = [1.0] * round(accuracy * n) + [0.0] * round((1 - accuracy) * n)
     assert record["hellaswag_acc_norm_chars_stderr"] == pytest.approx(np.std(sample, ddof=1) / math.sqrt(n))
@@ -241,7 +248,7 @@ def test_batch_size_and_sharing_do_not_change_scores(model, tokenizer, examples,
 
 def assert_same_scores(found: list[dict], expected: list[dict]) -> None:
     for mine, theirs in zip(found, expected, strict=True):
-        for protocol in hellaswag.PROTOCOLS:
+        for protocol in TASK.protocols:
             np.testing.assert_allclose(
                 mine[protocol]["log_likelihoods"], theirs[protocol]["log_likelihoods"], rtol=2e-6, atol=2e-5
             )
@@ -306,10 +313,10 @@ def test_bf16_scores_are_near_those_in_fp32(tokenizer, examples, way):
     if way == "weights":
         rounded = judged(model.bfloat16(), tokenizer, examples, share_contexts=True)
     else:
-        bf16 = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
-        rounded = judged(model, tokenizer, examples, share_contexts=True, **bf16)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = judged(model, tokenizer, examples, share_contexts=True)
     for mine, theirs in zip(rounded, exact, strict=True):
-        for protocol in hellaswag.PROTOCOLS:
+        for protocol in TASK.protocols:
             np.testing.assert_allclose(
                 mine[protocol]["log_likelihoods"], theirs[protocol]["log_likelihoods"], rtol=0.03, atol=0.3
             )
@@ -317,7 +324,7 @@ def test_bf16_scores_are_near_those_in_fp32(tokenizer, examples, way):
 
 def test_training_mode_and_gradients_are_as_before(tokenizer, examples):
     model = tiny(len(tokenizer)).train()
-    hellaswag.evaluate(model, tokenizer, examples[:2])
+    evaluated(model, tokenizer, examples[:2])
     assert model.training and model.transformer.training
     ids = torch.zeros(1, 4, dtype=torch.long)
     model(ids, labels=ids).loss.backward()
@@ -336,8 +343,8 @@ def test_labels_of_the_hubs_test_split_are_absent_and_others_may_be_text(tmp_pat
     example = json.loads(SYNTHETIC.read_text(encoding="utf-8").splitlines()[0])
     lines = [json.dumps({**example, "label": label}) for label in ("2", 1, "")]
     (tmp_path / "hellaswag_val.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert [example["label"] for example in hellaswag.read_examples(tmp_path)] == [2, 1, None]
-    assert len(hellaswag.read_examples(tmp_path, limit=2)) == 2
+    assert [example["label"] for example in TASK.read(tmp_path)] == [2, 1, None]
+    assert len(TASK.read(tmp_path, limit=2)) == 2
 
 
 def test_dataset_in_the_hubs_form_is_read(tmp_path):
@@ -345,7 +352,7 @@ def test_dataset_in_the_hubs_form_is_read(tmp_path):
     rows = [json.loads(line) for line in SYNTHETIC.read_text(encoding="utf-8").splitlines()]
     rows = [{**row, "label": str(row["label"])} for row in rows]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet")
-    assert hellaswag.read_examples(tmp_path) == hellaswag.read_examples(SYNTHETIC)
+    assert TASK.read(tmp_path) == TASK.read(SYNTHETIC)
 
 
 @pytest.mark.parametrize(
@@ -360,14 +367,14 @@ def test_file_of_another_format_is_refused_in_a_sentence(tmp_path, text, message
     path = tmp_path / "bad.jsonl"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=message):
-        hellaswag.read_examples(path)
+        TASK.read(path)
 
 
 def test_missing_file_and_absent_split_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(InputError, match="there is no file"):
-        hellaswag.read_examples(tmp_path / "nowhere.jsonl")
+        TASK.read(tmp_path / "nowhere.jsonl")
     with pytest.raises(InputError, match="no examples of the split 'test'"):
-        hellaswag.read_examples(SYNTHETIC, split="test")
+        TASK.read(SYNTHETIC, split="test")
 
 
 # --- the command
@@ -394,7 +401,7 @@ def test_command_on_two_processes_writes_what_one_process_writes(checkpoint, mod
     written = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text(encoding="utf-8").splitlines()]
     assert_same_scores(written, judged(model, tokenizer, examples))
     results = json.loads((tmp_path / "two.json").read_text(encoding="utf-8"))
-    assert results["results"] == hellaswag.evaluate(model, tokenizer, examples)
+    assert results["results"] == evaluated(model, tokenizer, examples)
     assert results["published"]["124M"]["tokens"]["acc_norm"] == 0.2955
     shown = done.stdout.decode()
     assert "build-nanogpt" in shown and "lm-evaluation-harness" in shown and "0.2955" in shown and "0.3114" in shown
@@ -440,7 +447,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
     assert done.returncode == 0, done.stderr.decode()
     (results,) = (tmp_path / "out").rglob("results*.json")
     found = json.loads(results.read_text(encoding="utf-8"))["results"]["hellaswag_local"]
-    expected = hellaswag.evaluate(model, tokenizer, examples)
+    expected = evaluated(model, tokenizer, examples)
     assert found["acc,none"] == expected["hellaswag_acc_chars"]
     assert found["acc_norm,none"] == expected["hellaswag_acc_norm_chars"]
     assert found["acc_stderr,none"] == pytest.approx(expected["hellaswag_acc_chars_stderr"])

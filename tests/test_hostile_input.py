@@ -523,8 +523,15 @@ EXAMPLES = {
     "empty": b"", "not json": b"hello\n", "list": b"[]\n", "no endings": b'{"ctx": "a", "label": 0}\n',
     "label outside": b'{"ind": 1, "ctx": "a", "activity_label": "x", "label": 9, "endings": ["a","b","c","d"]}\n',
     "endings no list": b'{"ind": 1, "ctx": "a", "activity_label": "x", "label": 0, "endings": "abcd"}\n',
-    "binary": bytes(range(256)),
+    "binary": bytes(range(256)), "deep": b"[" * 100_000, "digits": b'{"ind": ' + b"9" * 5000 + b"}\n",
 }  # fmt: skip
+EXAMPLE = {"ctx": "a", "ctx_a": "a", "ctx_b": "", "activity_label": "x", "label": 0, "endings": ["a", "b", "c", "d"]}
+CHANGES = {
+    "surrogate": {"ctx": "\ud800"}, "label float": {"label": 1.7}, "label true": {"label": True},
+    "label -1": {"label": -1},
+    "label list": {"label": [0]}, "label text": {"label": "01"}, "ending null": {"endings": ["a", "b", "c", None]},
+}  # fmt: skip
+EXAMPLES |= {name: json.dumps({**EXAMPLE, **change}).encode() for name, change in CHANGES.items()}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -533,6 +540,22 @@ def test_hellaswag_examples_that_are_none_are_refused(name, run_dir, tmp_path):
     refused(
         "eval_hellaswag", ["--model", run_dir, "--data", tmp_path / "examples.jsonl", "--device", "cpu"], keep=run_dir
     )
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_texts_that_are_none_are_refused(name, run_dir, tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(EXAMPLES[name])
+    arguments = ["--model", run_dir, "--data", tmp_path / "texts.jsonl", "--device", "cpu", "--last_word"]
+    refused("gpt2repro.commands.perplexity", [*arguments, "--text_column", "none"], keep=run_dir)
+
+
+@pytest.mark.parametrize("program", ["eval_hellaswag", "gpt2repro.commands.perplexity"])
+@pytest.mark.parametrize("place", [".", "/dev/null/x", "x" * 300, "file/x"])
+def test_a_place_where_no_result_can_be_written_is_refused_before_the_model_is_read(program, place, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "texts.jsonl").write_bytes(b'{"text": "a b"}\n')
+    arguments = ["--model", "no/such/dir", "--data", tmp_path / "texts.jsonl", "--out", tmp_path / place]
+    assert "cannot write" in refused(program, arguments)
 
 
 @pytest.mark.parametrize("content", [b"", b"not json\n", b'{"step": 1, "loss": "x"}\n', b"\xff\xfe\n"], ids=repr)

@@ -31,10 +31,12 @@ COMMAND_FILES = sorted((PACKAGE / "commands").rglob("*.py"))
 MAIN = PACKAGE / "__main__.py"
 LIBRARY = sorted({*PACKAGE.rglob("*.py")} - {*COMMAND_FILES, MAIN})
 # What is imported under another name than it is installed under.
-INSTALLED_AS = {"yaml": "pyyaml", "lm_eval": "lm-eval", "PIL": "pillow", "typing_extensions": "typing-extensions"}
-# Needed without an import of ours: torch writes through tensorboard, Accelerate through trackio, onnx and onnxscript;
+INSTALLED_AS = {"yaml": "pyyaml", "lm_eval": "lm-eval", "PIL": "pillow", "llama_cpp": "llama-cpp-python"}
+# Needed without an import of ours: torch writes through tensorboard, Accelerate through trackio, llama.cpp's converter
+# through gguf;
 # make, pytest and nbclient run the rest.
 NOT_IMPORTED = {
+    "gguf",
     "tensorboard",
     "trackio",
     "pytest",
@@ -42,8 +44,6 @@ NOT_IMPORTED = {
     "pytest-xdist",
     "ruff",
     "ipykernel",
-    "onnx",
-    "onnxscript",
 }
 
 

@@ -1,6 +1,9 @@
 """Checkpoints to the Hub and back, against a Hub on the loopback that the real clients talk to."""
 
+import hashlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,12 +15,13 @@ import pytest
 import torch
 import yaml
 from loopback_hub import TOKEN
+from safetensors.torch import load_file
 from tiny_run import flags, write_tiny_shards
 
 from gpt2repro.checkpoint.layout import resolve_pointer
 from gpt2repro.checkpoint.reader import find_checkpoint, read_state, verify_checkpoint
 from gpt2repro.checkpoint.writer import CheckpointWriter
-from gpt2repro.commands import push
+from gpt2repro.commands import export, push
 from gpt2repro.options import InputError, run_main
 from gpt2repro.publishing import hub as our_hub
 from gpt2repro.publishing.hub import Uploader, fetch_checkpoint
@@ -129,7 +133,7 @@ def test_only_the_newest_revision_keeps_the_optimizer_and_the_hub_forgets_the_ot
     for step in (1, 2, 3):
         path = run.save(step)
         uploader.checkpoint(path)
-        wait_for(lambda step=step: f"step-{step}" in uploader.published)
+        wait_for(lambda step=step, uploader=uploader: f"step-{step}" in uploader.published)
         optimizers.append((path / "trainer_state" / "optimizer-00000-of-00001.safetensors").read_bytes())
     assert uploader.close(timeout=60) == []
     holders = [
@@ -349,6 +353,53 @@ def test_the_card_is_valid_for_the_librarys_own_parser_and_says_what_the_run_kno
     assert json.loads(files["training/metrics.jsonl"].splitlines()[-1])["step"] == 3
 
 
+def test_the_card_sets_prompts_apart_and_names_language_base_and_processor(run, monkeypatch):
+    from huggingface_hub import ModelCard
+
+    environment = {**STATE["environment"], "device": "cpu", "processor": "AMD EPYC 9R14", "processes": 1}
+    monkeypatch.setitem(STATE, "environment", environment)
+    options = {"data": "hf://HuggingFaceFW/fineweb-edu@abc", "init_from": "openai-community/gpt2@main"}
+    options |= {"sample_prompts": ["", "The import (1.*) statement"], "dollars_per_gpu_hour": None}
+    (run.dir / "config.yaml").write_text(yaml.safe_dump(options))
+    path = run.save(2)
+    blocks = "## 1\n\n    once upon\n\n## 2\n\n    The import (1.*) statement loads\n    {{ 7 * 7 }}\n"
+    (run.dir / "samples" / "step_000002.md").write_text(f"# Samples at step 2\n\n{blocks}")
+    files = card_files(path, repo=REPO, run_dir=run.dir)
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.language, card.data.base_model) == ("en", "openai-community/gpt2")
+    for said in (
+        "### 2\n\nPrompt:\n\n    The import (1.*) statement\n\nContinuation:\n\n     loads\n    {{ 7 * 7 }}",
+        "### 1\n\n    once upon",
+        "# tiny\n",
+        "1 x AMD EPYC 9R14",
+        "build-nanogpt",
+        "began from the weights of `openai-community/gpt2@main`",
+        "Language: en.",
+        'generate("The import (1.*) statement", max_new_tokens=50)',
+    ):
+        assert said in card.text, said
+    assert "cost" not in card.text and "$" not in card.text
+
+
+def test_results_are_also_files_that_the_library_reads_back(run):
+    from huggingface_hub import parse_eval_result_entries
+
+    (run.dir / "config.yaml").write_text(yaml.safe_dump({"data": "hf://HuggingFaceFW/fineweb-edu@abc"}))
+    files = card_files(run.save(2), repo=REPO, run_dir=run.dir)
+    found = {
+        (entry.dataset_id, entry.task_id): entry.value
+        for name, content in files.items()
+        if re.fullmatch(r"\.eval_results/[\w-]+\.yaml", name)
+        for entry in parse_eval_result_entries(yaml.safe_load(content))
+    }
+    assert found == {
+        ("Rowan/hellaswag", "acc_norm"): 0.2955,
+        ("HuggingFaceFW/fineweb-edu", "loss"): 3.25,
+        ("HuggingFaceFW/fineweb-edu", "perplexity"): 25.79,
+        ("HuggingFaceFW/fineweb-edu", "bits_per_byte"): 1.1,
+    }
+
+
 def test_a_bare_directory_gets_a_card_that_claims_nothing(tmp_path, model):
     from huggingface_hub import ModelCard
 
@@ -388,6 +439,8 @@ def test_the_push_command_sends_one_directory_to_a_revision(hub, run, model, tmp
 
 def test_a_model_whose_native_twin_differs_is_not_published(hub, run, monkeypatch, capsys):
     path = run.save(1)
+    (path / "checksums.json").unlink()  # a model's directory like any other, which may be edited
+    shutil.rmtree(path / "trainer_state")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 0.1}))
     real = push.load_for_comparison
@@ -405,6 +458,219 @@ def test_a_model_whose_native_twin_differs_is_not_published(hub, run, monkeypatc
     assert set(hub.repo(REPO).branches) == {"main"} and not hub.files(REPO)
 
 
+def sent_anywhere(hub) -> dict[str, bytes]:
+    """Every file of every revision."""
+    return {
+        f"{branch}: {name}": content
+        for branch in hub.repo(REPO).branches
+        for name, content in hub.files(REPO, branch).items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["a file", "a named file", "a directory"])
+def test_what_a_link_points_to_never_leaves(hub, run, tmp_path, capsys, kind):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "id_rsa").write_text("PRIVATE KEY")
+    path = run.save(1)
+    if kind == "a named file":
+        shutil.move(path / "tokenizer.json", tmp_path / "private" / "tokenizer.json")
+        (path / "tokenizer.json").symlink_to(tmp_path / "private" / "tokenizer.json")  # its checksum is right
+    else:
+        (path / "notes.json").symlink_to(tmp_path / "private" / ("id_rsa" if kind == "a file" else ""))
+    for model in (run.dir, path):
+        assert run_main(push.main, ["--model", str(model), "--repo", REPO, "--native"]) == 2
+        assert "is a link to" in capsys.readouterr().err
+    assert not sent_anywhere(hub)
+
+
+def test_linked_steps_and_queue_entries_are_not_followed_and_hold_up_nothing(hub, run, tmp_path, capfd):
+    foreign = Path(shutil.move(run.save(1), tmp_path / "foreign"))
+    second = run.save(2)
+    (run.dir / "checkpoints" / "step_000001").symlink_to(foreign)
+    (run.dir / "uploads").mkdir()
+    (run.dir / "uploads" / "step_000003").symlink_to(foreign)
+    assert run_main(push.main, ["--model", str(run.dir), "--repo", REPO]) == 2
+    said = capfd.readouterr().err
+    assert "step_000001 is not on the Hub: not queued" in said and "step_000003 is not on the Hub" in said
+    assert "is a link to" in said
+    assert set(hub.repo(REPO).branches) == {"main", "step-2"}
+    weights = (second / "model.safetensors").read_bytes()
+    assert hub.files(REPO, "main")["model.safetensors"] == hub.files(REPO, "step-2")["model.safetensors"] == weights
+    assert "trainer_state/state.json" in hub.files(REPO, "step-2"), "the newest that may be sent keeps the optimizer"
+    assert (foreign / "model.safetensors").exists()
+
+
+def test_strangers_in_a_checkpoint_or_a_models_directory_stay_at_home(hub, run, model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "bare")
+    path = run.save(1)
+    for directory in (path, tmp_path / "bare"):
+        for name in ("evil.pkl", "patients.csv", "credentials.json", "extra.py"):
+            (directory / name).write_text("of nobody's business")
+    (path / "trainer_state" / "notes.json").write_text("{}")
+    run.writer.point("best", 1)
+    assert run_main(push.main, ["--model", str(run.dir), "--repo", REPO, "--native"]) == 0
+    assert run_main(push.main, ["--model", str(path), "--repo", REPO, "--revision", "one"]) == 0
+    assert run_main(push.main, ["--model", str(tmp_path / "bare"), "--repo", REPO, "--revision", "bare"]) == 0
+    assert "not sent: credentials.json, evil.pkl, extra.py, patients.csv" in capsys.readouterr().out
+    names = sent_anywhere(hub)
+    assert not [name for name in names if name.endswith((".pkl", ".csv", "credentials.json", "extra.py", "notes.json"))]
+    assert {"bare: modeling_gpt2repro.py", "main: modeling_gpt2repro.py", "one: tokenizer.json"} <= set(names)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_not_published_and_the_others_are(hub, run, capfd):
+    first = run.save(1)
+    flip_a_bit(run.save(2, best=True) / "model.safetensors")
+    assert run_main(push.main, ["--model", str(run.dir), "--repo", REPO]) == 2
+    assert "its sha256 differs" in capfd.readouterr().err
+    assert set(hub.repo(REPO).branches) == {"main", "step-1"}
+    assert not hub.files(REPO, "main"), "what is best is damaged, and nothing else takes its place"
+    assert hub.files(REPO, "step-1")["model.safetensors"] == (first / "model.safetensors").read_bytes()
+
+
+def test_a_damaged_directory_is_not_published(hub, run, model, tmp_path, capsys):
+    path = run.save(1)
+    flip_a_bit(path / "tokenizer.json")
+    model.save_pretrained(tmp_path / "bare")
+    with (tmp_path / "bare" / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    for damaged in (path, tmp_path / "bare"):
+        assert run_main(push.main, ["--model", str(damaged), "--repo", REPO, "--native"]) == 2
+        assert "sha256 differs" in (said := capsys.readouterr().err) or "not a whole safetensors file" in said
+    assert not sent_anywhere(hub)
+
+
+def test_revisions_of_an_earlier_run_keep_their_optimizer(hub, run, model, tmp_path):
+    """Two runs publish into one repository; each clears up behind itself only."""
+    uploader = uploader_of(run)
+    run.save(1, on_written=uploader.checkpoint)
+    assert uploader.close(timeout=60) == []
+    hub.repo(REPO).tags["v1"] = hub.repo(REPO).branches["step-1"]
+    before = hub.files(REPO, "step-1")
+    (tmp_path / "later").mkdir()
+    later = Run(tmp_path / "later", model)
+    for steps in ((10, 11), (12,)):  # the second time in another process
+        uploader = uploader_of(later)
+        for step in steps:
+            uploader.checkpoint(later.save(step))
+            wait_for(lambda sent=uploader.published, name=f"step-{step}": name in sent)
+        assert uploader.close(timeout=60) == []
+    assert hub.files(REPO, "step-1") == hub.files(REPO, "v1") == before
+    assert before["trainer_state/optimizer-00000-of-00001.safetensors"] in hub.repo(REPO).lfs.values()
+    holders = {branch for branch in hub.repo(REPO).branches if "checksums.json" in hub.files(REPO, branch)}
+    assert holders == {"step-1", "step-12"}
+
+
+def test_a_revision_that_somebody_changed_since_is_left_alone(hub, run):
+    uploader = uploader_of(run)
+    uploader.checkpoint(run.save(1))
+    wait_for(lambda: "step-1" in uploader.published)
+    hub.add_file(REPO, "trainer_state/mine.json", b"{}", revision="step-1")
+    uploader.checkpoint(run.save(2))
+    assert uploader.close(timeout=60) == []
+    assert {"trainer_state/mine.json", "trainer_state/state.json"} <= hub.files(REPO, "step-1").keys()
+
+
+def test_the_last_wait_can_be_ended_and_says_what_is_still_waiting(hub, run, capfd):
+    hub.fail(r"POST .*/commit/", status=503, times=10_000)
+    uploader = uploader_of(run, comparable=push.load_for_comparison)
+    run.save(1, on_written=uploader.checkpoint)
+    seen = []
+
+    def stop() -> bool:
+        seen.append(uploader.waiting())
+        return len(seen) == 3
+
+    started = time.monotonic()
+    missing = uploader.close(timeout=600, stop=stop)
+    assert time.monotonic() - started < 10
+    assert seen == 3 * [["step_000001", "branch native"]]
+    assert [sentence.split(" is not")[0] for sentence in missing] == ["step_000001", "branch native"]
+    hub.forgive()
+    assert uploader_of(run).close(timeout=60) == []
+    assert "model.safetensors" in hub.files(REPO, "step-1")
+
+
+SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["written by this version", "written before states were scrubbed"])
+def test_no_secret_and_no_home_directory_leaves(hub, run, monkeypatch, old):
+    monkeypatch.setenv("OTHER_TOKEN", "correct-horse-battery")
+    said = f"train.py --data /home/alice/corpus --note {SECRET} correct-horse-battery /root/x /Users/bob/y"
+    environment = {**STATE["environment"], "command": said}
+    monkeypatch.setitem(STATE, "environment", environment)
+    options = {"data": "/home/alice/corpus", "project": SECRET, "api_key": "opensesame"}
+    (run.dir / "config.yaml").write_text(yaml.safe_dump(options))
+    path = run.save(1)
+    (run.dir / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 3.0, "note": said}) + "\n")
+    (run.dir / "samples" / "step_000001.md").write_text(f"# Samples\n\n## 1\n\n    {said}\n")
+    if old:
+        header = json.loads((path / "trainer_state/state.json").read_text())
+        header["state"]["environment"]["command"] = said
+        content = json.dumps(header).encode()
+        (path / "trainer_state/state.json").write_bytes(content)
+        checksums = json.loads((path / "checksums.json").read_text())
+        checksums["trainer_state/state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (path / "checksums.json").write_text(json.dumps(checksums))
+    verify_checkpoint(path)
+    assert run_main(push.main, ["--model", str(run.dir), "--repo", REPO, "--native"]) == 0
+    for name, content in sent_anywhere(hub).items():
+        for secret in (SECRET, "correct-horse", "alice", "/Users/bob", "/root/x", "opensesame"):
+            assert secret.encode() not in content, (name, secret)
+    assert "~/corpus" in hub.files(REPO)["README.md"].decode()
+    assert json.loads(hub.files(REPO)["training/metrics.jsonl"])["loss"] == 3.0
+    fetched = fetch_checkpoint(f"hub:{REPO}", run.dir / "again")
+    verify_checkpoint(fetched)
+    assert "correct-horse" in json.dumps(read_state(path)) or not old, "what lies here is left as it was written"
+    assert read_state(fetched)["environment"]["command"].startswith("train.py --data ~/corpus --note [hidden]")
+
+
+def test_links_beside_the_checkpoints_are_not_part_of_the_card(hub, run, tmp_path):
+    path = run.save(1)
+    for name in ("loss.png", "metrics.jsonl", "config.yaml", "samples/step_000001.md"):
+        shutil.move(run.dir / name, tmp_path / "moved")
+        (run.dir / name).symlink_to(tmp_path / "moved")
+    files = card_files(path, repo=REPO, run_dir=run.dir)
+    assert list(files) == ["README.md"] and "once 1" not in files["README.md"].decode()
+
+
+def test_a_revision_names_a_model_for_every_command(hub, run, tmp_path):
+    from gpt2repro.data.tokenization import load_tokenizer
+    from gpt2repro.models import load_model
+
+    uploader = uploader_of(run)
+    first = run.save(1, best=True)
+    weights = (first / "model.safetensors").read_bytes()
+    uploader.checkpoint(first)
+    wait_for(lambda: "step-1" in uploader.published)
+    uploader.checkpoint(run.save(2, best=True))
+    assert uploader.close(timeout=60) == []
+    loaded, tokenizer = load_model(f"{REPO}@step-1", device="cpu", dtype=torch.float32)
+    expected = load_file(first / "model.safetensors")["transformer.wte.weight"]
+    assert torch.equal(loaded.transformer.wte.weight, expected)
+    assert load_tokenizer(f"{REPO}@step-1").get_vocab() == tokenizer.get_vocab() == run.tokenizer.get_vocab()
+    assert run_main(export.main, ["--model", f"{REPO}@step-1", "--out", str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "exported" / "model.safetensors").read_bytes() == weights
+    assert run_main(export.main, ["--model", REPO, "--out", str(tmp_path / "newest")]) == 0
+    assert (tmp_path / "newest" / "model.safetensors").read_bytes() != weights
+    with pytest.raises(InputError, match=r"cannot fetch the model user/tiny@step-9"):
+        load_model(f"{REPO}@step-9", device="cpu", dtype=None)
+
+
+def test_whether_a_login_may_write_is_asked_before(hub, monkeypatch, tmp_path):
+    assert our_hub.may_write(REPO) == our_hub.may_write("bare") == ("user", None)
+    assert "belongs to other, but this login is user" in our_hub.may_write("other/model")[1]
+    hub.adopt_clients(monkeypatch, tmp_path / "home", token=None)
+    name, complaint = our_hub.may_write(REPO)
+    assert name == "" and "the Hub does not say who you are" in complaint and "\n" not in complaint
+
+
 def test_a_space_carries_the_demo_and_names_the_model(hub, run, capsys):
     path = run.save(1)
     assert run_main(push.main, ["--model", str(path), "--repo", REPO, "--space"]) == 0
@@ -414,6 +680,8 @@ def test_a_space_carries_the_demo_and_names_the_model(hub, run, capsys):
     assert '["--model", "user/tiny", "--host", "0.0.0.0"' in files["app.py"].decode()
     for name in ("modeling_gpt2repro.py", "gpt2repro/commands/demo.py", "gpt2repro/options.py", "requirements.txt"):
         assert name in files
+    required = files["requirements.txt"].decode().split()
+    assert "torch>=2.11,<2.14" in required and not [line for line in required if re.match("wandb|datasets", line)]
     assert hub.repo(REPO, "space").settings["sdk"] == "gradio" and hub.repo(REPO, "space").private
     assert "secret HF_TOKEN" in capsys.readouterr().out
 

@@ -279,6 +279,27 @@ def test_damaged_and_foreign_files_are_refused_in_a_sentence(tmp_path):
     refused("llm.c", "training tokens")
 
 
+@pytest.mark.parametrize("name", ["transformer.wpe.weight", "transformer.ln_f.weight", "lm_head.weight"])
+@pytest.mark.parametrize("kind", ["sparse", "csr", "fp8", "meta", "scalar", "integers", "a list"])
+def test_tensors_that_are_no_dense_rows_of_numbers_are_refused_in_a_sentence(tmp_path, kind, name):
+    state = linear_state(97)
+    tensor = state[name]
+    change = {
+        "sparse": lambda: tensor.to_sparse(),
+        "csr": lambda: tensor.view(-1, 8).to_sparse_csr(),
+        "fp8": lambda: tensor.to(torch.float8_e4m3fn),
+        "meta": lambda: tensor.to("meta"),
+        "scalar": lambda: torch.tensor(1.0),
+        "integers": lambda: tensor.to(torch.int8),
+        "a list": lambda: [1.0],
+    }
+    state[name] = change[kind]()
+    torch.save({"model": state, "model_args": sizes(97)}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match=f"{name} is not a tensor of floating-point numbers") as caught:
+        read_checkpoint("nanogpt", tmp_path / "odd.pt")
+    assert "\n" not in str(caught.value)
+
+
 def test_weights_that_are_not_numbers_are_refused(tmp_path, capsys):
     state = linear_state(97)
     state["transformer.ln_f.weight"][3] = torch.nan

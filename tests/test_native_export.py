@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from gpt2repro.options import InputError
-from gpt2repro.publishing.hub import check_native, export_native
+from gpt2repro.commands import export
+from gpt2repro.options import InputError, run_main
+from gpt2repro.publishing.exports import check_native, export_native
 
 SENTENCES = ["the cat sat on the mat", "a dog ran", "birds can fly over the hill", "the sun is warm today"]
 
@@ -142,33 +143,115 @@ def log_likelihood(model, directory, context: str, continuation: str) -> float:
     return logprobs.gather(1, torch.tensor(continuation)[:, None]).sum().item()
 
 
+def greedy_ids(model, ids: list[int], count: int) -> list[int]:
+    """`model`'s most probable continuation, one whole forward pass per token: no cache, no generate()."""
+    for _ in range(count):
+        with torch.inference_mode():
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids[-count:]
+
+
+def exported(directory, tmp_path, format: str, *more: str):
+    out = tmp_path / format
+    assert run_main(export.main, ["--model", str(directory), "--out", str(out), "--format", format, *more]) == 0
+    record = json.loads((out / "export.json").read_text())
+    assert record["native_difference"] < 1e-4 and record["format"] == format
+    assert format == "gpt2" or record["difference"] < export.TOLERANCE[format]
+    return out, record
+
+
+def test_the_command_writes_a_plain_gpt2_of_a_run(model, directory, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(directory, tmp_path / "run" / "checkpoints" / "step_000007")
+    out, _ = exported(tmp_path / "run", tmp_path, "gpt2")
+    assert sorted(path.name for path in out.iterdir() if "token" not in path.name) == [
+        "config.json",
+        "export.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    plain = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
+    assert type(plain).__name__ == "GPT2LMHeadModel"
+    assert greedy_ids(plain, [40, 41], 16) == greedy_ids(model, [40, 41], 16)
+
+
 @pytest.mark.slow
-def test_onnxruntime_computes_our_logits_for_any_batch_and_length(model, native, tmp_path):
+def test_onnxruntime_computes_our_logits_for_any_batch_and_length(model, directory, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from transformers import GPT2LMHeadModel
-
-    class Logits(torch.nn.Module):
-        def __init__(self, plain):
-            super().__init__()
-            self.plain = plain
-
-        def forward(self, input_ids):  # (B, T) -> (B, T, V)
-            return self.plain(input_ids, use_cache=False).logits
-
-    plain = GPT2LMHeadModel.from_pretrained(native, dtype=torch.float32, attn_implementation="eager").eval()
-    torch.onnx.export(
-        Logits(plain),
-        (torch.randint(97, (2, 20)),),
-        tmp_path / "model.onnx",
-        input_names=["input_ids"],
-        output_names=["logits"],
-        dynamic_shapes={"input_ids": {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("time", max=64)}},
-        dynamo=True,
-    )
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    for shape in ((2, 20), (3, 33)):
+    out, record = exported(directory, tmp_path, "onnx")
+    assert record["converter"] == f"torch.onnx {torch.__version__}"
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    for shape in ((1, 1), (2, 20), (3, 64)):
         ids = torch.randint(97, shape)
         (logits,) = session.run(None, {"input_ids": ids.numpy()})
         with torch.inference_mode():
             torch.testing.assert_close(torch.from_numpy(logits), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.extra
+def test_ctranslate2_writes_our_greedy_tokens(model, directory, tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    from transformers import AutoTokenizer
+
+    out, record = exported(directory, tmp_path, "ct2")
+    assert record["converter"] == f"ctranslate2 {ctranslate2.__version__}"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer(SENTENCES[0]).input_ids
+    (found,) = ctranslate2.Generator(str(out), device="cpu").generate_batch(
+        [tokenizer.convert_ids_to_tokens(ids)],
+        max_length=16,
+        min_length=16,
+        include_prompt_in_result=False,
+    )
+    assert found.sequences_ids[0] == greedy_ids(model, ids, 16)
+
+
+@pytest.mark.extra
+def test_llama_cpp_writes_our_greedy_tokens(tmp_path, shared_data, monkeypatch):
+    """Where its converter is on the PATH; it knows GPT-2's own tokenizer and none of a few characters."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    if shutil.which("convert_hf_to_gguf.py") is None:
+        pytest.skip("llama.cpp's convert_hf_to_gguf.py is not on the PATH")
+    from configuration_gpt2repro import GPT2ReproConfig
+    from gpt2repro.data.tokenization import gpt2_tokenizer
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
+    torch.manual_seed(0)
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "model")
+    gpt2_tokenizer().save_pretrained(tmp_path / "model")
+    out, record = exported(tmp_path / "model", tmp_path, "gguf")
+    assert "gguf" in record["converter"]
+    llm = llama_cpp.Llama(str(out / "model.gguf"), n_ctx=64, verbose=False)
+    ids = llm.tokenize(SENTENCES[0].encode(), add_bos=False)
+    assert ids == gpt2_tokenizer()(SENTENCES[0]).input_ids
+    found = [token for _, token in zip(range(16), llm.generate(ids, temp=0.0, repeat_penalty=1.0), strict=False)]
+    assert found == greedy_ids(model, ids, 16)
+
+
+def test_what_cannot_be_exported_is_refused_in_a_sentence(directory, tmp_path, monkeypatch, capsys):
+    def refused(sentence: str, *arguments: str, model=directory):
+        assert run_main(export.main, ["--model", str(model), *arguments, "--out", str(tmp_path / "out")]) == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1 and sentence in said[0], said
+        assert not (tmp_path / "out").exists()
+
+    monkeypatch.setenv("PATH", "")
+    refused("needs --converter PATH/convert_hf_to_gguf.py", "--format", "gguf")
+    refused("--converter belongs to --format gguf", "--format", "onnx", "--converter", __file__)
+    converter = tmp_path / "convert.py"
+    converter.write_text("import a_package_that_is_not_there")
+    refused("'a_package_that_is_not_there'; its packages", "--format", "gguf", "--converter", str(converter))
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)  # as if it were not installed
+    refused("needs ctranslate2: pip install 'gpt2repro[export]'", "--format", "ct2")
+    refused("there is no model", model=tmp_path / "absent")
+    bare = shutil.copytree(directory, tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
+    refused("has none (tokenizer.json)", "--format", "gguf", "--converter", str(converter), model=bare)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    assert run_main(export.main, ["--model", str(directory), "--out", str(tmp_path / "full")]) == 2
+    assert "not an empty directory" in capsys.readouterr().err

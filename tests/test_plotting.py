@@ -108,6 +108,7 @@ def test_the_command_writes_the_picture_and_names_what_is_wrong(make_run, tmp_pa
         ([str(tmp_path / "nowhere")], "nowhere is not a directory"),
         ([str(tmp_path / "empty")], "has no metrics.jsonl with a loss"),
         ([str(run), "--out", str(run / "metrics.jsonl" / "x.png")], "cannot write"),
+        ([str(run), "--out", str(tmp_path / "x.xyz")], "must be a file that ends in .png"),
     ):
         assert run_main(plot.main, arguments) == 2
         assert sentence in capsys.readouterr().err

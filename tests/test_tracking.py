@@ -12,9 +12,10 @@ import threading
 
 import pytest
 
+from gpt2repro.redaction import scrub
 from gpt2repro.training import tracking
 from gpt2repro.training.metrics_log import cut_metrics, read_metrics
-from gpt2repro.training.tracking import RunLog, scrub
+from gpt2repro.training.tracking import RunLog
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import train_accelerate
+from gpt2repro.checkpoint.layout import resolve_pointer
 from gpt2repro.options import run_main
 from gpt2repro.training.machine import keep_sums_exact
 from gpt2repro.training.run import lock_run
@@ -61,7 +62,6 @@ def finished(corpus, tmp_path_factory) -> Path:
 def test_a_run_leaves_its_log_picture_samples_and_loadable_checkpoints(finished):
     from transformers import AutoTokenizer
 
-    from gpt2repro.checkpoint.layout import resolve_pointer
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     assert json.loads((finished / "status.json").read_text())["exit_code"] == 0
@@ -107,6 +107,15 @@ def test_a_finished_run_is_left_as_it_is(finished, corpus):
     before = (finished / "metrics.jsonl").read_bytes()
     assert train(finished, corpus) == 0
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_saved_checkpoint_is_always_an_evaluated_one(corpus, tmp_path):
+    assert train(tmp_path, corpus, max_steps=8, save_steps=3, eval_steps=4, log_steps=100) == 0
+    assert [r["step"] for r in records(tmp_path) if "val_loss" in r] == [0, 3, 4, 6, 8]
+    best = min(
+        (r for r in records(tmp_path) if "val_loss" in r and r["step"] in (3, 6, 8)), key=lambda r: r["val_loss"]
+    )
+    assert resolve_pointer(tmp_path / "checkpoints", "best").name == f"step_{best['step']:06d}"
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 8])

@@ -3,9 +3,12 @@
 import os
 import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+
+from gpt2repro.options import InputError
 
 FORMAT, VERSION = "gpt2repro-checkpoint", 1
 STEP_NAME = re.compile(r"step_(\d{6,12})")
@@ -82,3 +85,17 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def from_rank_zero(call: Callable, group=None):
+    """`call()` made by rank 0 alone: its result on every rank. Raises: its InputError, on every rank."""
+    answer: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = call()
+        except InputError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0, group=group)
+    if answer[1]:
+        raise InputError(answer[1])
+    return answer[0]

@@ -4,14 +4,21 @@ import re
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
-from gpt2repro.checkpoint.layout import FORMAT, POINTERS, VERSION, list_steps, rank_and_world, resolve_pointer
+from gpt2repro.checkpoint.layout import (
+    FORMAT,
+    POINTERS,
+    VERSION,
+    from_rank_zero,
+    list_steps,
+    rank_and_world,
+    resolve_pointer,
+)
 from gpt2repro.checkpoint.tensors import open_tensors
 from gpt2repro.files import is_plain_name, read_json, sha256_of
 from gpt2repro.options import InputError
 
 MODEL_TYPES = ("gpt2repro", "gpt2")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".msgpack", ".h5")
 
 
@@ -23,18 +30,8 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
 
     Raises: InputError where `place` is a damaged checkpoint, or a run with nothing but damaged ones.
     """
-    rank, world = rank_and_world()
-    if all_ranks and world > 1:
-        answer: list = [None, None]
-        if rank == 0:
-            try:
-                answer[0] = find_checkpoint(place, at_most=at_most)
-            except InputError as error:
-                answer[1] = str(error)
-        dist.broadcast_object_list(answer, src=0)
-        if answer[1]:
-            raise InputError(answer[1])
-        return answer[0]
+    if all_ranks and rank_and_world()[1] > 1:
+        return from_rank_zero(lambda: find_checkpoint(place, at_most=at_most))
 
     place = Path(place)
     directory = place / "checkpoints" if (place / "checkpoints").is_dir() else place
@@ -62,15 +59,18 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
 def resolve_model(model: str, *, any_architecture: bool = False) -> str:
     """RUN | DIR | HUB_ID -> what `from_pretrained` takes: a run's best (else latest) checkpoint, a directory, an id.
 
+    `user/name@revision` becomes the directory of that revision in the Hub's cache.
+
     Raises: InputError for a directory that holds no model, nothing but pickled weights, or (unless
     `any_architecture`) a model of another architecture.
     """
     path = Path(model)
     if not path.exists() and not path.is_symlink():
-        if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model) and not Path(model.split("/")[0]).exists():
-            return model
+        if HUB_ID.fullmatch(model) and not Path(model.split("/")[0]).exists():
+            return fetch_model(model) if "@" in model else model
         raise InputError(
-            f"there is no model {model}: expected a run, a checkpoint's directory, or a Hub id like user/name"
+            f"there is no model {model}: expected a run, a checkpoint's directory, or a Hub id like user/name or "
+            "user/name@revision"
         )
     if path.name in POINTERS and not (path / "config.json").is_file():
         path = resolve_pointer(path.parent, path.name) or path
@@ -87,8 +87,28 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
     return str(path)
 
 
-def verify_checkpoint(path: str | Path) -> None:
-    """Raises InputError unless every file is there, of its recorded size and sha256, and none is pickled."""
+def fetch_model(name: str) -> str:
+    """`user/name[@revision]` -> the directory of its model in the Hub's cache; no optimizer, no pickles.
+
+    Raises: InputError where the Hub, the repository or the revision cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return snapshot_download(
+            repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"], library_name="gpt2repro"
+        )
+    except Exception as error:  # whatever the client and its HTTP library raise
+        raise InputError(f"cannot fetch the model {name}: {(str(error).splitlines() or [repr(error)])[0]}") from None
+
+
+def verify_checkpoint(path: str | Path, *, strays: bool = False) -> None:
+    """Raises InputError unless every file is there, of its recorded size and sha256, and none is pickled.
+
+    `strays` looks at the files in checksums.json only: whoever publishes these leaves the others at home.
+    """
     path = Path(path)
     checksums = read_json(path / "checksums.json")
     if not checksums:
@@ -105,7 +125,7 @@ def verify_checkpoint(path: str | Path) -> None:
     for name in ("config.json", "model.safetensors", "trainer_state/state.json"):
         if name not in checksums:
             raise InputError(f"{path}: checksums.json does not list {name}")
-    for file in sorted(path.rglob("*")):
+    for file in sorted([path / name for name in checksums] if strays else path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if file.suffix.lower() in PICKLES:
             raise InputError(f"{path}: {name} may hold pickled objects; a checkpoint has only safetensors and JSON")

@@ -52,6 +52,7 @@ from gpt2repro.checkpoint.layout import (
 from gpt2repro.checkpoint.tensors import named_parameters, named_weights, rows_of, unwrap
 from gpt2repro.files import is_plain_name, sha256_of, sync_folder
 from gpt2repro.options import InputError
+from gpt2repro.redaction import scrub
 
 VISIBLE_SECONDS = 30  # how long a network filesystem may take to show one node what another wrote
 
@@ -111,8 +112,9 @@ class CheckpointWriter:
     ) -> float:
         """Write step_N; returns the seconds that the caller was held up, an unfinished earlier save included.
 
-        `state` comes back from `read_state`. `extra_files` lie beside config.json. `on_written` is called on
-        rank 0, in the writing thread, when the checkpoint is whole; where it fails, that is said and nothing else.
+        `state` comes back from `read_state`, scrubbed, since checkpoints are published. `extra_files` lie beside
+        config.json. `on_written` is called on rank 0, in the writing thread, when the checkpoint is whole; where it
+        fails, that is said and nothing else.
 
         Raises: SaveError where this save (synchronous) or the one before (asynchronous) could not be written.
         """
@@ -120,7 +122,7 @@ class CheckpointWriter:
         self.wait()
         model, optimizer = unwrap(model), getattr(optimizer, "optimizer", optimizer)
         header = {"format": FORMAT, "version": VERSION, "step": step, "optimizer": type(optimizer).__name__}
-        small_files = {"trainer_state/state.json": json.dumps({**header, "state": state}, indent=1).encode()}
+        small_files = {"trainer_state/state.json": json.dumps({**header, "state": scrub(state)}, indent=1).encode()}
         for name, content in (extra_files or {}).items():
             if not is_plain_name(name):
                 raise ValueError(f"extra file {name!r}: expected a relative path inside the checkpoint")

@@ -8,26 +8,28 @@ they name no files and no other models. Needs the extra `demo`: pip install "gpt
 the same page from an `app.py` that calls `main(["--model", "user/name", "--host", "0.0.0.0"])`.
 """
 
+import dataclasses
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
+from gpt2repro.models import ModelOptions
 from gpt2repro.options import InputError, parse_options
 
-Port = Annotated[int, Field(ge=1, le=65535)]
-AtLeastOne = Annotated[int, Field(ge=1)]
+AtLeastOne = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(ModelOptions):
     model: list[str]
     "Runs, checkpoint directories or Hub ids that visitors can choose from; the first is shown first."
     host: str = "127.0.0.1"
     "The address to listen on; 0.0.0.0 lets other machines in."
-    port: Port = 7860
+    port: Annotated[int, Field(ge=1, le=65535)] = 7860
     "The port to listen on."
     max_new_tokens: AtLeastOne = 400
     "The longest text a visitor can ask for."
@@ -35,10 +37,9 @@ class Options:
     "Texts written at the same time; the others wait in line."
     queue: AtLeastOne = 20
     "Visitors that may wait in line; further ones are asked to come back later."
-    device: str | None = None
-    "cuda, cuda:1, mps or cpu; none: the best one here."
-    trust_remote_code: bool = False
-    "Run the Python code that a Hub repo of another architecture brings along."
+
+    def problems(self) -> list[str]:
+        return [] if self.model and all(self.model) else ["--model needs a run, a checkpoint directory or a Hub id"]
 
 
 def main(argv: list[str]) -> int:
@@ -50,23 +51,32 @@ def main(argv: list[str]) -> int:
         raise InputError('the page needs Gradio; install it with: pip install "gpt2repro[demo]"') from None
 
     from gpt2repro.checkpoint.layout import find_run
-    from gpt2repro.generation.demo_page import Served, build, launch_options
-    from gpt2repro.models import load_model, pick_device, pick_dtype
+    from gpt2repro.generation.demo_page import Served, build
 
-    device = pick_device(options.device)
+    place = f"{options.host}:{options.port}"
+    try:  # before models are loaded; Gradio itself would say it at the end, and at length
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        socket.create_server((options.host, options.port), family=family).close()
+    except OSError as error:
+        raise InputError(f"cannot listen on {place} ({error.strerror}); choose another --port or --host") from None
     models = {}
     for name, label in zip(options.model, labels(options.model), strict=True):
         print(f"loading {name}", flush=True)
-        model, tokenizer = load_model(
-            name, device=device, dtype=pick_dtype(device), trust_remote_code=options.trust_remote_code
-        )
+        model, tokenizer, _ = dataclasses.replace(options, model=name).load()
         models[label] = Served(model, tokenizer, find_run(name))
-    page = build(models, most_new_tokens=options.max_new_tokens, concurrency=options.concurrency, queue=options.queue)
+    limits = {"concurrency": options.concurrency, "queue": options.queue}
+    page, how = build(models, most_new_tokens=options.max_new_tokens, **limits)
+    # Gradio looks at its own page before it says that it is there: that must not go through a proxy.
+    os.environ["no_proxy"] = ",".join([os.environ.get("no_proxy", ""), "localhost", options.host])
     try:
-        page.launch(server_name=options.host, server_port=options.port, prevent_thread_lock=True, **launch_options())
-    except OSError as error:
-        raise InputError(f"cannot listen on {options.host}:{options.port} ({error}); try another --port") from None
-    print(f"the page is at http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
+        page.launch(server_name=options.host, server_port=options.port, prevent_thread_lock=True, **how)
+    except Exception as error:  # Gradio raises what its web server, its client and itself raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"the page does not answer at http://{place} ({reason}); check that this machine may connect to itself, "
+            "or try --host 127.0.0.1"
+        ) from None
+    print(f"the page is at http://{place} (Ctrl-C ends it)", flush=True)
     page.block_thread()
     return 0
 

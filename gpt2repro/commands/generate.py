@@ -19,10 +19,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from gpt2repro.files import atomic_file, read_json_lines
+from gpt2repro.generation.prompts import TextStream, encode_prompt, room_for
 from gpt2repro.models import ModelOptions
 from gpt2repro.options import InputError, parse_options
 
-AtLeastOne = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
+MOST_SAMPLES = 1_000_000  # of one call: all of them are kept until the file is written
+MOST_CHARACTERS = 64 << 20  # of a prompts file
 
 
 @dataclass(kw_only=True)
@@ -35,27 +39,25 @@ class Options(ModelOptions):
     "Continue every prompt of this .txt or .jsonl file; needs --out."
     out: Path | None = field(default=None, metadata={"config": False})
     "Where the samples of a prompts file go, one JSON object a line."
-    max_new_tokens: AtLeastOne = 200
+    max_new_tokens: Tokens = 200
     "Stop after this many tokens, or at the end-of-text token."
-    temperature: float = 0.8
+    temperature: Annotated[float, Field(ge=0)] = 0.8
     "Below 1 bolder, above 1 wilder; 0 always takes the likeliest token."
-    top_k: int | None = 50
+    top_k: Annotated[int, Field(ge=1)] | None = 50
     "Choose among the k likeliest tokens; none: among all."
-    top_p: float | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     "Choose among the likeliest tokens that together have this probability; none: no such cut."
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 1337
     "The same seed, prompt and options give the same text."
-    num_samples: AtLeastOne = 1
+    num_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
     "How many continuations of each prompt."
-    batch_size: AtLeastOne = 64
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
     "Sequences decoded at a time."
     compile: bool = False
     "Fuse the decode step with torch.compile: slower to start, faster for many tokens on a GPU."
 
     def problems(self) -> list[str]:
-        from gpt2repro.generation.decoder import Sampling
-
-        found = Sampling(self.temperature, self.top_k, self.top_p).problems()
+        found = []
         sources = [self.prompt is not None, self.interactive, self.prompts_file is not None]
         if sum(sources) != 1:
             found.append("give exactly one of --prompt TEXT, --interactive and --prompts_file FILE")
@@ -70,72 +72,62 @@ class Options(ModelOptions):
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro generate", description=__doc__)
-    prompts = read_prompts(options.prompts_file) if options.prompts_file else []  # before a model is loaded
-
-    model, tokenizer, _ = options.load()
     try:
-        if options.interactive:
-            return converse(model, tokenizer, options)
         if options.prompts_file:
-            return write_samples(model, tokenizer, prompts, options)
-        return print_samples(model, tokenizer, options)
-    except BrokenPipeError:  # the reader of the text, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            write_samples(options)
+            return 0
+        model, tokenizer, _ = options.load()
+        (converse if options.interactive else print_samples)(model, tokenizer, options)
         return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more when it ends
+        if isinstance(error, BrokenPipeError):  # the reader of the text, `head` say, has seen enough
+            return 0
+        raise InputError(f"cannot write the text: {error.strerror}") from None
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        raise InputError(
+            f"batch_size={options.batch_size} sequences do not fit into the memory; lower --batch_size or "
+            "--max_new_tokens, or try --dtype bf16"
+        ) from None
 
 
-def print_samples(model, tokenizer, options: Options) -> int:
+def print_samples(model, tokenizer, options: Options) -> None:
     """`--prompt`: one sample streams as it is made; several are made together and printed one after the other."""
-    from gpt2repro.generation.decoder import complete, decoder_for, encode_prompt
+    from gpt2repro.generation.decoder import complete
 
-    ids = encode_prompt(tokenizer, options.prompt)
-    limit = shorten(model, len(ids), options.max_new_tokens)
     if options.num_samples == 1:
-        decoder = decoder_for(model, batch_size=1, length=len(ids) + limit, compiled=options.compile)
-        print(options.prompt, end="", flush=True)
-        stream(decoder, tokenizer, ids, limit, options, row=0)
-        return 0
+        stream(model, tokenizer, options.prompt, options)
+        return
+    ids = encode_prompt(tokenizer, options.prompt)
     start = time.perf_counter()
-    samples = dict(
-        complete(
-            model,
-            [ids] * options.num_samples,
-            max_new_tokens=limit,
-            batch_size=options.batch_size,
-            **chance(tokenizer, options),
-        )
-    )
+    how = {"max_new_tokens": shorten(model, len(ids), options.max_new_tokens), "batch_size": options.batch_size}
+    samples = dict(complete(model, [ids] * options.num_samples, **how, **chance(tokenizer, options)))
     for number in range(options.num_samples):
         print(f"--- sample {number + 1} of {options.num_samples}")
         print(options.prompt + tokenizer.decode(samples[number], skip_special_tokens=True))
     report(sum(map(len, samples.values())), time.perf_counter() - start)
-    return 0
 
 
-def converse(model, tokenizer, options: Options) -> int:
+def converse(model, tokenizer, options: Options) -> None:
     """`--interactive`: every line is a prompt of its own; an empty line or end of input ends the program."""
-    from gpt2repro.generation.decoder import decoder_for, encode_prompt
-
     with contextlib.suppress(ImportError):  # arrow keys and history, where Python has them
         import readline  # noqa: F401
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused like any bad prompt
 
     decoder = None
     row = 0
     print("Write the beginning of a text; an empty line ends the program.", file=sys.stderr)
     while prompt := read_line("\n> "):
         try:
-            ids = encode_prompt(tokenizer, prompt)
-            limit = shorten(model, len(ids), options.max_new_tokens)
-            if decoder is None or decoder.length < len(ids) + limit:
-                decoder = decoder_for(model, batch_size=1, length=len(ids) + limit, compiled=options.compile)
-            print(prompt, end="", flush=True)
-            stream(decoder, tokenizer, ids, limit, options, row=row)
+            decoder = stream(model, tokenizer, prompt, options, decoder=decoder, row=row)
         except InputError as error:  # a prompt that is too long is no reason to lose the model
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print("\n(stopped; an empty line ends the program)", file=sys.stderr)
         row += 1
-    return 0
 
 
 def read_line(question: str) -> str:
@@ -148,57 +140,73 @@ def read_line(question: str) -> str:
         return ""
 
 
-def write_samples(model, tokenizer, prompts: list[str], options: Options) -> int:
+def write_samples(options: Options) -> None:
     """`--prompts_file`: all samples of all prompts in left-padded batches -> JSON lines, in the prompts' order."""
     from tqdm import tqdm
 
-    from gpt2repro.generation.decoder import complete, encode_prompt, room_for
+    from gpt2repro.generation.decoder import complete
 
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    for number, ids in enumerate(encoded, 1):
-        room = room_for(model, len(ids))
-        if room is not None and room < options.max_new_tokens:
-            raise InputError(
-                f"prompt {number} of {options.prompts_file} has {len(ids)} tokens, which leaves room for {room} new "
-                f"ones, not {options.max_new_tokens}; shorten it or lower --max_new_tokens"
-            )
+    out = options.out
+    prompts = read_prompts(options.prompts_file)  # what can be wrong is found before a model is loaded
+    if len(prompts) * options.num_samples > MOST_SAMPLES:
+        raise InputError(
+            f"{len(prompts)} prompts with num_samples={options.num_samples} each make more than "
+            f"{MOST_SAMPLES:,} samples; use several files"
+        )
     jobs = [number for number in range(len(prompts)) for _ in range(options.num_samples)]
-    samples: dict[int, list[int]] = {}
-    start = time.perf_counter()
-    with tqdm(total=len(jobs), unit="sample", disable=None) as bar:
-        for index, tokens in complete(
-            model,
-            [encoded[number] for number in jobs],
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-            compiled=options.compile,
-            **chance(tokenizer, options),
-        ):
-            samples[index] = tokens
-            bar.update()
-    seconds = time.perf_counter() - start
-
-    temporary = options.out.with_name(options.out.name + ".tmp")
+    if out.exists() and (not out.is_file() or out.samefile(options.prompts_file)):
+        raise InputError(f"--out {out} is {'--prompts_file' if out.is_file() else 'no file'}; name a new .jsonl file")
     try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(out) as file:
+            model, tokenizer, _ = options.load()
+            encoded = encode_all(model, tokenizer, prompts, options)
+            samples: dict[int, list[int]] = {}
+            start = time.perf_counter()
+            how = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+            how |= {"compiled": options.compile, **chance(tokenizer, options)}
+            with tqdm(total=len(jobs), unit="sample", disable=None) as bar:
+                for index, tokens in complete(model, [encoded[number] for number in jobs], **how):
+                    samples[index] = tokens
+                    bar.update()
+            seconds = time.perf_counter() - start
             for index, number in enumerate(jobs):
                 text = tokenizer.decode(samples[index], skip_special_tokens=True)
                 record = {"index": number, "sample": index % options.num_samples, "prompt": prompts[number]}
                 record |= {"text": text, "tokens": len(samples[index]), "seed": options.seed}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(temporary, options.out)
     except OSError as error:
-        raise InputError(f"cannot write {options.out}: {error}") from None
+        raise InputError(f"cannot write {out}: {error.strerror}") from None
     report(sum(map(len, samples.values())), seconds)
-    print(f"{len(jobs)} samples in {options.out}", file=sys.stderr)
-    return 0
+    print(f"{len(jobs)} samples in {out}", file=sys.stderr)
 
 
-def stream(decoder, tokenizer, ids: list[int], limit: int, options: Options, *, row: int) -> None:
-    """Print one continuation while it is made, then its speed."""
-    from gpt2repro.generation.decoder import TextStream
+def encode_all(model, tokenizer, prompts: list[str], options: Options) -> list[list[int]]:
+    """The ids of every prompt. Raises: InputError naming the first that leaves no room for the wanted length."""
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            encoded.append(encode_prompt(tokenizer, prompt))
+            room = room_for(model, len(encoded[-1]))
+        except InputError as error:
+            raise InputError(f"prompt {number} of {options.prompts_file}: {error}") from None
+        if room is not None and room < options.max_new_tokens:
+            raise InputError(
+                f"prompt {number} of {options.prompts_file} has {len(encoded[-1])} tokens, which leaves room for "
+                f"{room} new ones, not {options.max_new_tokens}; shorten it or lower --max_new_tokens"
+            )
+    return encoded
 
+
+def stream(model, tokenizer, prompt: str, options: Options, *, decoder=None, row: int = 0):
+    """Print one continuation while it is made, then its speed -> the decoder, for another text."""
+    from gpt2repro.generation.decoder import decoder_for
+
+    ids = encode_prompt(tokenizer, prompt)
+    limit = shorten(model, len(ids), options.max_new_tokens)
+    if decoder is None or decoder.length < len(ids) + limit:
+        decoder = decoder_for(model, batch_size=1, length=len(ids) + limit, compiled=options.compile)
+    print(prompt, end="", flush=True)
     text = TextStream(tokenizer)
     count, start = 0, time.perf_counter()
     try:
@@ -211,11 +219,12 @@ def stream(decoder, tokenizer, ids: list[int], limit: int, options: Options, *, 
     finally:
         print(text.flush(), flush=True)
     report(count, time.perf_counter() - start)
+    return decoder
 
 
 def chance(tokenizer, options: Options) -> dict:
     """How tokens are chosen, as the decode engine takes it."""
-    from gpt2repro.generation.decoder import Sampling
+    from gpt2repro.generation.sampling import Sampling
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     return {"sampling": sampling, "end_token": tokenizer.eos_token_id, "seed": options.seed}
@@ -223,14 +232,11 @@ def chance(tokenizer, options: Options) -> dict:
 
 def shorten(model, prompt_tokens: int, wanted: int) -> int:
     """`wanted` tokens, or as many as fit behind the prompt, saying so."""
-    from gpt2repro.generation.decoder import room_for
-
     room = room_for(model, prompt_tokens)
     if room is None or room >= wanted:
         return wanted
-    print(
-        f"note: behind {prompt_tokens} prompt tokens there is room for {room} new ones, not {wanted}", file=sys.stderr
-    )
+    note = f"note: behind {prompt_tokens} prompt tokens there is room for {room} new ones, not {wanted}"
+    print(note, file=sys.stderr)
     return room
 
 
@@ -239,23 +245,25 @@ def report(tokens: int, seconds: float) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a .txt or .jsonl file. Raises InputError naming the line that is wrong."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read prompts from {path}: {error}") from None
-    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not lines:
-        raise InputError(f"{path} holds no prompts")
-    if path.suffix.lower() != ".jsonl":
-        return [line for _, line in lines]
+    """The prompts of a .txt or .jsonl file. Raises: InputError naming the line that is wrong."""
     prompts = []
-    for number, line in lines:
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str):
-            raise InputError(f'{path} line {number}: expected {{"prompt": "text"}}, found {line[:60]!r}')
-        prompts.append(prompt)
+    try:
+        if path.suffix.lower() == ".jsonl":
+            for number, value in read_json_lines(path):
+                prompts.append(value.get("prompt") if isinstance(value, dict) else None)
+                if not isinstance(prompts[-1], str):
+                    found = json.dumps(value)[:60]
+                    raise InputError(f'{path} line {number}: expected {{"prompt": "text"}}, found {found}')
+        else:
+            with path.open(encoding="utf-8") as file:
+                text = file.read(MOST_CHARACTERS + 1)
+            if len(text) > MOST_CHARACTERS:
+                raise InputError(f"{path} has more than {MOST_CHARACTERS} characters; use several files")
+            prompts = [line for line in text.split("\n") if line.strip()]
+    except OSError as error:
+        raise InputError(f"cannot read prompts from {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read prompts from {path}: {error}; save it as UTF-8") from None
+    if not prompts:
+        raise InputError(f"{path} holds no prompts")
     return prompts

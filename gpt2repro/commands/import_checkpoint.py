@@ -9,9 +9,6 @@ ShallowU's Reproduce-GPT2-124M writes build-nanogpt's format. The optimizer is n
 from __future__ import annotations
 
 import math
-import shutil
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,6 +45,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro import-checkpoint", description=__doc__)
+    from gpt2repro.publishing.exports import new_directory
     from gpt2repro.publishing.importers import GPT2_VOCAB_SIZE, read_checkpoint, read_nanogpt_characters
 
     imported = read_checkpoint(options.format, options.input)
@@ -68,7 +66,10 @@ def main(argv: list[str]) -> int:
     for note in imported.notes:
         print(note)
     print(verify(model, tokenizer))
-    save(model, tokenizer, options.out)
+    with new_directory(options.out) as aside:
+        model.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
     print(f"{model.num_parameters():,} parameters -> {options.out}")
     if tokenizer is None:
         V = model.config.vocab_size
@@ -131,22 +132,3 @@ def character_tokenizer(characters: list[str], n_positions: int):
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, model_max_length=n_positions, clean_up_tokenization_spaces=False
     )
-
-
-def save(model, tokenizer, out: Path) -> None:
-    """The whole directory at once: it is written beside `out` and renamed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
-    try:
-        model.save_pretrained(aside)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
-        if out.is_dir():
-            out.rmdir()  # empty, as checked: Windows renames onto nothing
-        aside.chmod(0o755)  # mkdtemp's is for its owner alone
-        aside.rename(out)
-    except OSError as error:
-        print(f"{out} could not be written: {error}", file=sys.stderr)
-        raise InputError(f"--out {out} could not be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

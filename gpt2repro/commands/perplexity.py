@@ -12,8 +12,10 @@ accuracy has a stop-word filter, this one has none). For the tasks of lm-evaluat
         --tasks lambada_openai,hellaswag,wikitext
 """
 
+import io
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +23,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from gpt2repro.evaluation.rows import read_rows
+from gpt2repro.files import check_outputs, write_output
 from gpt2repro.models import ModelOptions
 from gpt2repro.options import InputError, parse_options
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 # OpenAI's sizes. Source: GPT-2 paper, table 3.
-PUBLISHED = {
-    "last_word": {
-        "LAMBADA perplexity": {"124M": 35.13, "350M": 15.60, "774M": 10.87, "1558M": 8.63},
-        "LAMBADA accuracy (with stop-word filter)": {"124M": 0.4599, "350M": 0.5548, "774M": 0.6012, "1558M": 0.6324},
-    },
-    "perplexity": {"WikiText-103 perplexity per word": {"124M": 37.50, "350M": 26.37, "774M": 22.05, "1558M": 17.48}},
-}
+WIKITEXT = {"WikiText-103 perplexity per word": {"124M": 37.50, "350M": 26.37, "774M": 22.05, "1558M": 17.48}}
 
 
 @dataclass(kw_only=True)
 class Options(ModelOptions):
     data: str
-    "A text file, a .jsonl file with a text in each line, or a dataset of the Hub."
+    "A text file, a .jsonl file with a text in each line, a directory that holds one, or a dataset of the Hub."
     subset: str | None = None
     "Subset (configuration) of a Hub dataset."
     split: str = "test"
@@ -57,65 +55,72 @@ class Options(ModelOptions):
     limit: AtLeastOne | None = None
     "Only the first so many lines or rows; none: all."
     batch_size: AtLeastOne = 8
-    "Windows or passages per forward pass."
+    "Windows per forward pass; with --last_word, as many tokens as in so many of the longest passages."
     out: Path | None = None
     "Write the numbers to this JSON file."
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     "Precision of the weights."
 
     def problems(self) -> list[str]:
-        found = []
-        if self.last_word and self.stride is not None:
-            found.append("--stride belongs to the sliding window, not to --last_word")
-        if self.last_word and self.detokenize is not None:
-            found.append("--detokenize belongs to the sliding window, not to --last_word")
-        return found
+        windows_own = {"stride": self.stride, "detokenize": self.detokenize} if self.last_word else {}
+        given = [name for name, value in windows_own.items() if value is not None]
+        return [f"--{name} belongs to the sliding window, not to --last_word" for name in given]
 
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro perplexity", description=__doc__)
+    check_outputs(options.out)
     texts = read_texts(options)  # before a model is loaded
 
     from tqdm import tqdm
 
-    from gpt2repro.evaluation import losses as evaluation
+    from gpt2repro.evaluation import lambada
+    from gpt2repro.evaluation.losses import max_length_of
 
+    examples = lambada.TASK.checked([{"text": text} for text in texts], options.data) if options.last_word else []
     model, tokenizer, device = options.load()
-    limit = evaluation.max_length_of(model, tokenizer)
+    limit = max_length_of(model, tokenizer)
     if options.max_length is not None and options.max_length > limit:
         raise InputError(f"max_length={options.max_length} is longer than the model's input of {limit} tokens")
-    how = {
-        "max_length": options.max_length or limit,
-        "batch_size": options.batch_size,
-        "device": device,
-        "progress": lambda batches: tqdm(batches, unit="batch", file=sys.stderr),
-    }
+    max_length = options.max_length or limit
+    how = {"device": device, "progress": lambda batches: tqdm(batches, unit="batch", file=sys.stderr)}
     if options.last_word:
-        results = evaluation.last_word_summary(evaluation.last_word_scores(model, tokenizer, texts, **how))
+        results = last_words(model, lambada.TASK.prepare(examples, tokenizer, max_length), options, how)
     else:
-        results = text_perplexity(model, tokenizer, "".join(texts), options, how)
-    show(results, PUBLISHED["last_word" if options.last_word else "perplexity"], options)
+        results = text_perplexity(model, tokenizer, "".join(texts), max_length, options, how)
+    show(results, lambada.PAPER if options.last_word else WIKITEXT, options)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         record = {"model": options.model, "data": options.data, "subset": options.subset, "split": options.split}
         record |= {"results": results, "dtype": options.dtype, "command": ["gpt2repro", "perplexity", *argv]}
-        options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_output(options.out, json.dumps(record, indent=2) + "\n")
     return 0
 
 
-def text_perplexity(model, tokenizer, text: str, options: Options, how: dict) -> dict:
+def last_words(model, prepared, options: Options, how: dict) -> dict:
+    """The numbers of the task `lambada`, under this command's names."""
+    from gpt2repro.evaluation.multiple_choice import score
+
+    batch_tokens = options.batch_size * max(group.length for group in prepared.groups)
+    scores = score(model, prepared, batch_tokens=batch_tokens, **how)
+    found = prepared.task.summary(prepared.task.predictions(prepared, scores))
+    names = ("last_word_accuracy", "last_word_accuracy_stderr", "last_word_perplexity", "last_words")
+    return dict(zip(names, found.values(), strict=True))
+
+
+def text_perplexity(model, tokenizer, text: str, max_length: int, options: Options, how: dict) -> dict:
     """The sliding window's sum of nats per token, per word of the text as given, and per byte of what was read."""
     import numpy as np
 
-    from gpt2repro.evaluation import losses as evaluation
+    from gpt2repro.evaluation.losses import loss_metrics
+    from gpt2repro.evaluation.perplexity import detokenize_wikitext, sliding_window_loss
 
     words = len(text.split())
     if options.detokenize == "wikitext":
-        text = evaluation.detokenize_wikitext(text)
+        text = detokenize_wikitext(text)
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-    stride = options.stride or max(1, how["max_length"] // 2)
-    sums = evaluation.sliding_window_loss(model, ids, stride=stride, **how)
-    metrics = evaluation.loss_metrics(sums["total_nats"], sums["predicted_tokens"], len(text.encode("utf-8")))
+    window = {"max_length": max_length, "stride": options.stride or max(1, max_length // 2)}
+    sums = sliding_window_loss(model, ids, batch_size=options.batch_size, **window, **how)
+    metrics = loss_metrics(sums["total_nats"], sums["predicted_tokens"], len(text.encode("utf-8")))
     return {
         "loss": metrics["val_loss"],
         "perplexity": metrics["perplexity"],
@@ -123,52 +128,33 @@ def text_perplexity(model, tokenizer, text: str, options: Options, how: dict) ->
         "bits_per_byte": metrics["bits_per_byte"],
         "tokens": sums["predicted_tokens"],
         "words": words,
-        "stride": stride,
-        "max_length": how["max_length"],
+        **window,
     }
 
 
 def read_texts(options: Options) -> list[str]:
-    """Lines or rows of text; a text file keeps its line ends. Raises InputError."""
+    """Lines or rows of text; a text file keeps its line ends. Raises: InputError."""
     path = Path(options.data)
-    if path.is_file():
+    if os.path.isfile(path) and path.suffix != ".jsonl":
         try:
-            text = path.read_text(encoding="utf-8")
+            lines = io.StringIO(path.read_text(encoding="utf-8")).readlines()  # at newlines only
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
-        lines = text.splitlines(keepends=True)
-        if path.suffix == ".jsonl":
-            lines = [read_json_line(path, number, line, options) for number, line in enumerate(lines, 1)]
-    elif path.suffix or str(options.data).count("/") != 1:
-        raise InputError(f"there is no file {options.data}; give a text file, a .jsonl file or a dataset of the Hub")
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
     else:
-        lines = read_dataset(options)
+        rows = read_rows(options.data, subset=options.subset, split=options.split)
+        lines = [row.get(options.text_column) for row in rows]
+        wrong = [number for number, line in enumerate(lines, 1) if not isinstance(line, str)]
+        if wrong:
+            expected = f'expected an object with "{options.text_column}", a text'
+            raise InputError(f"{options.data}, row {wrong[0]}: {expected} (--text_column names another)")
     if options.last_word:
         lines = [line for line in lines if line.strip()]
     lines = lines[: options.limit]
     if not any(line.strip() for line in lines):
         raise InputError(f"{options.data} has no text")
     return lines
-
-
-def read_json_line(path: Path, number: int, line: str, options: Options) -> str:
-    try:
-        return json.loads(line)[options.text_column]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        expected = f'expected an object with "{options.text_column}"'
-        raise InputError(f"{path}, line {number}: {expected} (--text_column names another)") from None
-
-
-def read_dataset(options: Options) -> list[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"reading {options.data} needs the package `datasets`; install it or give a file") from None
-    try:
-        rows = datasets.load_dataset(options.data, options.subset, split=options.split)
-        return [row[options.text_column] for row in rows]
-    except Exception as error:  # the Hub, the network and parquet fail in many ways; each is bad input here
-        raise InputError(f"cannot read {options.data}: {type(error).__name__}: {error}") from error
 
 
 def show(results: dict, published: dict, options: Options) -> None:

@@ -18,8 +18,11 @@ class Options:
     "The picture to write."
 
     def problems(self) -> list[str]:
-        missing = [f"{run} is not a directory" for run in self.runs if not Path(run).is_dir()]
-        return missing if self.runs else ["name at least one run: gpt2repro plot runs/quickstart"]
+        found = [] if self.runs else ["name at least one run: gpt2repro plot runs/quickstart"]
+        found += [f"{run} is not a directory" for run in self.runs if not Path(run).is_dir()]
+        if self.out.suffix.lower() != ".png" or self.out.is_dir():
+            found.append(f"out={self.out} must be a file that ends in .png; the picture is a PNG")
+        return found
 
 
 def main(argv: list[str]) -> int:

@@ -10,9 +10,13 @@ Each checkpoint of a run becomes a branch `step-N`; the newest one keeps the opt
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from gpt2repro.models import load_for_comparison
 from gpt2repro.options import InputError, parse_options
@@ -36,23 +40,14 @@ class Options:
     "Publish one model (of a run: the best) as this branch, and nothing else; none: see above."
     license: str = "mit"
     "Licence of the weights, as the Hub spells it."
-    cost_dollars: float | None = None
+    language: str | None = None
+    "Language of the text as the Hub spells it (en), for the card; none: en where the corpus is known to be English."
+    cost_dollars: Annotated[float, Field(ge=0)] | None = None
     "What the training cost, for the card."
-    co2_kg: float | None = None
+    co2_kg: Annotated[float, Field(ge=0)] | None = None
     "CO2 equivalents of the training in kg, for the card."
-    timeout_minutes: float = 120
+    timeout_minutes: Annotated[float, Field(gt=0)] = 120
     "Give up after so long; what has arrived stays, and the same command sends the rest."
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.repo.count("/") != 1:
-            found.append(f"repo={self.repo} should be USER/NAME")
-        for name in ("cost_dollars", "co2_kg"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                found.append(f"{name}={getattr(self, name)} must not be negative")
-        if self.timeout_minutes <= 0:
-            found.append(f"timeout_minutes={self.timeout_minutes} must be positive")
-        return found
 
 
 def main(argv: list[str]) -> int:
@@ -66,7 +61,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--model {options.model} is not here: push sends a run's or a model's directory")
     run_dir = find_run(model)
     whole_run = options.revision is None and run_dir is not None and Path(options.model).resolve() == run_dir
-    card = {"license": options.license, "cost_dollars": options.cost_dollars, "co2_kg": options.co2_kg}
+    card = {name: getattr(options, name) for name in ("license", "language", "cost_dollars", "co2_kg")}
     try:
         api = hub.open_repo(options.repo, private=not options.public)
         revisions = send_run(run_dir, options, card) if whole_run else send_one(api, model, run_dir, options, card)
@@ -101,12 +96,14 @@ def send_one(api, model: Path, run_dir: Path | None, options: Options, card: dic
     from gpt2repro.publishing.model_card import card_files
 
     cards = partial(card_files, repo=options.repo, run_dir=run_dir, **card)
+    files = hub.weights_only(hub.checkpoint_files(model)) | cards(model)
     revisions = [options.revision or "main"]
     if options.native:
         hub.publish_native(api, options.repo, model, load_for_comparison(model), cards)
         revisions.append("native")
-    files = hub.checkpoint_files(model, with_trainer_state=False) | cards(model)
     hub.publish(api, options.repo, files, revision=revisions[0], message=model.name)
+    if at_home := sorted({path.name for path in model.iterdir() if path.is_file()} - files.keys() - {hub.CHECKSUMS}):
+        print(f"not part of the model, so not sent: {', '.join(at_home)}")
     return revisions
 
 
@@ -123,18 +120,37 @@ def send_space(options: Options) -> None:
 
 def space_files(repo: str) -> dict[str, bytes | Path]:
     """A Gradio Space that runs this very demo: the package itself travels along, the model comes from `repo`."""
+    from huggingface_hub import SpaceCardData
+
     files: dict[str, bytes | Path] = {
         f"gpt2repro/{path.relative_to(PACKAGE).as_posix()}": path
         for path in sorted(PACKAGE.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts and "bench" not in path.parts
+        if path.is_file() and not path.is_symlink() and "__pycache__" not in path.parts and "bench" not in path.parts
     }
     for name in ("configuration_gpt2repro", "modeling_gpt2repro"):
         files[f"{name}.py"] = Path(__import__(name).__file__)
-    title = repo.split("/")[-1]
-    files["README.md"] = SPACE_README.format(title=title, repo=repo, gradio=gradio_version()).encode()
+    front = SpaceCardData(
+        title=repo.split("/")[-1], sdk="gradio", sdk_version=gradio_version(), app_file="app.py", models=[repo]
+    )
+    link = f"[{repo}](https://huggingface.co/{repo})"
+    text = f"---\n{front.to_yaml()}\n---\n\nA page to talk to {link}, made by `gpt2repro push --space`.\n"
+    files["README.md"] = text.encode()
     files["app.py"] = SPACE_APP.format(repo=repo).encode()
-    files["requirements.txt"] = SPACE_REQUIREMENTS.encode()
+    files["requirements.txt"] = "".join(f"{line}\n" for line in space_requirements()).encode()
     return files
+
+
+def space_requirements() -> list[str]:
+    """The requirements of the page with the bounds of setup.cfg, or of the installed package."""
+    from configparser import ConfigParser
+    from importlib.metadata import requires
+
+    checkout = ConfigParser()
+    if checkout.read(PACKAGE.parent / "setup.cfg", encoding="utf-8"):
+        lines = checkout["options"]["install_requires"].splitlines()
+    else:
+        lines = [line for line in requires("gpt2repro") or [] if "extra ==" not in line]
+    return [line for line in lines if re.split(r"[^\w-]", line)[0] in SPACE_IMPORTS]
 
 
 def gradio_version() -> str:
@@ -147,21 +163,6 @@ def gradio_version() -> str:
         return "6.0.0"
 
 
-SPACE_README = """---
-title: {title}
-emoji: 💬
-colorFrom: blue
-colorTo: gray
-sdk: gradio
-sdk_version: {gradio}
-app_file: app.py
-models:
-- {repo}
----
-
-A page to talk to [{repo}](https://huggingface.co/{repo}), made by `gpt2repro push --space`.
-"""
-
 SPACE_APP = '''"""Started by the Space: the page of `gpt2repro demo` with one model."""
 
 from gpt2repro.commands.demo import main
@@ -172,14 +173,5 @@ if __name__ == "__main__":
     raise SystemExit(run_main(main, ["--model", "{repo}", "--host", "0.0.0.0", "--port", "7860"]))
 '''
 
-# What the page imports; gradio itself is the Space's sdk. The bounds are setup.cfg's.
-SPACE_REQUIREMENTS = """torch>=2.11,<2.14
-transformers>=5.4
-huggingface_hub>=1.3
-matplotlib
-numpy
-pydantic>=2
-pyyaml
-safetensors
-tiktoken>=0.14
-"""
+# What the page imports; gradio itself is the Space's sdk.
+SPACE_IMPORTS = "torch transformers huggingface_hub matplotlib numpy pydantic pyyaml safetensors tiktoken".split()

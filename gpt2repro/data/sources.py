@@ -194,6 +194,11 @@ class Prefetch:
             raise error
         return item
 
+    def ready(self, seconds: float) -> bool:
+        """Whether `next` would answer at once, after waiting for that for at most `seconds`."""
+        with self._queue.not_empty:
+            return self._queue.not_empty.wait_for(lambda: self._queue.queue or self._stopped.is_set(), seconds)
+
     def close(self) -> None:
         """Ends the thread and closes the iterator; safe to call twice."""
         self._stopped.set()

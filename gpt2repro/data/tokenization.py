@@ -119,13 +119,17 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def load_tokenizer(source: str | Path):
-    """The tokenizer of a data set, a checkpoint, a directory or a Hub id. Raises: InputError where there is none."""
+    """The tokenizer of a data set, a checkpoint, a directory or a Hub id (also `user/name@revision`).
+
+    Raises InputError where there is none.
+    """
     from transformers import AutoTokenizer
 
     source = Path(source) / TOKENIZER if (Path(source) / TOKENIZER).is_dir() else source
+    name, _, revision = (str(source), "", "") if Path(source).exists() else str(source).partition("@")
     try:
         # trust_remote_code=False: else transformers asks on stdin where a checkpoint carries the model's code.
-        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # a damaged file can make the libraries raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"no tokenizer could be loaded from {source}: {reason}") from error

@@ -1,16 +1,13 @@
-"""Prompts -> tokens, one step at a time: sampling, the decode engine, and text that streams.
+"""Prompts -> tokens, one step at a time.
 
     prompts --left-pad--> prefill --> logits (B, V) --> choose --> token (B,) --+--> yielded, still on the device
                                          ^                                      |
                                          +---------- one step, static cache ----+
 
-GPT-2 (ours and transformers') is decoded straight from its weights: a static key-value cache, fixed shapes, no Python
-module in between, and on CUDA the whole step - forward, sampling, bookkeeping - is one captured graph. Every other
-causal language model goes through its own `forward`. Nothing waits for the device between two tokens, except to see now
-and then whether every row has ended, and where somebody reads a token while it streams.
-
-Chance comes from outside: each row has its own stream of uniform numbers, drawn before the first token from
-(seed, row). So a seed gives the same text in every batch, and the captured step holds no random state.
+A plain GPT-2 (ours or transformers') is decoded straight from its weights: a static key-value cache, fixed shapes, no
+Python module in between. On CUDA the whole step (forward, sampling, bookkeeping) is one captured graph. Every other
+causal language model, an edited GPT-2 included, is called as a module. Nothing waits for the device between two tokens,
+except to see now and then whether every row has ended, and where somebody reads a token while it streams.
 
 Knows no file, no command and no Hub. Shapes: B batch, T prompt, L cache slots, C n_embd, H heads, D head size, V
 vocabulary.
@@ -18,91 +15,29 @@ vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.module import _has_any_global_hook
+from transformers import PretrainedConfig
 
+from gpt2repro.generation.sampling import Sampling, choose, uniforms
+from gpt2repro.models import plain_twin
 from gpt2repro.options import InputError
 
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # config.activation_function -> F.gelu's name
 STEPS_BETWEEN_CHECKS = 16  # asking a GPU "has every row ended?" costs an idle gap of some 20 µs; a step takes 250 µs
 CACHE_BLOCK = 64  # caches grow in blocks, so that neighbouring lengths share a captured graph
-
-
-# ---------------------------------------------------------------------------------------------------------- sampling
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen: `temperature=0` is greedy; `top_k` and `top_p` cut the tail, None leaves it."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def problems(self) -> list[str]:
-        found = []
-        if not 0 <= self.temperature < float("inf"):
-            found.append(f"temperature={self.temperature} must be a number of at least 0 (0 takes the likeliest token)")
-        if self.top_k is not None and self.top_k < 1:
-            found.append(f"top_k={self.top_k} must be at least 1; leave it out to keep every token")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p} must lie in (0, 1]; leave it out to keep every token")
-        return found
-
-
-def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The `top_k` best logits in descending order and their ids; all of them, unsorted, without a cut (ids None)."""
-    if sampling.top_k is None and sampling.top_p is None:
-        return logits, None
-    count = min(sampling.top_k or logits.size(-1), logits.size(-1))
-    return torch.topk(logits, count)  # (B, V) -> (B, k), (B, k)
-
-
-def keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero what lies behind the first `top_p` of the mass; `probs` descend. The likeliest token always stays.
-
-    Source: Holtzman et al. 2020, section 3.1.
-    """
-    return probs * (probs.cumsum(-1) - probs < top_p)
-
-
-def probabilities(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Temperature, then top-k, then top-p -> unnormalised probabilities (B, k) and the ids they belong to."""
-    best, ids = candidates(logits.float() / sampling.temperature, sampling)
-    probs = best.softmax(-1)
-    return (probs if sampling.top_p is None else keep_nucleus(probs, sampling.top_p)), ids
-
-
-def pick(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The inverse of the distribution function at `uniform` (B,) in [0, 1): an index (B,) that is never impossible."""
-    mass = probs.cumsum(-1)
-    # The factor keeps the target below the last step of the sum, whatever order a parallel sum rounded in.
-    target = uniform[:, None] * mass[:, -1:] * (1 - 1e-6)
-    return ((mass > target) & (probs > 0)).int().argmax(-1)  # argmax: the first of equals
-
-
-def choose(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
-    """Logits (B, V) and one uniform number per row -> token ids (B,)."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probs, ids = probabilities(logits, sampling)
-    index = pick(probs, uniform)
-    return index if ids is None else ids.gather(-1, index[:, None])[:, 0]
-
-
-def uniforms(seed: int, rows: Sequence[int], steps: int) -> torch.Tensor:
-    """(steps, rows) uniform numbers in [0, 1); a row's column depends on (seed, row) alone."""
-    streams = [np.random.Generator(np.random.Philox(key=(row << 64) + seed)) for row in rows]
-    return torch.from_numpy(np.stack([stream.random(steps, dtype=np.float32) for stream in streams], axis=1))
-
-
-# ------------------------------------------------------------------------------------------------------------ decoding
+EXACT_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # all the same function
+PLAIN = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
+PLAIN |= {"add_cross_attention": False}
+HOOKS = ("ward_hooks", "ward_pre_hooks")  # forward and backward; those of state dicts change no logit
+DECISIVE = (int, float, str, tuple, PretrainedConfig)  # types of attributes that a forward may look at
+NO_PART_OF_FORWARD = {"name_or_path", "gradient_checkpointing"}
 
 
 class Step(NamedTuple):
@@ -112,19 +47,8 @@ class Step(NamedTuple):
     logits: torch.Tensor  # (B, V), what the tokens were chosen from
 
 
-def room_for(model, prompt_tokens: int) -> int | None:
-    """How many tokens fit behind a prompt; None where the model sets no limit. Raises: InputError if none does."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and prompt_tokens >= limit:
-        raise InputError(
-            f"the prompt has {prompt_tokens} tokens, the model sees {limit} and needs room for at least one more; "
-            "shorten the prompt"
-        )
-    return None if limit is None else limit - prompt_tokens
-
-
 class Decoder:
-    """Decodes with the model's own `forward` and a growing cache: right for every causal language model."""
+    """Calls the model and lets its cache grow: right for every causal language model, however it was edited."""
 
     def __init__(self, model, *, batch_size: int, length: int):
         self.model, self.batch_size, self.length = model, batch_size, length
@@ -184,42 +108,38 @@ class Decoder:
     def _prefill(self, ids: torch.Tensor, padding: list[int], sampling: Sampling) -> None:
         self.mask = (torch.arange(ids.size(1)) >= torch.tensor(padding)[:, None]).long().to(self.device)  # (B, T)
         self.cache = None
+        self.ids = ids
         self._forward(ids, sampling)
 
     def _advance(self, slot: int, sampling: Sampling) -> None:
         self.mask = F.pad(self.mask, (0, 1), value=1)
-        self._forward(self.token[:, None], sampling)
+        self.ids = torch.cat([self.ids, self.token[:, None]], dim=1)
+        self._forward(self.ids if self.cache is None else self.token[:, None], sampling)
 
     def _forward(self, ids: torch.Tensor, sampling: Sampling) -> None:
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.size(1) :]
-        result = self.model.forward(
-            ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.cache, self.logits = result.past_key_values, result.logits[:, -1]
+        known = inspect.signature(self.model.forward).parameters
+        renamed = "cache" in known and "past_key_values" not in known  # by transformers 5.24
+        cache = "cache" if renamed else "past_key_values"
+        inputs = {"attention_mask": self.mask, "position_ids": positions, cache: self.cache}
+        # A state-space model's memory is no cache of keys and values; it reads everything again at each step.
+        inputs |= {"use_cache": not getattr(self.model, "_is_stateful", False), "logits_to_keep": 1}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            inputs = {name: value for name, value in inputs.items() if name in known}
+        result = self.model(ids, **inputs)  # a call, so that the model's hooks run, as in `generate`
+        self.cache = getattr(result, "cache", None) or getattr(result, "past_key_values", None)
+        self.logits = result.logits[:, -1]
         self._choose(self.logits, sampling)
 
 
-class Layer(NamedTuple):
-    """One block's weights; matrices are (in, out)."""
-
-    ln_1: tuple[torch.Tensor, torch.Tensor]
-    qkv: tuple[torch.Tensor, torch.Tensor]
-    attn_out: tuple[torch.Tensor, torch.Tensor]
-    ln_2: tuple[torch.Tensor, torch.Tensor]
-    fc: tuple[torch.Tensor, torch.Tensor]
-    mlp_out: tuple[torch.Tensor, torch.Tensor]
+Affine = tuple[torch.Tensor, torch.Tensor]  # weight and bias; a matrix is (in, out)
 
 
 class Weights(NamedTuple):
-    """GPT-2's weights as the decode step reads them."""
+    """GPT-2's weights as the decode step reads them; a layer is (ln_1, qkv, attn_out, ln_2, fc, mlp_out)."""
 
-    layers: list[Layer]
-    ln_f: tuple[torch.Tensor, torch.Tensor]
+    layers: list[tuple[Affine, ...]]
+    ln_f: Affine
     wte: torch.Tensor  # (V, C)
     wpe: torch.Tensor  # (n_positions, C)
     head: torch.Tensor  # (C, V padded to a multiple of 64)
@@ -228,18 +148,41 @@ class Weights(NamedTuple):
     gelu: str
 
 
-def has_gpt2_layout(model) -> bool:
-    """Whether `pack` understands the model: plain GPT-2, whole on one device (a sharded one needs its own forward)."""
-    config = model.config
+def is_plain_gpt2(model) -> bool:
+    """Whether the weights say all about the model, so that `pack` may read them and ignore its code.
+
+    True for GPT-2 (ours or transformers') just as its class builds it from its config, in eval mode, on one device.
+    Every edit that could change a logit gives False: another class anywhere (an adapter, a quantised or parametrised
+    layer, a copy of our code), an added, shared or missing module, a hook, a patched `forward`, a changed attribute.
+    """
+    twin = plain_twin(model)
+    if twin is None or _has_any_global_hook():
+        return False
+    config, modules = model.config, dict(model.named_modules())
     return (
-        config.model_type in ("gpt2repro", "gpt2")
-        and config.activation_function in GELU
-        and getattr(config, "scale_attn_weights", True)
-        and not getattr(config, "scale_attn_by_inverse_layer_idx", False)
-        and not getattr(config, "reorder_and_upcast_attn", False)
-        and not getattr(config, "add_cross_attention", False)
-        and all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
+        config.activation_function in GELU
+        and config._attn_implementation in EXACT_ATTENTION
+        and all(getattr(config, name, plain) == plain for name, plain in PLAIN.items())
+        and len({(parameter.device, parameter.dtype) for parameter in model.parameters()}) == 1
+        and {name: behaviour(module) for name, module in modules.items()}
+        == {name: behaviour(module) for name, module in twin.named_modules()}
+        and all(has_its_own_forward(type(module)) for module in modules.values())
     )
+
+
+def behaviour(module: torch.nn.Module) -> tuple:
+    """What decides what a module computes, its weights' numbers aside: class, attributes, kinds of weights, hooks."""
+    own = vars(module).items()
+    attributes = {name: value for name, value in own if name[0] != "_" and name not in NO_PART_OF_FORWARD}
+    attributes = {name: value for name, value in attributes.items() if callable(value) or isinstance(value, DECISIVE)}
+    weights = {name: (type(weight), getattr(weight, "shape", None)) for name, weight in module._parameters.items()}
+    return type(module), attributes, weights, any(value for name, value in own if name.endswith(HOOKS))
+
+
+def has_its_own_forward(cls: type) -> bool:
+    """Whether the class still has the `forward` of the file that defines it; some libraries exchange it."""
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    return owner.forward.__module__ == owner.__module__
 
 
 @torch.no_grad()
@@ -252,37 +195,23 @@ def pack(model) -> Weights:
     on_gpu = next(model.parameters()).is_cuda
     body = model.transformer
 
-    def matrix(linear) -> tuple[torch.Tensor, torch.Tensor]:  # Conv1D stores (in, out)
+    def matrix(linear) -> Affine:  # Conv1D stores (in, out)
         weight = linear.weight.detach()
         return (weight.t().contiguous().t() if on_gpu else weight), linear.bias.detach()
 
-    def norm(layer_norm) -> tuple[torch.Tensor, torch.Tensor]:
+    def norm(layer_norm) -> Affine:
         return layer_norm.weight.detach(), layer_norm.bias.detach()
 
-    layers = [
-        Layer(
-            norm(block.ln_1),
-            matrix(block.attn.c_attn),
-            matrix(block.attn.c_proj),
-            norm(block.ln_2),
-            matrix(block.mlp.c_fc),
-            matrix(block.mlp.c_proj),
-        )
-        for block in body.h
-    ]
+    layers = []
+    for block in body.h:
+        attention = norm(block.ln_1), matrix(block.attn.c_attn), matrix(block.attn.c_proj)
+        layers.append((*attention, norm(block.ln_2), matrix(block.mlp.c_fc), matrix(block.mlp.c_proj)))
     head = model.lm_head.weight.detach()  # (V, C)
     vocab_size = head.size(0)
     head = F.pad(head, (0, 0, 0, -vocab_size % 64)).t() if on_gpu else head.t().contiguous()
-    return Weights(
-        layers=layers,
-        ln_f=norm(body.ln_f),
-        wte=body.wte.weight.detach(),
-        wpe=body.wpe.weight.detach(),
-        head=head,
-        vocab_size=vocab_size,
-        epsilon=model.config.layer_norm_epsilon,
-        gelu=GELU[model.config.activation_function],
-    )
+    wte, wpe = body.wte.weight.detach(), body.wpe.weight.detach()
+    epsilon, gelu = model.config.layer_norm_epsilon, GELU[model.config.activation_function]
+    return Weights(layers, norm(body.ln_f), wte, wpe, head, vocab_size, epsilon, gelu)
 
 
 def gpt2_logits(
@@ -304,10 +233,15 @@ def gpt2_logits(
     batch, length = ids.shape
     heads, head_size = cache[0].size(2), cache[0].size(4)
     x = (weights.wte[ids] + weights.wpe[positions]).view(batch * length, -1)  # (B T, C)
-    norm = partial(F.layer_norm, normalized_shape=x.shape[-1:], eps=weights.epsilon)
-    for layer, layer_cache in zip(weights.layers, cache, strict=True):
-        h = norm(x, weight=layer.ln_1[0], bias=layer.ln_1[1])
-        qkv = torch.addmm(layer.qkv[1], h, layer.qkv[0])
+
+    def norm(x: torch.Tensor, affine: Affine) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], *affine, weights.epsilon)
+
+    def times(x: torch.Tensor, affine: Affine) -> torch.Tensor:
+        return torch.addmm(affine[1], x, affine[0])
+
+    for (ln_1, qkv, attn_out, ln_2, fc, mlp_out), layer_cache in zip(weights.layers, cache, strict=True):
+        qkv = times(norm(x, ln_1), qkv)
         qkv = qkv.view(batch, length, 3, heads, head_size).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         layer_cache.index_copy_(3, slots, qkv[1:])
         query, (keys, values) = qkv[0], layer_cache.unbind(0)  # (B, H, T, D), (B, H, L, D)
@@ -321,11 +255,9 @@ def gpt2_logits(
         else:
             y = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
         y = y.transpose(1, 2).reshape(batch * length, -1)  # (B, H, T, D) -> (B T, C)
-        x = x + torch.addmm(layer.attn_out[1], y, layer.attn_out[0])
-        h = norm(x, weight=layer.ln_2[0], bias=layer.ln_2[1])
-        h = F.gelu(torch.addmm(layer.fc[1], h, layer.fc[0]), approximate=weights.gelu)
-        x = x + torch.addmm(layer.mlp_out[1], h, layer.mlp_out[0])
-    last = norm(x.view(batch, length, -1)[:, -1], weight=weights.ln_f[0], bias=weights.ln_f[1])
+        x = x + times(y, attn_out)
+        x = x + times(F.gelu(times(norm(x, ln_2), fc), approximate=weights.gelu), mlp_out)
+    last = norm(x.view(batch, length, -1)[:, -1], weights.ln_f)
     return (last @ weights.head)[:, : weights.vocab_size]
 
 
@@ -376,16 +308,8 @@ class GPT2Decoder(Decoder):
         self._steps[sampling]()
 
     def _step(self, sampling: Sampling, cache: list[torch.Tensor], seen: torch.Tensor | None) -> None:
-        logits = gpt2_logits(
-            self.weights,
-            self.token[:, None],
-            self.slot - self.padding,
-            cache,
-            self.slot,
-            seen,
-            plain_attention=self.compiled,
-        )
-        self.logits.copy_(logits)
+        ids, positions, how = self.token[:, None], self.slot - self.padding, {"plain_attention": self.compiled}
+        self.logits.copy_(gpt2_logits(self.weights, ids, positions, cache, self.slot, seen, **how))
         self._choose(self.logits, sampling)
         self.slot += 1
 
@@ -427,7 +351,7 @@ def decoder_for(model, *, batch_size: int, length: int, compiled: bool = False) 
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise InputError(f"prompt and new text make {length} tokens, the model sees {limit}; ask for fewer")
-    if not has_gpt2_layout(model):
+    if not is_plain_gpt2(model):
         return Decoder(model, batch_size=batch_size, length=length)
     length = min(-(-length // CACHE_BLOCK) * CACHE_BLOCK, model.config.n_positions)
     return GPT2Decoder(model, batch_size=batch_size, length=length, compiled=compiled)
@@ -438,16 +362,17 @@ def complete(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling,
     end_token: int | None,
-    seed: int = 0,
     batch_size: int = 64,
     compiled: bool = False,
+    **how,
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue every prompt -> (index of the prompt, its new tokens up to the end token), shortest prompts first.
 
-    A prompt's text depends on (seed, index), not on what it is batched with.
+    A prompt's text depends on (seed, index), not on what it is batched with. how: `sampling` and `seed`, as in
+    `Decoder.tokens`.
     """
+    how |= {"max_new_tokens": max_new_tokens, "end_token": end_token}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batch_size = min(batch_size, len(prompts))
     length = max(map(len, prompts)) + max_new_tokens
@@ -455,66 +380,7 @@ def complete(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         filled = batch + batch[-1:] * (batch_size - len(batch))  # a short last batch keeps the decoder's shape
-        steps = decoder.tokens(
-            [prompts[index] for index in filled],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            end_token=end_token,
-            seed=seed,
-            rows=filled,
-        )
+        steps = decoder.tokens([prompts[index] for index in filled], rows=filled, **how)
         texts = torch.stack([step.tokens for step in steps], dim=1).tolist()  # B lists of ids
-        yield from ((index, until(tokens, end_token)) for index, tokens in zip(batch, texts, strict=False))
-
-
-def until(tokens: list[int], end_token: int | None) -> list[int]:
-    """The tokens before the first end token."""
-    return tokens[: tokens.index(end_token)] if end_token in tokens else tokens
-
-
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """A prompt's ids; the empty prompt is the end-of-text token, behind which GPT-2 begins a new document."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # too long is said by `room_for`
-    if ids:
-        return ids
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise InputError("the prompt is empty and this tokenizer has no token to start from; write a prompt")
-    return [start]
-
-
-class TextStream:
-    """Tokens one by one -> text as soon as it is certain; never half a UTF-8 character.
-
-    A token may end inside a character. Decoding then ends with U+FFFD, which is held back until the next tokens
-    complete it, or `flush` admits that nothing will.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.context: list[int] = []  # a token before the pending ones: some tokenizers drop a leading space without
-        self.pending: list[int] = []
-        self.shown = 0  # characters of the pending tokens' text that were given out
-
-    def push(self, token: int) -> str:
-        """The characters that `token` makes certain; often its text, sometimes none."""
-        self.pending.append(token)
-        return self._new_text(final=False)
-
-    def flush(self) -> str:
-        """What was held back, at the end."""
-        return self._new_text(final=True)
-
-    def _new_text(self, *, final: bool) -> str:
-        text = self._decode(self.context + self.pending)[len(self._decode(self.context)) :]
-        certain = text if final or not text.endswith("\ufffd") else text[:-1]
-        new, self.shown = certain[self.shown :], max(self.shown, len(certain))
-        if certain == text and self.pending:
-            self.context, self.pending, self.shown = self.pending[-1:], [], 0
-        return new
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for index, tokens in zip(batch, texts, strict=False):
+            yield index, tokens[: tokens.index(end_token)] if end_token in tokens else tokens

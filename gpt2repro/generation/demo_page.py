@@ -12,35 +12,35 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
+from pydantic import BaseModel, Field, ValidationError
 
-from gpt2repro.generation.decoder import Sampling, Step, TextStream, decoder_for, encode_prompt, room_for
+from gpt2repro.generation.decoder import Step, decoder_for
+from gpt2repro.generation.prompts import TextStream, encode_prompt, room_for
+from gpt2repro.generation.sampling import Sampling
 from gpt2repro.options import InputError
 from gpt2repro.training.plotting import draw_runs
 
 MOST_PROMPT_CHARACTERS = 20_000  # what is worth tokenising before the model's own limit is looked at
+MOST_BODY_BYTES = 1 << 18  # of a request: the longest beginning and the settings, every character escaped
 SECONDS_BETWEEN_UPDATES = 0.04  # faster than the eye follows, slow enough for a thin connection
+SECONDS_UNHEARD = 3  # a text that nobody listens to is given up
 ALTERNATIVES = 5  # how many of the likeliest tokens a tooltip shows
 # Lowest probability -> class of colour: what the model expected stays plain, what surprised it glows.
 LIKELIHOODS = ((0.5, "p1", "≥ 50 %"), (0.2, "p2", "20–50 %"), (0.05, "p3", "5–20 %"), (0.01, "p4", "1–5 %"))
 UNLIKELY = ("p5", "< 1 %")
-HINT = '<span class="hint">The text appears here. Hover over a word to see what else the model had in mind.</span>'
-CURVE_MISSING = "<p>This model was loaded without its run, so there is no loss curve to show.</p>"
+HINT = (
+    '<span class="hint">The text appears here. Point at a word, tap it, or walk with Tab and the arrow keys, '
+    "to see what else the model had in mind.</span>"
+)
+MOTTO = "A GPT-2 at work: each word and how sure it was."
+PLACEHOLDER = "How does the text begin? Leave it empty and the model begins by itself."
 EXAMPLES = ("The import statement", "Once upon a time", "In this section we")
-
-# Keeps a tooltip inside the window; everything else about it is CSS.
-HEAD = """<script>
-document.addEventListener("pointerover", (event) => {
-  const token = event.target.closest && event.target.closest(".tok");
-  if (!token) return;
-  const room = document.documentElement.clientWidth - token.getBoundingClientRect().left - 330;
-  token.style.setProperty("--shift", Math.min(0, room) + "px");
-});
-</script>"""
 
 
 @dataclass(frozen=True)
@@ -52,143 +52,148 @@ class Served:
     run: Path | None = None
 
 
-def build(models: dict[str, Served], *, most_new_tokens: int, concurrency: int, queue: int) -> gr.Blocks:
-    """The page for the named models; `launch_options` holds what it needs to be launched with."""
-    names = list(models)
+class Wishes(BaseModel, allow_inf_nan=False):
+    """What a visitor sends, within its limits."""
 
-    def write(name, prompt, temperature, top_k, top_p, new_tokens, seed) -> Iterator[tuple[str, str]]:
+    prompt: str = Field(max_length=MOST_PROMPT_CHARACTERS)
+    temperature: float = Field(ge=0, le=100)
+    top_k: int = Field(ge=0, lt=2**31)  # 0: no limit
+    top_p: float = Field(gt=0, le=1)
+    new_tokens: int = Field(ge=1, lt=2**31)
+    seed: int = Field(ge=0, lt=2**63)  # 0: another one every time
+
+
+class Door:
+    """Every request passes here: its body has a limit, and a session is counted while it listens for its answer."""
+
+    def __init__(self, app, listeners: Counter):
+        self.app, self.listeners = app, listeners
+
+    async def __call__(self, scope, receive, send) -> None:
+        headers = dict(scope.get("headers", ()))
+        length = headers.get(b"content-length", b"0")
+        if b"transfer-encoding" in headers or int(length) > MOST_BODY_BYTES:  # the server has checked that it is digits
+            await send({"type": "http.response.start", "status": 413})
+            await send({"type": "http.response.body", "body": b"this request is too large"})
+            return
+        is_listening = scope.get("path", "").endswith("/queue/data")
+        session = (
+            scope["query_string"].decode("latin-1").partition("session_hash=")[2].partition("&")[0]
+            if is_listening
+            else None
+        )
+        self.listeners[session] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.listeners[session] -= 1
+            self.listeners += Counter()  # drops those that are gone
+
+
+def build(
+    models: dict[str, Served], *, most_new_tokens: int, concurrency: int, queue: int
+) -> tuple[gr.Blocks, dict[str, object]]:
+    """The page for the named models, and what it has to be launched with."""
+    names = list(models)
+    listeners: Counter = Counter()  # session -> its open streams
+
+    def write(request: gr.Request, name, *wishes):
         if name not in models:
             yield page(HINT), below(f"There is no model {name!r} here; choose one of the list.")
             return
-        yield from answer(
-            models[name],
-            prompt,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            new_tokens=new_tokens,
-            most_new_tokens=most_new_tokens,
-            seed=seed,
-        )
+        heard = time.monotonic()
+        for shown in answer(
+            models[name], dict(zip(Wishes.model_fields, wishes, strict=True)), most_new_tokens=most_new_tokens
+        ):
+            if listeners[request.session_hash]:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > SECONDS_UNHEARD:
+                return
+            yield shown
+
+    def length_of(name: str) -> dict:
+        """The length slider's range for a model."""
+        sees = getattr(models[name].model.config, "max_position_embeddings", None)
+        most = min(most_new_tokens, sees - 1) if sees else most_new_tokens
+        info = f"in tokens; room for {sees:,}, beginning included" if sees else "in tokens"
+        return {"maximum": most, "value": min(120, most), "info": info}
+
+    def show_model(name):
+        return (describe(name, models[name]), gr.Slider(**length_of(name))) if name in models else ("", gr.skip())
+
+    def show_curve(name):
+        return loss_curve(models[name].run) if name in models else ""
+
+    def slider(label: str, **range_and_info) -> gr.Slider:
+        return gr.Slider(label=label, elem_id=label.lower(), **range_and_info)
 
     with gr.Blocks(title="gpt2repro", analytics_enabled=False) as blocks:
-        gr.HTML(
-            '<header class="masthead"><h1>gpt2repro</h1><p>A GPT-2 at work: each word and how sure it was.</p></header>'
-        )
+        gr.HTML(f'<header class="masthead"><h1>gpt2repro</h1><p>{MOTTO}</p></header>')
         with gr.Tab("Write"), gr.Row():
-            with gr.Column(scale=5, min_width=320):
-                prompt = gr.Textbox(
-                    label="Beginning",
-                    lines=3,
-                    max_lines=8,
-                    autofocus=True,
-                    placeholder="How does the text begin? Leave it empty and the model begins by itself.",
-                    elem_id="prompt",
-                )
-                with gr.Row():
-                    go = gr.Button("Write", variant="primary", elem_id="write", scale=2, min_width=100)
-                    stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
-                    clear = gr.Button("Clear", elem_id="clear", scale=1, min_width=80)
-                gr.Examples([[example] for example in EXAMPLES], prompt, label="Try")
+            with gr.Column(scale=5, min_width=300):
+                # One line, since with more Gradio lets Enter break the line; the style sheet makes it higher.
+                words = {"info": "Enter writes, Shift+Enter breaks the line", "placeholder": PLACEHOLDER}
+                prompt = gr.Textbox(label="Beginning", max_lines=8, autofocus=True, elem_id="prompt", **words)
+                with gr.Row(elem_id="buttons"):
+                    go = gr.Button("Write", variant="primary", elem_id="write", min_width=100)
+                    stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=100)
+                    clear = gr.Button("Clear", elem_id="clear", min_width=80)
+                examples = gr.Examples([[example] for example in EXAMPLES], prompt, label="Try")
                 text = gr.HTML(page(HINT), elem_id="text")
                 status = gr.HTML(below(), elem_id="status")
-            with gr.Column(scale=2, min_width=260):
-                picker = gr.Dropdown(names, value=names[0], label="Model", elem_id="model", interactive=len(names) > 1)
-                facts = gr.HTML(describe(models[names[0]]), elem_id="facts")
-                temperature = gr.Slider(
-                    0,
-                    2,
-                    0.8,
-                    step=0.05,
-                    label="Temperature",
-                    info="0: always the likeliest word",
-                    elem_id="temperature",
-                )
-                top_k = gr.Slider(0, 200, 50, step=1, label="Top-k", info="0: no limit", elem_id="top-k")
-                top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: no limit", elem_id="top-p")
-                new_tokens = gr.Slider(
-                    1, most_new_tokens, min(120, most_new_tokens), step=1, label="Length in tokens", elem_id="length"
-                )
+            with gr.Column(scale=2, min_width=260, elem_id="settings"):
+                picker = gr.Dropdown(names, value=names[0], label="Model", elem_id="model", visible=len(names) > 1)
+                facts = gr.HTML(describe(names[0], models[names[0]]), elem_id="facts")
+                heat = slider("Temperature", maximum=2, value=0.8, step=0.05, info="0: always the likeliest word")
+                top_k = slider("Top-k", maximum=200, value=50, step=1, info="0: no limit")
+                top_p = slider("Top-p", minimum=0.05, maximum=1, value=1, step=0.05, info="1: no limit")
+                new_tokens = slider("Length", minimum=1, step=1, **length_of(names[0]))
                 seed = gr.Number(0, label="Seed", info="0: another text every time", precision=0, elem_id="seed")
-        with gr.Tab("Loss curve") as curve_tab:
+        with gr.Tab("Loss curve", visible=any(served.run for served in models.values())) as curve_tab:
             curve = gr.HTML('<div class="curve"></div>', elem_id="curve")
 
-        inputs = [picker, prompt, temperature, top_k, top_p, new_tokens, seed]
-        job = {"concurrency_limit": concurrency, "concurrency_id": "decode", "api_visibility": "private"}
+        inputs = [picker, prompt, heat, top_k, top_p, new_tokens, seed]
+        job = {"concurrency_limit": concurrency, "concurrency_id": "decode", "show_progress": "hidden"}
         small = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         running = [
-            event(write, inputs, [text, status], show_progress="hidden", **job) for event in (go.click, prompt.submit)
+            event(write, inputs, [text, status], api_visibility="private", **job)
+            for event in (go.click, prompt.submit, examples.load_input_event.then)
         ]
-        stop.click(None, cancels=running, **small)
-        clear.click(lambda: ("", page(HINT), below()), None, [prompt, text, status], cancels=running, **small)
-        picker.change(lambda name: describe(models[name]) if name in models else "", picker, facts, **small)
-        gr.on(
-            [curve_tab.select, picker.change],
-            lambda name: loss_curve(models[name].run) if name in models else "",
-            picker,
-            curve,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        # Only after the cancelling, or a last piece of the text would come behind it.
+        stop.click(None, cancels=running).then(lambda: below(note="stopped"), None, status, **small)
+        clear.click(lambda: ("", page(HINT), below()), None, [prompt, text, status], **small)
+        picker.change(show_model, picker, [facts, new_tokens], **small)
+        gr.on([curve_tab.select, picker.change], show_curve, picker, curve, **{**small, "queue": True})
     blocks.queue(max_size=queue, api_open=False)
-    return blocks
+    return blocks, launch_options(listeners)
 
 
-def launch_options() -> dict:
+def launch_options(listeners: Counter) -> dict[str, object]:
     """How the page is launched: its looks, and no door that a visitor does not need."""
-    stone = gr.themes.colors.stone
-    theme = gr.themes.Base(
-        primary_hue=gr.themes.colors.teal,
-        neutral_hue=stone,
-        radius_size=gr.themes.sizes.radius_lg,
-        font=["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "DejaVu Sans", "sans-serif"],
-        font_mono=["ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"],
-    ).set(
-        body_background_fill="#faf9f7",
-        body_background_fill_dark="#131211",
-        block_background_fill_dark="#1c1b1a",
-        input_background_fill_dark="#131211",
-        block_label_text_weight="600",
-        button_primary_background_fill="#0f766e",
-        button_primary_background_fill_hover="#115e59",
-        button_primary_background_fill_dark="#0f766e",
-        button_primary_background_fill_hover_dark="#0d9488",
-        button_primary_text_color="white",
-        button_primary_text_color_dark="white",
-        slider_color="#0f766e",
-        slider_color_dark="#2dd4bf",
-    )
+    files, colours = Path(__file__), gr.themes.colors
+    fonts = {"font": ["ui-sans-serif", "system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Base(primary_hue=colours.teal, neutral_hue=colours.stone, **fonts)
     return {
         "theme": theme,
-        "css": Path(__file__).with_suffix(".css").read_text(encoding="utf-8"),
-        "head": HEAD,
+        "css": files.with_suffix(".css").read_text(encoding="utf-8"),
+        "head": f"<script>{files.with_suffix('.js').read_text(encoding='utf-8')}</script>",
         "footer_links": [],
+        "app_kwargs": {"middleware": [(Door, (), {"listeners": listeners})]},
         "max_file_size": 1,  # bytes: nobody has anything to upload here
+        "enable_monitoring": False,
         "ssr_mode": False,
         "show_error": False,
         "quiet": True,
     }
 
 
-def answer(
-    served: Served,
-    prompt: str,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    new_tokens: int,
-    most_new_tokens: int,
-    seed: int,
-) -> Iterator[tuple[str, str]]:
+def answer(served: Served, wishes: dict, *, most_new_tokens: int) -> Iterator[tuple[str, str]]:
     """The page's text and the line below it, again and again while the text grows; mistakes end in a kind sentence."""
     written = HINT
     try:
-        sampling, ids, limit, seed = checked(
-            served, prompt, temperature, top_k, top_p, new_tokens, most_new_tokens, seed
-        )
-        written = f'<span class="given">{html.escape(prompt)}</span>' if prompt else ""
-        yield page(written), below("", note="reading the beginning …")
+        sampling, ids, limit, seed = checked(served, wishes, most_new_tokens)
+        written = f'<span class="given">{html.escape(wishes["prompt"])}</span>' if wishes["prompt"] else ""
+        yield page(written), below(note="reading the beginning …", writing=True)
         stream, spans = TextStream(served.tokenizer), Spans(served.tokenizer)
         count, nats, start = 0, 0.0, time.perf_counter()
         shown_at = start
@@ -204,11 +209,15 @@ def answer(
             nats += nats_of_token
             if time.perf_counter() - shown_at > SECONDS_BETWEEN_UPDATES:
                 shown_at = time.perf_counter()
-                yield page(written), below("", note=pace(count, shown_at - start))
+                yield page(written), below(note=pace(count, shown_at - start), writing=True)
         written += spans.rest(stream.flush())
-        ended = " · the model ended its text here" if count < limit else ""
-        perplexity = f" · perplexity of its own words <b>{math.exp(nats / count):.1f}</b>" if count else ""
-        yield page(written), below("", note=pace(count, time.perf_counter() - start) + perplexity + ended)
+        note = pace(count, time.perf_counter() - start)
+        note += f" · perplexity of its own words <b>{math.exp(nats / count):.1f}</b>" if count else ""
+        if count < limit:
+            note += " · the model ended its text here"
+        elif limit < wishes["new_tokens"]:
+            note += f" · cut at <b>{limit}</b>: there is no room for {wishes['new_tokens']:,.0f} behind this beginning"
+        yield page(written), below(note=note)
     except InputError as error:
         yield page(written), below(str(error))
     except Exception:  # a visitor gets a sentence, the log gets everything
@@ -216,34 +225,18 @@ def answer(
         yield page(written), below("Something went wrong on this side; the text so far is kept. Please try again.")
 
 
-def checked(served, prompt, temperature, top_k, top_p, new_tokens, most_new_tokens, seed):
+def checked(served: Served, wishes: dict, most_new_tokens: int) -> tuple[Sampling, list[int], int, int]:
     """A visitor's wishes -> (sampling, prompt's ids, number of new tokens, seed). Raises: InputError, as a sentence."""
-    if not isinstance(prompt, str) or len(prompt) > MOST_PROMPT_CHARACTERS:
-        raise InputError(
-            f"That beginning is too long for this page; please keep it under {MOST_PROMPT_CHARACTERS:,} characters."
-        )
-    numbers = (temperature, top_k, top_p, new_tokens, seed)
-    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
-        raise InputError("One of the settings is not a number; please choose it again.")
-    sampling = Sampling(float(temperature), int(top_k) or None, None if top_p == 1 else float(top_p))
-    problems = sampling.problems()
-    if not 1 <= new_tokens <= most_new_tokens:
-        problems.append(f"the length must lie between 1 and {most_new_tokens} tokens")
-    if not 0 <= seed < 2**63:
-        problems.append("the seed must be 0 or a positive whole number")
-    if problems:
-        raise InputError("Please check the settings: " + "; ".join(problems) + ".")
-    ids = encode_prompt(served.tokenizer, prompt)
     try:
-        room = room_for(served.model, len(ids))
-    except InputError:
-        limit = served.model.config.max_position_embeddings
-        raise InputError(
-            f"That beginning is too long for this model: it is {len(ids):,} tokens, and the model sees {limit:,}. "
-            "Please shorten it."
-        ) from None
-    limit = int(new_tokens) if room is None else min(int(new_tokens), room)
-    return sampling, ids, limit, int(seed) or time.time_ns() % 2**32
+        wish = Wishes(**wishes)
+    except ValidationError as error:
+        wrong = [f"{found['loc'][0]}: {found['msg'].removeprefix('Input ')}" for found in error.errors()]
+        raise InputError("Please check what you chose: " + "; ".join(wrong) + ".") from None
+    ids = encode_prompt(served.tokenizer, wish.prompt)
+    room = room_for(served.model, len(ids))
+    limit = min(wish.new_tokens, most_new_tokens, room or most_new_tokens)
+    sampling = Sampling(wish.temperature, wish.top_k or None, None if wish.top_p == 1 else wish.top_p)
+    return sampling, ids, limit, wish.seed or time.time_ns() % 2**32
 
 
 class Spans:
@@ -251,6 +244,7 @@ class Spans:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        self.reached_by_tab = "0"  # the first span; from there the arrow keys walk on
         self.tokens = 0  # whose text is not shown yet
         self.probability = 1.0  # theirs together
         self.tip = ""
@@ -282,9 +276,12 @@ class Spans:
         several = f"  ({self.tokens} tokens)" if self.tokens > 1 else ""
         tip = f"{visible(text)}  {percent(self.probability)}{several}\n\n{self.tip}"
         line_break = " break" if text.strip(" ") and not text.strip() else ""
+        tab, self.reached_by_tab = self.reached_by_tab, "-1"
         self.tokens, self.probability = 0, 1.0
         escaped = html.escape(tip, quote=True).replace("\n", "&#10;")
-        return f'<span class="tok {colour}{line_break}" tabindex="-1" data-tip="{escaped}">{html.escape(text)}</span>'
+        return (
+            f'<span class="tok {colour}{line_break}" tabindex="{tab}" data-tip="{escaped}">{html.escape(text)}</span>'
+        )
 
 
 def visible(text: str) -> str:
@@ -311,18 +308,22 @@ def page(content: str) -> str:
     return f'<div class="page" aria-live="off">{content}'  # browsers close the div
 
 
-def below(error: str = "", *, note: str = "") -> str:
-    """The line under the sheet: what went wrong or how it goes, and what the colours mean."""
+def below(error: str = "", *, note: str = "", writing: bool = False) -> str:
+    """The line under the sheet: what went wrong or how it goes, and what the colours mean.
+
+    `writing` is what the style sheet shows the Stop button by.
+    """
     colours = [(name, label) for _, name, label in LIKELIHOODS] + [UNLIKELY]
     chips = "".join(f'<span class="tok {name}">{label}</span>' for name, label in colours)
     alert = f'<div class="kind-error" role="alert">{html.escape(error)}</div>' if error else ""
-    return f'<div class="below">{alert}<span>{note}</span><span class="legend">how likely: {chips}</span></div>'
+    legend = f'<span class="legend">how likely: {chips}</span>'
+    return f'<div class="below{" writing" * writing}">{alert}<span>{note}</span>{legend}</div>'
 
 
-def describe(served: Served) -> str:
-    """A model in a line: size, depth, context."""
+def describe(name: str, served: Served) -> str:
+    """A model in a line: name, size, depth, context."""
     config = served.model.config
-    parts = [f"<b>{served.model.num_parameters() / 1e6:,.1f}M</b> parameters"]
+    parts = [f"<b>{html.escape(name)}</b>", f"<b>{served.model.num_parameters() / 1e6:,.1f}M</b> parameters"]
     if layers := getattr(config, "num_hidden_layers", None):
         parts.append(f"<b>{layers}</b> layers")
     if positions := getattr(config, "max_position_embeddings", None):
@@ -334,7 +335,9 @@ def describe(served: Served) -> str:
 def loss_curve(run: Path | None) -> str:
     """The run's curve as it stands now, as a picture inside the page: no path leaves the server."""
     if run is None:
-        return f'<div class="curve">{CURVE_MISSING}</div>'
+        return (
+            '<div class="curve"><p>This model was loaded without its run, so there is no loss curve to show.</p></div>'
+        )
     try:
         with tempfile.TemporaryDirectory() as folder:
             picture = draw_runs([run], Path(folder) / "loss.png").read_bytes()

@@ -15,10 +15,12 @@ is an InputError or a sentence. Models come in as arguments; knows no training l
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -28,13 +30,15 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from gpt2repro.checkpoint.layout import STEP_NAME, list_steps, resolve_pointer
-from gpt2repro.checkpoint.reader import verify_checkpoint
+from gpt2repro.checkpoint.layout import STEP_NAME, from_rank_zero, list_steps, rank_and_world, resolve_pointer
+from gpt2repro.checkpoint.reader import check_model_directory, verify_checkpoint
+from gpt2repro.files import read_json, read_json_if_whole, write_json
 from gpt2repro.options import InputError
+from gpt2repro.publishing.exports import MODEL_FILE, check_native, export_native, link
 from gpt2repro.publishing.model_card import card_files
-from gpt2repro.training.tracking import scrub
+from gpt2repro.redaction import scrub
 
-TRAINER_STATE = "trainer_state"
+CHECKSUMS, TRAINER_STATE, STATE = "checksums.json", "trainer_state", "trainer_state/state.json"
 STEP_BRANCH = re.compile(r"step-(\d+)")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 KEPT_BY_THE_HUB = (".gitattributes",)
@@ -42,7 +46,6 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 300.0  # between attempts; doubl
 LONGEST_FETCH_HOURS = 6  # 19 GB of the 1558M over a slow line
 FETCH_ATTEMPTS = 5  # whoever resumes is waiting: a broken line is mended, a Hub that is down is reported
 FINAL_STATUS = {400, 401, 402, 403, 404, 413, 422}  # asking again will not change the answer
-NATIVE_TOLERANCE = 1e-4  # |logit difference| in fp32; the two classes do the same sums in another order
 
 
 # --- one repository --------------------------------------------------------------------------------------------------
@@ -93,40 +96,84 @@ def publish(api, repo: str, files: dict[str, Path | bytes], *, revision: str, me
     return api.create_commit(repo, operations, commit_message=message, revision=revision, repo_type=kind).oid
 
 
-def checkpoint_files(directory: str | Path, *, with_trainer_state: bool) -> dict[str, Path | bytes]:
-    """Path in the repository -> file, of a checkpoint or any model directory.
+def checkpoint_files(directory: str | Path) -> dict[str, Path | bytes]:
+    """Path in the repository -> file, of a checkpoint or any other model's directory, verified before it is named.
 
-    The checksums cover the trainer's state, so they go with it; the Hub has its own.
+    Of a checkpoint: what checksums.json names; else: what MODEL_FILE knows. Whatever else lies there stays at home.
+    A state.json from before states were scrubbed is scrubbed here, and its checksum follows.
+
+    Raises: InputError for damage, and for links: nobody chose to publish what they point to.
     """
-    files: dict[str, Path | bytes] = {}
-    for path in sorted(Path(directory).rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_dir() or any(part.startswith(".") for part in path.relative_to(directory).parts):
-            continue
-        if not with_trainer_state and (name.startswith(f"{TRAINER_STATE}/") or name == "checksums.json"):
-            continue
-        files[name] = path
+    directory = Path(directory)
+    refuse_links(directory)
+    if not (directory / CHECKSUMS).exists():
+        check_model_directory(directory)
+        return {path.name: path for path in sorted(directory.iterdir()) if MODEL_FILE.fullmatch(path.name)}
+    verify_checkpoint(directory, strays=True)
+    checksums = read_json(directory / CHECKSUMS)
+    files: dict[str, Path | bytes] = {name: directory / name for name in (*checksums, CHECKSUMS)}
+    state = read_json(directory / STATE)
+    if (clean := scrub(state)) != state:
+        files[STATE] = content = json.dumps(clean, indent=1).encode()
+        checksums[STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        files[CHECKSUMS] = json.dumps(checksums, indent=1, sort_keys=True).encode()
     return files
+
+
+def weights_only(files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
+    """Without the trainer's state, and without the checksums, which cover it; the Hub has its own."""
+    return {name: file for name, file in files.items() if name != CHECKSUMS and not name.startswith(TRAINER_STATE)}
+
+
+def refuse_links(directory: Path) -> None:
+    """Raises InputError where `directory` is a link or holds one."""
+    for path in (directory, *sorted(directory.rglob("*"))):
+        if path.is_symlink():
+            raise InputError(
+                f"{path} is a link to {os.readlink(path)}, and links are not published: replace it by a copy of what "
+                "you mean to publish, or delete it"
+            )
+
+
+def may_write(repo: str) -> tuple[str, str | None]:
+    """(account name or "", complaint or None): whether the login at hand may write to the Hub repository `repo`."""
+    from huggingface_hub import HfApi
+
+    owner, slash, _ = repo.partition("/")
+    try:
+        account = HfApi().whoami()
+    except Exception as error:  # no login, no network, a server's bad day: all the same to a plan
+        reason = scrub((str(error).strip() or type(error).__name__).splitlines()[0])
+        return "", f"the Hub does not say who you are, so {repo} may not be writable (`hf auth login`): {reason}"
+    name = account.get("name", "")
+    mine = {name, *(group.get("name") for group in account.get("orgs", []))}
+    if slash and owner not in mine:
+        return name, f"{repo} belongs to {owner}, but this login is {name} and may write for {', '.join(sorted(mine))}"
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        return name, f"the token of {name} may only read; pushing to {repo} needs one with write permission"
+    return name, None
 
 
 def explain(error: BaseException, repo: str) -> str:
     """What went wrong and what to do, in one sentence and without any token."""
     if isinstance(error, InputError):
         return str(error)
-    status = _status(error)
+    status, kind = _status(error), type(error).__name__
     hub = os.environ.get("HF_ENDPOINT", "the Hub")
-    if type(error).__name__ in ("LocalTokenNotFoundError", "NoTokenError"):
-        return f"nobody is logged in to {hub}: set HF_TOKEN, or run `hf auth login`, with a token that may write"
-    if type(error).__name__ == "OfflineModeIsEnabled":
-        return "HF_HUB_OFFLINE is set: unset it to reach the Hub"
-    if status == 401:
-        return f"{hub} does not accept the token (401): run `hf auth login` with one that may write to {repo}"
-    if status in (402, 403):
-        return f"{hub} refuses this ({status}): the token may not write to {repo}, or its plan does not include it"
-    if status == 404:
-        return f"{hub} has no {repo} (404), or the token may not see it"
-    if status == 429:
-        return f"{hub} asks to slow down (429) while writing to {repo}"
+    login = f"nobody is logged in to {hub}: set HF_TOKEN, or run `hf auth login`, with a token that may write"
+    refused = f"{hub} refuses this ({status}): the token may not write to {repo}, or its plan does not include it"
+    known = {
+        "LocalTokenNotFoundError": login,
+        "NoTokenError": login,
+        "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it to reach the Hub",
+        401: f"{hub} does not accept the token (401): run `hf auth login` with one that may write to {repo}",
+        402: refused,
+        403: refused,
+        404: f"{hub} has no {repo} (404), or the token may not see it",
+        429: f"{hub} asks to slow down (429) while writing to {repo}",
+    }
+    if kind in known or status in known:
+        return known.get(kind) or known[status]
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} was deleted while it was being sent"
     reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:400]
@@ -161,7 +208,8 @@ class Uploader:
         missing = uploader.close(timeout=600)                    # sentences about what did not arrive
 
     A checkpoint that waits lies in `run_dir/uploads` as hard links. One that a fault or the end of the process leaves
-    there is sent by the next Uploader of the same run: the same training command, or `gpt2repro push`.
+    there is sent by the next Uploader of the same run: the same training command, or `gpt2repro push`. A damaged one
+    stays there too, is named, and holds up none of the others.
 
     `comparable` loads a checkpoint with our class in fp32 on the CPU; given it, `close` publishes the native twin of
     `main` as well. `card` holds further arguments of `card_files`.
@@ -186,7 +234,8 @@ class Uploader:
         self._first_wait = first_wait_seconds
         self._said: set[str] = set()
         self._errors: dict[str, str] = {}  # name of what waits -> why it has not arrived
-        self._stripped: set[str] = set()  # branches known to hold no trainer state
+        self._refused: set[str] = set()  # what waits and will not be sent, since it is damaged or a link
+        self._verified: dict[tuple[str, int], dict] = {}  # (name, inode) -> files, so that each is hashed once
         self._wake = threading.Condition()
         self._closing_at: float | None = None  # the deadline, once close() was called
         logging.set_verbosity_error()  # its warnings are about attempts that fail; this class says what comes of them
@@ -201,7 +250,7 @@ class Uploader:
             self._say(f"{explain(error, repo)}. Training starts all the same; uploads follow when it answers")
         for left_over in self.uploads.glob(".*.tmp"):
             shutil.rmtree(left_over, ignore_errors=True)
-        self._news = bool(self._waiting())
+        self._news = bool(self._queue())
         # A daemon, so that an interpreter that dies without close() does not hang on a network.
         self._thread = threading.Thread(target=self._work, name="hub-uploader", daemon=True)
         self._thread.start()
@@ -215,24 +264,40 @@ class Uploader:
         path = Path(path)
         try:
             _link_tree(path, self.uploads / path.name)
-        except OSError as error:
-            self._say(f"{path.name} cannot be queued for upload: {error.strerror or error}")
-            self._errors[path.name] = f"not queued: {error.strerror or error}"
+        except (OSError, InputError) as error:
+            reason = str(error) if isinstance(error, InputError) else error.strerror or str(error)
+            self._say(f"{path.name} cannot be queued for upload: {reason}")
+            self._errors[path.name] = f"not queued: {reason}"
             return
         with self._wake:
             self._errors.pop(path.name, None)
+            self._refused.discard(path.name)
             self._news = True
             self._wake.notify()
 
-    def close(self, timeout: float | None = None) -> list[str]:
-        """Finish what waits, for at most `timeout` seconds; returns one sentence per checkpoint that did not arrive."""
+    def waiting(self) -> list[str]:
+        """Names of what is still to be sent, oldest first."""
+        native = self._closing_at is not None and self._comparable is not None
+        return [path.name for path in self._queue()] + ["branch native"] * native
+
+    def close(self, timeout: float | None = None, *, stop: Callable[[], bool] = lambda: False) -> list[str]:
+        """Finish what waits, for at most `timeout` seconds; returns one sentence per checkpoint that did not arrive.
+
+        `stop` is called about five times a second: True ends the wait at once. The queue stays for the next start.
+        """
         with self._wake:
             self._closing_at = time.monotonic() + (timeout if timeout is not None else float("inf"))
+            if timeout == 0:
+                self._comparable = None  # nobody waits for the native twin
             self._wake.notify()
-        self._thread.join(timeout)
-        waiting = [path.name for path in self._waiting()]
+        while self._thread.is_alive() and (left := self._closing_at - time.monotonic()) > 0 and not stop():
+            self._thread.join(min(0.2, left))
+        waiting = self.waiting()
         missing = [f"{name} is not on the Hub: {self._errors.get(name, 'still being sent')}" for name in waiting]
         missing += [f"{name} is not on the Hub: {why}" for name, why in self._errors.items() if name not in waiting]
+        with self._wake:
+            self._closing_at = time.monotonic()
+            self._wake.notify()
         if missing:
             again = f"gpt2repro push --model {self.run_dir} --repo {self.repo}"
             self._say("; ".join(missing) + f". Send it later: {again}")
@@ -251,7 +316,7 @@ class Uploader:
                 closing = self._closing_at is not None
                 if error is None:
                     wait = self._first_wait
-                    if closing and not self._waiting():
+                    if closing and not self._queue():
                         return
                 elif is_final(error):
                     if closing:
@@ -267,12 +332,21 @@ class Uploader:
         """Oldest first, up to the first fault: the others would fare alike, and the newest has to come last."""
         name = ""
         try:
-            for staged in self._waiting():
+            ready = {}
+            for staged in self._queue():
+                name, key = staged.name, (staged.name, staged.lstat().st_ino)
+                try:
+                    self._verified[key] = ready[staged] = self._verified.get(key) or checkpoint_files(staged)
+                except InputError as error:
+                    self._refused.add(name)
+                    self._errors[name] = str(error)
+                    self._say(f"{name} is not sent: {error}")
+            for staged, files in ready.items():
                 name = staged.name
-                self._publish(staged)
+                self._publish(staged, files, newest=staged == [*ready][-1])
                 self._errors.pop(name, None)
             closing = self._closing_at is not None and time.monotonic() < self._closing_at
-            if closing and self._comparable is not None and not self._waiting():
+            if closing and self._comparable is not None and not self._queue():
                 name = "branch native"
                 if best := self._best():
                     publish_native(self._connected(), self.repo, best, self._comparable(best), self._cards)
@@ -298,59 +372,79 @@ class Uploader:
         checkpoints = self.run_dir / "checkpoints"
         return resolve_pointer(checkpoints, "best") or resolve_pointer(checkpoints, "latest")
 
-    def _publish(self, staged: Path) -> None:
+    def _publish(self, staged: Path, files: dict[str, Path | bytes], *, newest: bool) -> None:
         """One checkpoint: its branch, then `main`, then room where the optimizer's state has become old."""
         api = self._connected()
         step = int(STEP_NAME.fullmatch(staged.name)[1])
         branch, inode = f"step-{step}", staged.stat().st_ino
-        newest = staged == self._waiting()[-1]
-        files = checkpoint_files(staged, with_trainer_state=newest)
-        publish(api, self.repo, files | self._cards(staged), revision=branch, message=f"Step {step}")
-        best = self._best() or staged
-        files = checkpoint_files(best, with_trainer_state=False) | self._cards(best)
-        publish(api, self.repo, files, revision="main", message=f"{best.name.replace('_', ' ')} of the run")
+        kept = files if newest else weights_only(files)
+        commit = publish(api, self.repo, kept | self._cards(staged), revision=branch, message=f"Step {step}")
+        self._publish_main(api, self._best() or staged)
         self.published.append(branch)
         if newest:
-            self._stripped.discard(branch)
             try:
-                self._strip_older(branch)
+                self._strip_older(branch, commit)
             except Exception as error:  # costs space, loses nothing
                 self._say(f"older optimizer states stay on the Hub for now: {explain(error, self.repo)}")
         if staged.stat().st_ino == inode:  # else a rewound run has saved this step anew meanwhile
             shutil.rmtree(staged)
 
+    def _publish_main(self, api, best: Path) -> None:
+        copy = self.uploads / f".main-{secrets.token_hex(4)}.tmp"  # the run may prune the original meanwhile
+        try:
+            _link_tree(best, copy)
+            files = weights_only(checkpoint_files(copy)) | self._cards(copy)
+            publish(api, self.repo, files, revision="main", message=f"{best.name.replace('_', ' ')} of the run")
+            self._errors.pop("branch main", None)
+        except InputError as error:
+            self._errors["branch main"] = str(error)
+            self._say(f"main does not become {best.name}: {error}")
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+
     def _cards(self, directory: Path, *, native: bool = False) -> dict[str, bytes]:
         return card_files(directory, repo=self.repo, run_dir=self.run_dir, native=native, **self._card)
 
-    def _strip_older(self, newest: str) -> None:
-        """Take the optimizer's state out of every other step's branch, and its files out of the Hub's storage."""
-        from huggingface_hub import CommitOperationDelete
+    def _strip_older(self, newest: str, commit: str) -> None:
+        """Take the optimizer's state out of this run's older branches, and its files out of the Hub's storage.
 
-        def stored(branch: str) -> set[str]:
-            entries = self.api.list_repo_tree(self.repo, TRAINER_STATE, revision=branch)
+        `uploads/optimizer_states.json` names the branches that this run has published with it, and the commits. A
+        branch that has moved on since, or that another run of the same repository has made, is left alone.
+        """
+        from huggingface_hub import CommitOperationDelete
+        from huggingface_hub.errors import EntryNotFoundError
+
+        def stored(revision: str) -> set[str]:
+            try:
+                entries = list(self.api.list_repo_tree(self.repo, TRAINER_STATE, revision=revision))
+            except EntryNotFoundError:
+                return set()
             return {entry.lfs.sha256 for entry in entries if getattr(entry, "lfs", None)}
 
-        branches = {ref.name for ref in self.api.list_repo_refs(self.repo).branches if STEP_BRANCH.fullmatch(ref.name)}
+        log = self.uploads / "optimizer_states.json"
+        repos = read_json_if_whole(log) or {}
+        ours = repos.get(self.repo, {}) | {newest: commit}
+        write_json(log, {**repos, self.repo: ours})
+        refs = self.api.list_repo_refs(self.repo)
+        heads = {ref.name: ref.target_commit for ref in [*refs.branches, *refs.tags]}
         old: set[str] = set()
-        for branch in sorted(branches - self._stripped - {newest}):
-            if self.api.file_exists(self.repo, f"{TRAINER_STATE}/state.json", revision=branch):
+        for branch in sorted(ours.keys() - {newest}):
+            if heads.get(branch) == ours.pop(branch):
                 old |= stored(branch)
-                removed = [
-                    CommitOperationDelete(f"{TRAINER_STATE}/", is_folder=True),
-                    CommitOperationDelete("checksums.json"),
-                ]
+                removed = [CommitOperationDelete(f"{TRAINER_STATE}/", is_folder=True), CommitOperationDelete(CHECKSUMS)]
                 message = f"Weights only: the optimizer's state is in {newest}"
                 self.api.create_commit(self.repo, removed, commit_message=message, revision=branch)
                 self.api.super_squash_history(self.repo, branch=branch)  # else the history keeps what was deleted
-            self._stripped.add(branch)
-        if old := old - stored(newest):
+                heads.pop(branch)
+        if old and (old := old.difference(*map(stored, heads))):  # equal files of other revisions stay
             # Named one by one by what was just taken out: nothing else can be hit.
             unused = [file for file in self.api.list_lfs_files(self.repo) if file.file_oid in old]
             self.api.permanently_delete_lfs_files(self.repo, unused, rewrite_history=False)
+        write_json(log, {**repos, self.repo: ours})
 
-    def _waiting(self) -> list[Path]:
-        """What is queued, by step."""
-        return [path for _, path in list_steps(self.uploads)]
+    def _queue(self) -> list[Path]:
+        """What is queued and may be sent, by step."""
+        return [path for _, path in list_steps(self.uploads) if path.name not in self._refused]
 
     def _say(self, message: str) -> None:
         if message not in self._said:
@@ -359,23 +453,20 @@ class Uploader:
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """A copy of a directory that costs no space where the filesystem has hard links; appears by one rename."""
+    """A copy of a directory that costs no space where the filesystem has hard links; appears by one rename.
+
+    Raises: InputError for links.
+    """
+    refuse_links(source)
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     for path in sorted(source.rglob("*")):
         if path.is_file():
             place = aside / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
-            _link(path, place)
-    shutil.rmtree(target, ignore_errors=True)
+            link(path, place)
+    target.unlink() if target.is_symlink() else shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another filesystem, or one without hard links
-        shutil.copy2(source, target)
 
 
 # --- back from the Hub -----------------------------------------------------------------------------------------------
@@ -391,20 +482,11 @@ def fetch_checkpoint(name: str, into: str | Path) -> Path:
     """
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if rank_and_world()[1] == 1:
         return _fetch_checkpoint(name, Path(into))
     # The other ranks wait for the download, and NCCL would give up after 10 minutes.
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=LONGEST_FETCH_HOURS))
-    answer: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = _fetch_checkpoint(name, Path(into))
-        except InputError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0, group=patient)
-    if answer[1]:
-        raise InputError(answer[1])
-    return answer[0]
+    return from_rank_zero(lambda: _fetch_checkpoint(name, Path(into)), patient)
 
 
 def _fetch_checkpoint(name: str, into: Path) -> Path:
@@ -455,59 +537,15 @@ def _fetch_checkpoint(name: str, into: Path) -> Path:
 # --- the same weights as a plain gpt2 --------------------------------------------------------------------------------
 
 
-def export_native(source: str | Path, target: str | Path) -> Path:
-    """A directory of ours -> one of type `gpt2` that needs no remote code: same weights file, rewritten config.json.
-
-    `n_ctx` is not read by transformers any more, but by llm.cpp-like converters (llama.cpp).
-
-    Raises: InputError where `source` is no model of ours or `target` is not empty.
-    """
-    source, target = Path(source), Path(target)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") not in ("gpt2repro", "gpt2"):
-        raise InputError(f"{source} is a model of type {config.get('model_type')!r}; only gpt2repro can become gpt2")
-    if target.is_dir() and any(target.iterdir()):
-        raise InputError(f"{target} is not empty; choose another directory for the native export")
-    target.mkdir(parents=True, exist_ok=True)
-    config.pop("auto_map", None)
-    config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": config["n_positions"]}
-    for name, path in checkpoint_files(source, with_trainer_state=False).items():
-        assert isinstance(path, Path), "a checkpoint's files are files"
-        if "/" not in name and path.suffix in (".safetensors", ".json", ".txt", ".model") and name != "config.json":
-            _link(path, target / name)
-    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return target
-
-
-def check_native(directory: str | Path, model) -> float:
-    """Largest |logit difference| between the native directory in plain transformers and our `model` (fp32, CPU).
-
-    Raises: InputError where they do not compute the same: then nothing should be published.
-    """
-    import torch
-    from transformers import GPT2LMHeadModel
-
-    native, report = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    problems = [f"{kind}: {sorted(map(str, names))[:3]}" for kind, names in report.items() if names]
-    T, V = min(64, model.config.n_positions), model.config.vocab_size
-    ids = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected, found = model.eval()(ids).logits, native.eval()(ids).logits
-    difference = float((expected - found).abs().max())
-    if problems or not difference <= NATIVE_TOLERANCE * max(1.0, float(expected.abs().max())):
-        detail = "; ".join(problems) or f"logits differ by {difference:.2e}"
-        raise InputError(f"the native export does not compute what the model computes ({detail}); it is not published")
-    return difference
-
-
 def publish_native(api, repo: str, source: Path, model, cards: Callable[..., dict[str, bytes]]) -> float:
     """Export `source`, compare the result with `model`, publish it as branch `native`; returns the largest difference.
 
     `cards(source, native=True)` gives the files that describe it. Raises: InputError where the two do not agree.
     """
+    checkpoint_files(source)  # verifies it
     with tempfile.TemporaryDirectory() as work:
         directory = export_native(source, Path(work) / "native")
         difference = check_native(directory, model)
-        files = checkpoint_files(directory, with_trainer_state=False) | cards(source, native=True)
+        files = checkpoint_files(directory) | cards(source, native=True)
         publish(api, repo, files, revision="native", message="The same weights as a plain gpt2")
     return difference

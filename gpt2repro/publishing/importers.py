@@ -36,6 +36,7 @@ LLMC_OTHER_MAGICS = {
     20240801: "training tokens",
     20240803: "a Llama 3 model",
 }
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}
 LLMC_HEADER_BYTES = 256 * 4
 
@@ -97,15 +98,8 @@ def read_llmc(path: Path) -> Imported:
             f"{path}: impossible sizes in the header: {T=} {V=} {L=} {H=} {C=} padded_vocab_size={padded_V}"
         )
 
-    block = {  # one layer, in the file's order; llm.c multiplies by (out, in) matrices
-        "ln_1.weight": (C,), "ln_1.bias": (C,),
-        "attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
-        "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,),
-        "ln_2.weight": (C,), "ln_2.bias": (C,),
-        "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,),
-        "mlp.c_proj.weight": (C, 4 * C), "mlp.c_proj.bias": (C,),
-    }  # fmt: skip
     dtype = LLMC_DTYPES[version]
+    block = _block_shapes(C)  # in the file's order
     numbers = (padded_V + T + 2) * C + L * sum(math.prod(shape) for shape in block.values())
     expected = LLMC_HEADER_BYTES + numbers * dtype.itemsize
     if size != expected:
@@ -205,17 +199,18 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
     state = {_unwrapped(str(name)): tensor for name, tensor in state.items()}
     state = {name: tensor for name, tensor in state.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
 
-    if odd := [
-        name for name, value in state.items() if not isinstance(value, torch.Tensor) or not value.is_floating_point()
-    ]:
-        raise InputError(f"{path}: {odd[0]} is not a tensor of floating-point numbers")
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+            kind = "meta" if getattr(value, "is_meta", False) else getattr(value, "layout", type(value).__name__)
+            raise InputError(f"{path}: {name} is not a tensor of floating-point numbers but {kind}: save it dense")
+        if value.dtype not in DTYPES or value.dim() == 0:
+            raise InputError(
+                f"{path}: {name} is not a tensor of floating-point numbers that can be read but {value.dtype} of shape "
+                f"{tuple(value.shape)}: save it as fp32, bf16 or fp16"
+            )
 
     head = state.pop("lm_head.weight", None)
-    if (
-        head is not None
-        and "transformer.wte.weight" in state
-        and not torch.equal(head, state["transformer.wte.weight"])
-    ):
+    if head is not None and not torch.equal(head.double(), state.get("transformer.wte.weight", head).double()):
         raise InputError(
             f"{path}: lm_head differs from the token embeddings; GPT-2 ties them, so this is another model"
         )
@@ -223,16 +218,7 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
         state.setdefault("transformer.wte.weight", head)
 
     shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
-    for layer in range(L):
-        for name, outs, ins in (
-            ("attn.c_attn", 3 * C, C),
-            ("attn.c_proj", C, C),
-            ("mlp.c_fc", 4 * C, C),
-            ("mlp.c_proj", C, 4 * C),
-        ):
-            shapes |= {f"h.{layer}.{name}.weight": (outs, ins), f"h.{layer}.{name}.bias": (outs,)}
-        for name in ("ln_1", "ln_2"):
-            shapes |= {f"h.{layer}.{name}.weight": (C,), f"h.{layer}.{name}.bias": (C,)}
+    shapes |= {f"h.{layer}.{name}": shape for layer in range(L) for name, shape in _block_shapes(C).items()}
     shapes = {f"transformer.{name}": shape for name, shape in shapes.items()}
 
     if missing := [name for name in shapes if name not in state and not name.endswith(".bias")]:
@@ -265,6 +251,18 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
     if vocab_size != GPT2_VOCAB_SIZE:
         config |= {"bos_token_id": None, "eos_token_id": None}
     return Imported(config, tensors, notes)
+
+
+def _block_shapes(C: int) -> dict[str, tuple[int, ...]]:
+    """One layer of nanoGPT's family and of llm.c, which multiply by (out, in) matrices."""
+    return {
+        "ln_1.weight": (C,), "ln_1.bias": (C,),
+        "attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,),
+        "ln_2.weight": (C,), "ln_2.bias": (C,),
+        "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,),
+        "mlp.c_proj.weight": (C, 4 * C), "mlp.c_proj.bias": (C,),
+    }  # fmt: skip
 
 
 def _unwrapped(name: str) -> str:

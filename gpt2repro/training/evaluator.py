@@ -2,8 +2,8 @@
 
 import torch
 
-from gpt2repro.evaluation import hellaswag
 from gpt2repro.evaluation.losses import inference, is_fsdp, token_byte_lengths, validation_loss
+from gpt2repro.evaluation.tasks import prepare_tasks
 from gpt2repro.training.machine import step_seed
 
 
@@ -17,12 +17,9 @@ class Evaluator:
         self.config, self.accelerator, self.model, self.source = config, accelerator, model, source
         knows_all_tokens = len(source.tokenizer) >= source.vocab_size  # else bytes are the split's average per token
         self._token_bytes = token_byte_lengths(source.tokenizer) if knows_all_tokens else None
-        self._examples = None
-        if config.hellaswag is not None:
-            plain = accelerator.unwrap_model(model, keep_torch_compile=False)
-            examples = hellaswag.read_examples(config.hellaswag, limit=config.hellaswag_limit)
-            length = hellaswag.max_length_of(plain, source.tokenizer)
-            self._examples = hellaswag.prepare(examples, source.tokenizer, length)
+        specs = [*config.eval_tasks, *([f"hellaswag={config.hellaswag}"] if config.hellaswag else [])]
+        plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self._tasks = prepare_tasks(specs, source.tokenizer, plain, config.hellaswag_limit) if specs else []
 
     def measure(self) -> dict:
         """Validation loss and accuracies of the model as it is now, as one flat record; every rank calls it."""
@@ -36,8 +33,8 @@ class Evaluator:
             record |= validation_loss(
                 self.model, self.source.validation, token_bytes=self._token_bytes, **batch, **ranks
             )
-        if self._examples is not None:
-            record |= hellaswag.evaluate(self.model, self.source.tokenizer, self._examples, **ranks)
+        for task in self._tasks:
+            record |= task.evaluate(self.model, **ranks)
         return record
 
     def samples(self) -> list[str]:
@@ -56,7 +53,7 @@ class Evaluator:
                 output = plain.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=min(config.sample_tokens, plain.config.n_positions - len(ids)),
+                    max_length=min(len(ids) + config.sample_tokens, plain.config.n_positions),
                     do_sample=True,
                     top_k=50,
                     pad_token_id=tokenizer.eos_token_id,

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 
+from gpt2repro.evaluation.losses import CHUNKS_UNDER_FSDP2
 from gpt2repro.options import InputError
 
 
@@ -30,7 +31,7 @@ def build_accelerator(config):
         on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
         if precision == "no" and on_gpu:
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)]
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if config.collective_timeout_minutes is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=config.collective_timeout_minutes)))
     try:
@@ -41,6 +42,11 @@ def build_accelerator(config):
         raise InputError(f"precision={config.precision} does not work on this machine: {error}") from error
     if config.bf16_residual and accelerator.mixed_precision != "bf16":
         raise InputError(f"bf16_residual needs mixed precision bf16, and this run has {accelerator.mixed_precision}")
+    if accelerator.distributed_type == "FSDP" and config.loss_chunk_tokens is not None and not CHUNKS_UNDER_FSDP2:
+        raise InputError(
+            f"loss_chunk_tokens does not work with FSDP2 in torch {torch.__version__}; take torch 2.13, or halve "
+            "micro_batch_size instead"
+        )
     keep_sums_exact(getattr(accelerator.state, "fsdp_plugin", None))
     accelerator.gradient_accumulation_steps = 1  # whatever its environment says: it would divide the loss once more
     return accelerator

@@ -36,7 +36,14 @@ from gpt2repro.training.planning import doubts
 from gpt2repro.training.plotting import draw_runs
 from gpt2repro.training.reference import Referee
 from gpt2repro.training.state import Best, RunState, find_resume, load_run_state
-from gpt2repro.training.stopping import EXIT_BAD_NUMBERS, EXIT_DONE, EXIT_STOPPED, lost_a_process, said_to_the_user
+from gpt2repro.training.stopping import (
+    EXIT_BAD_NUMBERS,
+    EXIT_DONE,
+    EXIT_STOPPED,
+    StopSignal,
+    lost_a_process,
+    said_to_the_user,
+)  # fmt: skip
 from gpt2repro.training.tracking import RunLog
 
 BATCHES_AHEAD = 4  # made in a thread while the device computes
@@ -86,6 +93,8 @@ class Run:
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
                 self._restore(checkpoint)
+                self.source.check_digests(self.state.digests)
+            self.state.digests = self.source.digests()
             options = yaml.safe_load(to_yaml(config))
             n_params, world = self.plain_model.num_parameters(), self.accelerator.num_processes
             self.log = RunLog(
@@ -186,13 +195,14 @@ class Run:
         state.scaler = scaler.state_dict() if scaler is not None else None
         state.health = self.monitor.state()
         state.environment = environment(self.accelerator)
-        whole = {"source": merge_states(gather_object([state.source]))}  # a stream's ranks each know their own lanes
+        content = state.model_dump(exclude=None if state.digests else {"digests"})
+        content["source"] = merge_states(gather_object([state.source]))  # a stream's ranks each know their own lanes
         self.writer.save(
             state.step,
             model=self.model,
             optimizer=self.optimizer,
             tokenizer=self.source.tokenizer,
-            state=state.model_dump() | whole,
+            state=content,
             on_written=self._written,
         )
         if state.best is not None and state.best["step"] == state.step:
@@ -212,10 +222,11 @@ class Run:
         self._console.back_to(self.state.step)
         return True
 
-    def finish(self, verdict: Verdict | None, stopped_by: str) -> None:
+    def finish(self, verdict: Verdict | None, stop: StopSignal) -> None:
         """The end of the run, or of this process' part in it: last checkpoint, uploads, status and exit code.
 
-        `verdict` says why the numbers ended it, `stopped_by` names the signal where it ends before `max_steps`.
+        `verdict` says why the numbers ended it. A signal ends the wait for uploads; what waits is sent by the next
+        start or by `gpt2repro push`.
         """
         config, state, done = self.config, self.state, self.state.step == self.config.max_steps
         if verdict is None and not done:
@@ -224,8 +235,14 @@ class Run:
             self.writer.point("final", state.step)
         self.writer.close()
         self._console.close()
+        missing: list[str] = []
         if self.uploader is not None:
-            self.uploader.close(timeout=UPLOAD_SECONDS_AT_EXIT if done else 0)
+            waiting = ", ".join(self.uploader.waiting())
+            self.log.status(
+                "running", state.step, message=f"training has ended; uploading {waiting}" if waiting else ""
+            )
+            seconds = UPLOAD_SECONDS_AT_EXIT if done else 0
+            missing = self.uploader.close(timeout=seconds, stop=lambda: stop.received)
         if verdict is not None:
             advice = {"rewind": "no rewind is left or possible: lower the lr"}.get(
                 config.on_bad_numbers, "try a lower lr, or --on_bad_numbers rewind"
@@ -233,12 +250,12 @@ class Run:
             message = f"{bad_steps(verdict)}; the checkpoints before are kept; {advice}"
             self._end(EXIT_BAD_NUMBERS, "failed", message, file=sys.stderr)
         elif not done:
-            message = f"stopped by {stopped_by} after step {state.step}; the same command continues from there"
+            message = f"stopped by {stop.name} after step {state.step}; the same command continues from there"
             self._end(EXIT_STOPPED, "stopped", message)
         else:
             if self.accelerator.is_main_process:
                 self._draw()
-            self._end(EXIT_DONE, "done", "", shown=console.closing(config, self.source))
+            self._end(EXIT_DONE, "done", "; ".join(missing), shown=console.closing(config, self.source))
 
     def _end(self, code: int, state: str, message: str, *, shown: str | None = None, file=None) -> None:
         self.exit_code = code

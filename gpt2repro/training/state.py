@@ -14,6 +14,7 @@ from typing_extensions import NotRequired, TypedDict  # pydantic wants this one 
 from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 from gpt2repro.files import step_in_name
 from gpt2repro.options import InputError
+from gpt2repro.redaction import scrub
 
 Count = Annotated[int, Field(ge=0)]
 Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
@@ -68,6 +69,7 @@ class RunState(BaseModel):
     health: Health | None = None  # None before the first step
     identity: Identity
     source: Source
+    digests: dict[str, str] = {}
     environment: dict[str, Any] = {}
 
 
@@ -96,9 +98,12 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path) -> None
     the rest of the schedule change lr(step) from here on. Not free: the data and its order (data, seed, seq_len,
     batch_tokens: they say which windows each step sees), the architecture and the kind of optimizer state.
     """
+    saved, now = scrub(saved), scrub(now)  # a checkpoint is written without home directories
     pairs = {name: (saved[name], now[name]) for name in ("batch_tokens", "optimizer")}
     for part in ("architecture", "data"):
         names = sorted({*saved[part], *now[part]})
+        if part == "data" and saved[part].get("revision") is None:
+            names = [name for name in names if name != "source"]  # local files may lie elsewhere: their sha256 decides
         pairs |= {f"{part}: {name}": (saved[part].get(name), now[part].get(name)) for name in names}
     changed = [f"{name} was {before} and is now {after}" for name, (before, after) in pairs.items() if before != after]
     if changed:

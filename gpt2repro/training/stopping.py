@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from gpt2repro.options import InputError
 
+SECONDS_BETWEEN_LOOKS = 0.5  # at the signals, while there is no data
 EXIT_DONE, EXIT_STOPPED, EXIT_BAD_NUMBERS = 0, 3, 4
 
 
@@ -49,6 +50,21 @@ class StopSignal:
     @property
     def name(self) -> str:
         return signal.Signals(self._received).name if self.received else "a signal to another process"
+
+    def next_of(self, batches) -> tuple | None:
+        """The next item of a Prefetch; None where a signal comes while there is none.
+
+        Raises: InputError in that case on several processes: the others are inside the step, so nothing can be saved.
+        """
+        while not batches.ready(SECONDS_BETWEEN_LOOKS):
+            if self.received and self._group is not None:
+                raise InputError(
+                    f"stopped by {self.name} while the data kept this process waiting; the same command goes on from "
+                    "the last checkpoint"
+                )
+            if self.received:
+                return None
+        return next(batches)
 
     def agreed(self) -> bool:
         """Whether to stop before the next step. Every rank must ask equally often."""

@@ -8,8 +8,6 @@ Owns the files named above. Knows nothing of models, data or checkpoints, and no
 
 import json
 import math
-import os
-import re
 import sys
 import threading
 import uuid
@@ -20,36 +18,8 @@ import yaml
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
 from gpt2repro.files import write_json
+from gpt2repro.redaction import scrub
 from gpt2repro.training.metrics_log import cut_metrics
-
-SECRET_NAME = re.compile(r"(^|[_-])(token|secret|password|passwd|key|credentials?)$", re.IGNORECASE)
-SECRET_TEXT = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|\bwandb_v\d+_\w{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"  # W&B, GitHub
-    r"|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[A-Z0-9]{16}\b"  # OpenAI and others, AWS
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # https://user:password@host
-)
-HIDDEN = "[hidden]"
-
-
-def scrub(value: Any, name: str = "") -> Any:
-    """`value` without tokens and keys: hidden by field name, by their look, or as equal to one in the environment."""
-    if isinstance(value, dict):
-        return {key: scrub(item, str(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [scrub(item, name) for item in value]
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if not isinstance(value, str):
-        return value
-    if value and SECRET_NAME.search(name):
-        return HIDDEN
-    for variable, secret in os.environ.items():
-        if (
-            SECRET_NAME.search(variable) and len(secret) >= 8
-        ):  # W&B's older keys are bare hexadecimal, like a commit's id
-            value = value.replace(secret, HIDDEN)
-    return SECRET_TEXT.sub(HIDDEN, value)
 
 
 class RunLog:

@@ -1,19 +1,23 @@
 """How every benchmark measures and what it writes down; knows no benchmark.
 
-    times = compare({"ours": ours, "theirs": theirs}, rounds=10, warmup=2, units=tokens_per_call)
-    results = {"headlines": [headline("tokenising", times, ours="ours", baseline="theirs", unit="tokens/s", goal=2.0)]}
-    write_record("tokenize", results, argv=argv, out=options.out)
+    record = Record("tokenize", argv, options)
+    times = record.compare({"ours": ours, "theirs": theirs}, units=tokens_per_call)
+    record.headline("tokenising", times, ours="ours", baseline="theirs", unit="tokens/s", goal=2.0)
+    return record.finish()
 
 A benchmark first shows that its candidates compute the same thing, on random input, and raises `NotEqual` where they
 do not: a fast wrong answer is never timed. Candidates run in one process and take turns round by round, so that a
 change in the machine's speed meets all of them, and speed-ups are medians of the rounds' own ratios.
+
+The JSON record is written anew after every row, so a machine that is taken away leaves what was measured until then. A
+candidate that runs out of memory is lost alone, and the record says so.
 """
 
 import datetime
 import gc
 import importlib.metadata
 import itertools
-import json
+import math
 import os
 import platform
 import re
@@ -21,81 +25,205 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
+
+from gpt2repro.files import write_json
+from gpt2repro.options import AtLeastOne, InputError, Positive
 
 RECORDS = Path("results/benchmarks")  # seen from the project's root, where the commands are run
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tiktoken", "datasets")
 GIB = 2**30
+# layers, heads, width, vocabulary. Radford et al. 2019, table 2; `small` is for CPUs.
+SIZES = {
+    "small": (4, 4, 256, 512),
+    "124M": (12, 12, 768, 50257),
+    "350M": (24, 16, 1024, 50257),
+    "774M": (36, 20, 1280, 50257),
+    "1558M": (48, 25, 1600, 50257),
+}
+
+
+@dataclass(kw_only=True)
+class CommonOptions:
+    """What every benchmark can be told."""
+
+    rounds: AtLeastOne = 7
+    "Measurements of each candidate; the candidates take turns."
+    minutes: Positive | None = None
+    "Begin nothing new after so many minutes; none: no limit."
+    out: Path = RECORDS
+    "Directory of the JSON record."
 
 
 class NotEqual(Exception):
-    """Two candidates of a benchmark do not compute the same thing; nothing was timed."""
+    """Two candidates of a benchmark do not compute the same thing; the wrong one is not timed."""
 
 
-def compare(
-    candidates: dict[str, Callable[[], object]], *, rounds: int, warmup: int, units: float | None = None
-) -> dict[str, dict]:
-    """Time the candidates in interleaved rounds: each is called once per round, in alternating order.
+class Record:
+    """A benchmark's JSON record, `out/NAME-<host kind>.json`, and the measurements that go into it.
 
-    Returns per candidate `median_seconds`, `min`, `max`, `rounds` (seconds of every call) and, where `units` says how
-    much work one call does, `per_second` (units by the median). `median_cpu_seconds` is the processor time of this
-    process over all threads: where it is far below the seconds, something else kept the machine busy.
+    Raises: InputError where nothing can be written to `out`, before anything is measured.
     """
-    for _ in range(warmup):
-        for call in candidates.values():
-            call()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    cpu_seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    gc.collect()
-    for turn in range(rounds):
-        for name in candidates if turn % 2 == 0 else reversed(candidates):
-            synchronize()
-            start, cpu_start = time.perf_counter(), time.process_time()
-            candidates[name]()
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
-            cpu_seconds[name].append(time.process_time() - cpu_start)
-    return {
-        name: {**summary(seconds[name], units), "median_cpu_seconds": statistics.median(cpu_seconds[name])}
-        for name in candidates
-    }
+
+    def __init__(self, name: str, argv: list[str], options: CommonOptions):
+        self.path, self.rounds = options.out / f"{name}-{host_kind()}.json", options.rounds
+        self.deadline = time.monotonic() + 60 * (options.minutes or math.inf)
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=options.out).close()
+        except OSError as error:
+            raise InputError(f"--out {options.out} is no directory to write to: {error.strerror}") from None
+        if self.path.is_dir():
+            raise InputError(f"the record cannot be written: {self.path} is a directory")
+        self.results: dict = {"headlines": [], "lost": {}, "dropped": []}
+        self.content = {
+            "name": name,
+            "command": shlex.join(["gpt2repro", "bench", name.partition("-")[0], *argv]),
+            "commit": commit(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "hardware": hardware(),
+            "versions": {"python": platform.python_version(), **versions()},
+            "complete": False,
+            "results": self.results,
+        }
+
+    def save(self, **results) -> None:
+        """Put `results` into the record and write it."""
+        self.results.update(results)
+        write_json(self.path, self.content)
+
+    def finish(self) -> int:
+        """Write the whole record. Returns the exit code: 1 where a candidate was lost."""
+        self.content["complete"] = not self.results["dropped"]
+        self.save()
+        print(f"record: {self.path}", flush=True)
+        return 1 if self.results["lost"] else 0
+
+    def time_for(self, what: str) -> bool:
+        """Whether the minutes are not over yet; the record names what they were too short for."""
+        if time.monotonic() < self.deadline:
+            return True
+        self.results["dropped"].append(what)
+        print(f"  no time left for {what}", flush=True)
+        return False
+
+    def seconds_left(self) -> float | None:
+        """Until the minutes are over, at least one; None without a limit."""
+        return None if math.isinf(self.deadline) else max(1.0, self.deadline - time.monotonic())
+
+    def attempt(self, name: str, call: Callable):
+        """What `call` returns; None where it ran out of memory or failed otherwise, which the record then says."""
+        try:
+            return call()
+        # torch's OutOfMemoryError and its compiler's errors are RuntimeErrors.
+        except (RuntimeError, subprocess.SubprocessError, NotEqual) as error:
+            reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        print(f"  LOST {name}: {reason}", flush=True)
+        self.results["lost"][name] = reason
+        self.save()
+        free_memory()  # outside the handler, which holds the failed call's tensors
+        return None
+
+    def compare(
+        self, candidates: dict[str, Callable], *, rounds=0, warmup=1, units: float | None = None, after=lambda: None
+    ) -> dict[str, dict]:
+        """Time the candidates in interleaved rounds: each is called once per round, in alternating order.
+
+        `rounds`: 0 takes the options' own. `after` is called after each measurement, outside the clock. Returns, per
+        candidate that was not lost, `summary` and `median_cpu_seconds`, the processor time of this process over all
+        threads: where it is far below the seconds, something else kept the machine busy.
+        """
+        candidates, took = dict(candidates), {name: [] for name in candidates}
+        gc.collect()
+        for turn in range(-warmup, rounds or self.rounds):
+            if turn > 0 and time.monotonic() > self.deadline:
+                break
+            for name in list(candidates)[:: 1 if turn % 2 == 0 else -1]:
+                seconds = self.attempt(name, lambda name=name: timed(candidates[name]))
+                after()
+                if seconds is None:
+                    del candidates[name]
+                elif turn >= 0:
+                    took[name].append(seconds)
+        times = {}
+        for name in candidates:
+            wall, cpu = zip(*took[name], strict=True)
+            times[name] = {**summary(wall, units), "median_cpu_seconds": statistics.median(cpu)}
+        return times
+
+    def headline(
+        self, measure: str, times: dict[str, dict], *, ours: str, baseline: str, unit: str, goal: float | None = None
+    ) -> None:
+        """A row of the table: both figures in `unit`, the speed-up, and its goal. No row where a candidate was lost."""
+        if not {ours, baseline} <= times.keys():
+            return
+        mine, theirs = (times[name].get("per_second", times[name]["median_seconds"]) for name in (ours, baseline))
+        ratios = speedup(times, ours=ours, baseline=baseline)
+        self._add(
+            {"measure": measure, "unit": unit, "ours": mine, "baseline": theirs, "baseline_name": baseline}
+            | {"speedup": ratios, "goal": goal}
+        )
+
+    def figure(self, measure: str, value: float, *, unit: str, goal: float | None = None, at_most=False) -> None:
+        """A row of the table without a baseline: a figure and its goal, an upper bound if `at_most`."""
+        self._add({"measure": measure, "unit": unit, "ours": value, "goal": goal, "at_most": at_most})
+
+    def _add(self, row: dict) -> None:
+        self.results["headlines"].append(row)
+        measure, *rest, goal = cells(row)
+        print(f"{measure}: {', '.join(filter(None, rest))}{goal and f'; goal {goal}'}", flush=True)
+        self.save()
 
 
-def summary(seconds: list[float], units: float | None = None) -> dict:
-    """Median, spread and the single measurements, in seconds; with `units` also the units per second."""
+def cells(row: dict) -> list[str]:
+    """A row's measure, figure, baseline, ratio with its spread, and goal (met or not): the columns of the table."""
+    value, unit, baseline, ratio, goal = row["ours"], f" {row['unit']}", "", "", ""
+    shown = f"{value:,.4g}{unit}"
+    if "speedup" in row:
+        value, unit = row["speedup"]["median"], "x"
+        baseline = f"{row['baseline']:,.4g} ({row['baseline_name']})"
+        ratio = f"**{value:.2f}x** ({row['speedup']['min']:.2f}–{row['speedup']['max']:.2f})"
+    if row["goal"] is not None:
+        at_most = row.get("at_most", False)
+        met = value <= row["goal"] if at_most else value >= row["goal"]
+        goal = f"{'<=' if at_most else '>='} {row['goal']:,g}{unit} {'✓' if met else '✗ not met'}"
+    return [row["measure"], shown, baseline, ratio, goal]
+
+
+def timed(call: Callable) -> tuple[float, float]:
+    """Seconds of one call by the clock, and of processor time; the accelerator's work is waited for."""
+    synchronize()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    call()
+    synchronize()
+    return time.perf_counter() - start, time.process_time() - cpu_start
+
+
+def summary(seconds, units: float | None = None) -> dict:
+    """Median, spread and the single measurements, in seconds; with `units` of work per call also units per second."""
     median = statistics.median(seconds)
-    result = {"median_seconds": median, "min": min(seconds), "max": max(seconds), "rounds": seconds}
+    result = {"median_seconds": median, "min": min(seconds), "max": max(seconds), "rounds": list(seconds)}
     return result if units is None else {**result, "per_second": units / median}
 
 
 def speedup(times: dict[str, dict], *, ours: str, baseline: str) -> dict[str, float]:
     """How many times faster `ours` is than `baseline`: median, min and max of the rounds' ratios."""
     pairs = zip(times[ours]["rounds"], times[baseline]["rounds"], strict=True)
-    ratios = [theirs / mine for mine, theirs in pairs]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return spread([theirs / mine for mine, theirs in pairs])
 
 
-def headline(measure: str, times: dict[str, dict], *, ours: str, baseline: str, unit: str, goal: float | None) -> dict:
-    """One row of the README's table: a measure, both figures in `unit`, the speed-up with its spread, and its goal."""
-    return {
-        "measure": measure,
-        "unit": unit,
-        "ours": times[ours].get("per_second", times[ours]["median_seconds"]),
-        "baseline": times[baseline].get("per_second", times[baseline]["median_seconds"]),
-        "baseline_name": baseline,
-        "speedup": speedup(times, ours=ours, baseline=baseline),
-        "goal": goal,
-    }
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def figure(measure: str, value: float, *, unit: str, goal: float | None = None, at_most: bool = False) -> dict:
-    """One row of the README's table without a baseline: a figure and its goal, an upper bound if `at_most`."""
-    return {"measure": measure, "unit": unit, "ours": value, "goal": goal, "at_most": at_most}
-
-
-def peak_memory_gib(call: Callable[[], object]) -> float:
+def peak_memory_gib(call: Callable) -> float:
     """What one call needs at its peak above what was allocated before it, counted by torch's allocator, in GiB."""
     import torch
 
@@ -122,49 +250,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def write_record(name: str, results: dict, *, argv: list[str], out: Path) -> Path:
-    """Write `out/NAME-<host kind>.json`: results, command, commit, date, hardware, versions. Print the headlines."""
-    record = {
-        "name": name,
-        "command": shlex.join(["gpt2repro", "bench", name, *argv]),
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": _versions(),
-        "results": results,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}-{host_kind()}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for row in results.get("headlines", []):
-        print(describe(row))
-    print(f"record: {path}", flush=True)
-    return path
+def free_memory() -> None:
+    """Give back what nothing refers to any more, on the device as well."""
+    import torch
 
-
-def describe(row: dict) -> str:
-    """A headline or figure as one line of text."""
-    text = f"{row['measure']}: {row['ours']:,.4g} {row['unit']}"
-    if "speedup" in row:
-        ratio = row["speedup"]
-        spread = f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
-        text += f", {spread} of {row['baseline_name']} ({row['baseline']:,.4g})"
-    if row["goal"] is not None:
-        text += f"; goal {goal_text(row)}: {'reached' if reached(row) else 'NOT reached'}"
-    return text
-
-
-def goal_text(row: dict) -> str:
-    """The goal as it is written in the table, for example `>= 1.2x` or `<= 3 s`."""
-    if "speedup" in row:
-        return f">= {row['goal']:g}x"
-    return f"{'<=' if row['at_most'] else '>='} {row['goal']:,g} {row['unit']}"
-
-
-def reached(row: dict) -> bool:
-    """Whether a row with a goal meets it."""
-    value = row["speedup"]["median"] if "speedup" in row else row["ours"]
-    return value <= row["goal"] if row.get("at_most") else value >= row["goal"]
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def host_kind() -> str:
@@ -177,51 +268,31 @@ def hardware() -> dict:
     """Processor, cores, memory, GPU, and how busy the machine was, since a busy one measures badly."""
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    has_load = hasattr(os, "getloadavg")  # not on Windows
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     return {
-        "gpu": gpu,
-        "gpus": torch.cuda.device_count() if gpu else 0,
-        "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpus": torch.cuda.device_count(),
+        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "memory_gib": _memory_gib(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "torch_threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2) if has_load else None,
+        "load_average": round(psutil.getloadavg()[0], 2),
         "system": platform.system(),
     }
 
 
-def _cpu_name() -> str:
-    if Path("/proc/cpuinfo").exists():
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
+def versions() -> dict[str, str]:
+    """The versions of the packages that speed depends on, where they are installed."""
+    installed = {package: list(importlib.metadata.distributions(name=package)) for package in PACKAGES}
+    return {package: found[0].version for package, found in installed.items() if found}
 
 
-def _memory_gib() -> float | None:
+def commit() -> str:
+    """The checkout's commit, `+changes` where files differ from it; without git GPT2REPRO_COMMIT, else `unknown`."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1)
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return None
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _commit() -> str:
-    """The checkout's commit, with `+changes` where files differ from it."""
-    root = Path(__file__).resolve().parents[3]
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
-        return "unknown"
-    return (commit.stdout.strip() or "unknown") + ("+changes" if changed.stdout.strip() else "")
+        found = ""
+    return found or os.environ.get("GPT2REPRO_COMMIT", "unknown")

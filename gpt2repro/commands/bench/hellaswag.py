@@ -1,5 +1,7 @@
 """HellaSwag examples per second: contexts shared and examples batched, against build-nanogpt's loop.
 
+gpt2repro bench hellaswag                          # random tokens with the lengths of real examples: no download
+
 The loop scores one example at a time as four padded rows with all their logits. Both run the same GPT-2 with random
 weights in the same precision on the same examples, and must give the same predictions, or nothing is timed.
 
@@ -9,32 +11,23 @@ the loop mostly waits for kernels to start, and the goal is 10x.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
-from gpt2repro.commands.bench import harness
-from gpt2repro.options import parse_options
-
-AtLeastOne = Annotated[int, Field(ge=1)]
+from gpt2repro.commands.bench.harness import SIZES, CommonOptions, NotEqual, Record
+from gpt2repro.options import AtLeastOne, parse_options
 
 # Deciles of the lengths in GPT-2 tokens, build-nanogpt's rendering. Measured on 500 examples of the validation set.
 CONTEXT_TOKENS = (9, 14, 18, 21, 24, 26, 29, 32, 36, 45, 87)
 ENDING_TOKENS = (2, 7, 9, 10, 11, 13, 15, 17, 21, 30, 73)
-BASELINE = "build-nanogpt's loop"
+OURS, LOOP = "gpt2repro", "build-nanogpt's loop"
 
 
-@dataclass
-class Options:
-    n_layer: AtLeastOne = 12
-    "Transformer blocks."
-    n_head: AtLeastOne = 12
-    "Attention heads."
-    n_embd: AtLeastOne = 768
-    "Width."
-    vocab_size: AtLeastOne = 50257
-    "Rows of the vocabulary matrix."
+@dataclass(kw_only=True)
+class Options(CommonOptions):
+    size: Literal["small", "124M", "350M", "774M", "1558M"] = "124M"
+    "Model."
     data: Path | None = None
     "HellaSwag's original .jsonl (needs GPT-2's vocabulary); none: random tokens with the lengths of 500 real examples."
     examples: AtLeastOne | None = None
@@ -47,84 +40,75 @@ class Options:
     "cuda, mps or cpu; none: the best one here."
     dtype: Literal["fp32", "bf16"] = "fp32"
     "Precision of the weights of both; fp32 products may run in TF32 on a GPU, as in build-nanogpt."
-    out: Path = harness.RECORDS
-    "Directory of the record."
 
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro bench hellaswag", description=__doc__)
+    record = Record("hellaswag", argv, options)
     import torch
 
-    from configuration_gpt2repro import GPT2ReproConfig
-    from gpt2repro.evaluation import hellaswag
-    from gpt2repro.models import pick_device
-    from modeling_gpt2repro import GPT2ReproForCausalLM
+    from gpt2repro.commands.bench import baselines
+    from gpt2repro.evaluation.hellaswag import TASK
+    from gpt2repro.evaluation.multiple_choice import Prepared, grouped, score
+    from gpt2repro.models import pick_device, pick_dtype
 
     device = pick_device(options.device)
     on_gpu = device.type != "cpu"
     if on_gpu:
         torch.set_float32_matmul_precision("high")
+    shape = dict(zip(("n_layer", "n_head", "n_embd", "vocab_size"), SIZES[options.size], strict=True))
     count = options.examples or (500 if on_gpu else 32)
-    rendered = read_rendered(options.data, count) if options.data else random_rendered(count, options.vocab_size)
-    torch.manual_seed(0)
-    sizes = {"n_layer": options.n_layer, "n_head": options.n_head, "n_embd": options.n_embd}
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=options.vocab_size, **sizes)).eval()
-    model.to(device, torch.bfloat16 if options.dtype == "bf16" else torch.float32)
-    prepared = hellaswag.Prepared(
-        [{"label": None} for _ in rendered], {"tokens": rendered}, hellaswag.grouped(rendered, 1024), {}
-    )
+    rendered = read_rendered(options.data, count) if options.data else random_rendered(count, shape["vocab_size"])
+    model = baselines.our_gpt2(shape).eval().to(device, pick_dtype(device, options.dtype))
+    groups = grouped({"tokens": rendered}, 1024)
+    prepared = Prepared(TASK, [], {"tokens": rendered}, groups, {})
 
     def ours() -> np.ndarray:
-        return hellaswag.score(model, prepared, device=device, batch_tokens=options.batch_tokens)["tokens"]
+        scores = score(model, prepared, device=device, batch_tokens=options.batch_tokens)["tokens"]
+        return np.stack(scores)[:, :, 0]  # (examples, 4)
 
     def loop() -> np.ndarray:
         return np.array([score_four_rows(model, example, device) for example in rendered])
 
     mine, theirs = ours(), loop()  # the warm-up as well
-    assert_equal_choices(mine, theirs, rendered, tolerance=1e-5 if not on_gpu and options.dtype == "fp32" else 1e-2)
-    times = harness.compare({"gpt2repro": ours, BASELINE: loop}, rounds=options.rounds, warmup=0, units=count)
-    ratio = flops_of_the_loop(rendered, options) / flops_of_ours(prepared.groups, options)
-    goal = 10.0 if on_gpu else 0.8 * ratio
-    results = {
-        "headlines": [
-            harness.headline(
-                f"HellaSwag, {count} examples", times, ours="gpt2repro", baseline=BASELINE, unit="examples/s", goal=goal
-            ),
-            harness.figure("HellaSwag, ratio of FLOPs", ratio, unit="x"),
-        ],
-        "times": times,
-        "flops_ratio": ratio,
-        "device": device.type,
-        "dtype": options.dtype,
-        "largest_score_difference": float(np.abs(mine - theirs).max()),
-    }
-    harness.write_record("hellaswag", results, argv=argv, out=options.out)
-    return 0
+    units = np.array([example.units for example in rendered])
+    check_choices(mine, theirs, units, tolerance=1e-5 if not on_gpu and options.dtype == "fp32" else 1e-2)
+    ratio = flops(shape, loop_work(rendered)) / flops(shape, shared_work(groups))
+    largest = float(np.abs(mine - theirs).max())
+    record.save(flops_ratio=ratio, device=device.type, dtype=options.dtype, largest_score_difference=largest)
+    times = record.compare({OURS: ours, LOOP: loop}, warmup=0, units=len(rendered))
+    record.save(times=times)
+    what, goal = f"HellaSwag, {len(rendered)} examples", 10.0 if on_gpu else 0.8 * ratio
+    record.headline(what, times, ours=OURS, baseline=LOOP, unit="examples/s", goal=goal)
+    record.figure("HellaSwag, ratio of FLOPs", ratio, unit="x")
+    return record.finish()
 
 
 def read_rendered(path: Path, count: int) -> list:
     """`count` examples of a real file, evenly spread over it."""
     from gpt2repro.data.tokenization import gpt2_tokenizer
-    from gpt2repro.evaluation import hellaswag
+    from gpt2repro.evaluation.hellaswag import TASK
+    from gpt2repro.evaluation.multiple_choice import render
 
-    examples = hellaswag.read_examples(path)
+    examples = TASK.read(path)
     chosen = [examples[i] for i in np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int)]
-    return hellaswag.render_tokens(chosen, hellaswag.encoder(gpt2_tokenizer()))
+    return render(TASK.protocols["tokens"], chosen, gpt2_tokenizer())
 
 
 def random_rendered(count: int, vocab_size: int) -> list:
     """Random tokens with the lengths of real examples."""
-    from gpt2repro.evaluation.hellaswag import Rendered
+    from gpt2repro.evaluation.multiple_choice import Rendered
 
     rng = np.random.default_rng(0)
 
-    def lengths(deciles: tuple, n: int) -> list[int]:
-        return np.interp(rng.random(n), np.linspace(0, 1, len(deciles)), deciles).round().astype(int).tolist()
+    def tokens(deciles: tuple) -> list[int]:
+        length = round(np.interp(rng.random(), np.linspace(0, 1, len(deciles)), deciles))
+        return rng.integers(vocab_size, size=length).tolist()
 
     rendered = []
-    for context in lengths(CONTEXT_TOKENS, count):
-        endings = [rng.integers(vocab_size, size=n).tolist() for n in lengths(ENDING_TOKENS, 4)]
-        rendered.append(Rendered(rng.integers(vocab_size, size=context).tolist(), endings, [len(e) for e in endings]))
+    for _ in range(count):
+        context, endings = tokens(CONTEXT_TOKENS), [tokens(ENDING_TOKENS) for _ in range(4)]
+        rendered.append(Rendered([(context, ending) for ending in endings], [len(ending) for ending in endings]))
     return rendered
 
 
@@ -133,11 +117,11 @@ def score_four_rows(model, example, device) -> list[float]:
     import torch
     import torch.nn.functional as F
 
-    start = len(example.context)
-    width = start + max(map(len, example.endings))
+    start = len(example.choices[0][0])
+    width = max(len(context) + len(ending) for context, ending in example.choices)
     tokens, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width)
-    for row, ending in enumerate(example.endings):
-        tokens[row, : start + len(ending)] = torch.tensor(example.context + ending)
+    for row, (context, ending) in enumerate(example.choices):
+        tokens[row, : start + len(ending)] = torch.tensor(context + ending)
         mask[row, start : start + len(ending)] = 1
     tokens, mask = tokens.to(device), mask.to(device)
     with torch.no_grad():
@@ -146,43 +130,36 @@ def score_four_rows(model, example, device) -> list[float]:
     return (-losses * mask[:, 1:]).sum(dim=1).tolist()
 
 
-def assert_equal_choices(mine: np.ndarray, theirs: np.ndarray, rendered: list, tolerance: float) -> None:
+def check_choices(mine: np.ndarray, theirs: np.ndarray, units: np.ndarray, tolerance: float) -> None:
     """Raises NotEqual where scores differ by more than `tolerance` of themselves, or a clear choice is another one."""
-    difference = np.abs(mine - theirs) / np.abs(theirs)
-    if not (difference <= tolerance).all():
-        raise harness.NotEqual(
-            f"HellaSwag scores differ from the loop's by {difference.max():.1e}, allowed {tolerance}"
-        )
-    units = np.array([example.units for example in rendered])
+    difference = (np.abs(mine - theirs) / np.abs(theirs)).max()
+    if not difference <= tolerance:
+        raise NotEqual(f"HellaSwag scores differ from the loop's by {difference:.1e}, allowed {tolerance}")
     for divisor in (1, units):
         a, b = mine / divisor, theirs / divisor
-        best_two = np.sort(b, axis=1)[:, -2:]
-        clear = best_two[:, 1] - best_two[:, 0] > 2 * tolerance * np.abs(best_two[:, 1])
+        second, best = np.sort(b, axis=1)[:, -2:].T
+        clear = best - second > 2 * tolerance * np.abs(best)
         if (a.argmax(axis=1) != b.argmax(axis=1))[clear].any():
-            raise harness.NotEqual("HellaSwag choices differ from the loop's")
+            raise NotEqual("HellaSwag choices differ from the loop's")
 
 
-def flops_of_the_loop(rendered: list, options: Options) -> float:
-    """Matrix products of four padded rows per example, logits at every position."""
-    total = 0.0
-    for example in rendered:
-        width = len(example.context) + max(map(len, example.endings))
-        total += 4 * flops(options, positions=width, keys=width * (width + 1) / 2, logits=width)
-    return total
+def loop_work(rendered: list) -> np.ndarray:
+    """Positions, query-key pairs and rows of logits of four padded rows per example, logits at every position."""
+    widths = np.array([max(len(context) + len(ending) for context, ending in one.choices) for one in rendered])
+    return 4 * np.array([widths.sum(), (widths * (widths + 1) / 2).sum(), widths.sum()])
 
 
-def flops_of_ours(groups: list, options: Options) -> float:
-    """Matrix products that the shared rows need: each position once, logits where an ending's token is predicted."""
-    total = 0.0
+def shared_work(groups: list) -> np.ndarray:
+    """The same of the shared rows: each position once, logits where an ending's token is predicted."""
+    work = np.zeros(3)
     for group in groups:
         c = len(group.context)
-        keys = c * (c + 1) / 2 + sum((len(e) - 1) * (c + len(e) / 2) for e in group.endings)
-        total += flops(options, positions=group.length, keys=keys, logits=sum(map(len, group.endings)))
-    return total
+        pairs = c * (c + 1) / 2 + sum((len(e) - 1) * (c + len(e) / 2) for e in group.endings)
+        work += group.length, pairs, sum(map(len, group.endings))
+    return work
 
 
-def flops(options: Options, *, positions: float, keys: float, logits: float) -> float:
+def flops(shape: dict, work: np.ndarray) -> float:
     """2 per multiply-add: 12 C^2 weights per block and position, 2 C products per query-key pair, C V per logit row."""
-    C = options.n_embd
-    blocks = options.n_layer * (24 * C * C * positions + 4 * C * keys)
-    return blocks + 2 * C * options.vocab_size * logits
+    C, L = shape["n_embd"], shape["n_layer"]
+    return float(work @ [24 * C * C * L, 4 * C * L, 2 * C * shape["vocab_size"]])

@@ -1,5 +1,8 @@
 """Text to token shards: prepare_fineweb's engine against build-nanogpt's way, on the same parquet file.
 
+gpt2repro bench tokenize                              # goals: 2.5x, 1.8x, and 10x with gigatoken
+gpt2repro bench tokenize --input texts/*.txt
+
 The baseline is a process pool that calls tiktoken once per document, builds one numpy array each and copies them into
 shards, as build-nanogpt's fineweb.py does: with half the cores (as it ships) and with all. Ours reads, tokenises and
 writes with the engine of `preparation`, with tiktoken and, where it is installed, with gigatoken. All read the same
@@ -8,24 +11,23 @@ file and must write the same tokens, or nothing is timed.
 The text is what is at hand: docstrings of Python and its installed packages and the files of --input, cut into
 documents of a web page's length and repeated up to --megabytes. Starting the pools counts; reading GPT-2's vocabulary
 and the two seconds that comparing gigatoken with tiktoken takes do not (they are the same for 10B tokens).
-
-    gpt2repro bench tokenize --input texts/*.txt          # goals: 2.5x, 1.8x, and 10x with gigatoken
 """
 
+import contextlib
 import functools
+import importlib.util
+import itertools
 import multiprocessing
 import os
 import shutil
 import sysconfig
 import tempfile
-import threading
-import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field
+import psutil
 
 from gpt2repro.commands.bench import harness
 from gpt2repro.data.preparation import prepare
@@ -33,112 +35,90 @@ from gpt2repro.data.python_docs import docstrings, python_docs
 from gpt2repro.data.shards import has_split, open_split
 from gpt2repro.data.text import find_text
 from gpt2repro.data.tokenization import Encoder, gpt2_tokenizer
-from gpt2repro.options import parse_options
+from gpt2repro.options import AtLeastOne, parse_options
 
 PACKAGES = ("torch", "numpy")
 DOCUMENT_CHARACTERS = 4700  # FineWeb's mean: 1,030 tokens
 ROW_GROUP_DOCUMENTS = 1000  # FineWeb's
 
 
-@dataclass
-class Options:
-    input: list[str] = field(default_factory=list)
-    "More text: files, directories, globs."
-    megabytes: Annotated[int, Field(gt=0)] = 400
+@dataclass(kw_only=True)
+class Options(harness.CommonOptions):
+    input: list[Path] = field(default_factory=list)
+    "More text: UTF-8 files."
+    megabytes: AtLeastOne = 400
     "Text to tokenise; what is at hand is repeated. Less, and the start of the pools is what is measured."
-    rounds: Annotated[int, Field(gt=0)] = 3
+    rounds: AtLeastOne = 3
     "Measurements of each; they take turns."
-    shard_tokens: Annotated[int, Field(gt=0)] = 10_000_000
+    shard_tokens: AtLeastOne = 10_000_000
     "Tokens per shard."
-    workers: Annotated[int, Field(gt=0)] = os.cpu_count() or 1
+    workers: AtLeastOne = os.cpu_count() or 1
     "Processes of ours, and of the baseline with all cores."
-    out: Path = harness.RECORDS
-    "Directory of the record."
+
+    def problems(self) -> list[str]:
+        absent = [name for name in ("pyarrow", "tiktoken") if not importlib.util.find_spec(name)]
+        problems = [f"bench tokenize needs {', '.join(absent)}; install it, or leave it out"] if absent else []
+        return problems + [f"input={path} does not exist" for path in self.input if not path.exists()]
 
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro bench tokenize", description=__doc__)
+    record = harness.Record("tokenize", argv, options)
     tokenizer = gpt2_tokenizer()
     plain, fast = Encoder(tokenizer), Encoder(tokenizer, fast=True)
-    half = max(1, options.workers // 2)
+    half, workers = max(1, options.workers // 2), options.workers
+    as_ships, all_cores = f"build-nanogpt, {half} of {workers} cores", f"build-nanogpt, {workers} cores"
     with tempfile.TemporaryDirectory() as scratch:
-        source, out = Path(scratch) / "text.parquet", Path(scratch) / "out"
-        text_bytes = write_text(source, options.input, options.megabytes * 10**6)
-        as_ships, all_cores = (
-            f"build-nanogpt, {half} of {options.workers} cores",
-            f"build-nanogpt, {options.workers} cores",
-        )
+        place = (Path(scratch) / "text.parquet", Path(scratch) / "out", options.shard_tokens)
+        text_bytes = write_text(place[0], options.input, options.megabytes * 10**6)
         candidates = {
-            as_ships: functools.partial(build_nanogpt, source, out, options.shard_tokens, half),
-            all_cores: functools.partial(build_nanogpt, source, out, options.shard_tokens, options.workers),
-            "ours": functools.partial(ours, source, out, options.shard_tokens, options.workers, tokenizer, plain),
+            as_ships: partial(build_nanogpt, *place, half),
+            all_cores: partial(build_nanogpt, *place, workers),
+            "ours": partial(ours, *place, workers, tokenizer, plain),
         }
         if fast.uses_gigatoken:
-            candidates["ours, gigatoken"] = functools.partial(
-                ours, source, out, options.shard_tokens, options.workers, tokenizer, fast
-            )
-        tokens, memory = None, {}
+            candidates["ours, gigatoken"] = partial(ours, *place, workers, tokenizer, fast)
+        memory, written = {}, {}
         for name, call in candidates.items():  # the check, and the warm-up
             memory[name] = peak_memory_gib(call)
-            written = read_back(out)
-            if tokens is not None and not np.array_equal(tokens, written):
+            written[name] = read_back(place[1])
+            if not np.array_equal(written[name], written[as_ships]):
                 raise harness.NotEqual(f"{name} wrote other tokens than {as_ships}")
-            tokens = written
-        times = harness.compare(candidates, rounds=options.rounds, warmup=0, units=len(tokens))
+        count = len(written[as_ships])
+        print(f"{text_bytes / 1e6:,.0f} MB of text, {count:,} tokens, the same from all", flush=True)
+        times = record.compare(candidates, warmup=0, units=count)
 
+    text, same = {"bytes": text_bytes, "tokens": count}, "all candidates wrote the same tokens"
+    record.save(text=text, identical=same, times=times, peak_memory_gib=memory)
     measure = "Tokenising, GPT-2 tokens"
-    headlines = [
-        harness.headline(measure, times, ours="ours", baseline=as_ships, unit="tokens/s", goal=2.5),
-        harness.headline(measure, times, ours="ours", baseline=all_cores, unit="tokens/s", goal=1.8),
-    ]
-    if fast.uses_gigatoken:
-        headlines.append(
-            harness.headline(
-                f"{measure}, gigatoken", times, ours="ours, gigatoken", baseline=as_ships, unit="tokens/s", goal=10.0
-            )
-        )
-    results = {
-        "text": {"bytes": text_bytes, "tokens": len(tokens)},
-        "identical": "all candidates wrote the same tokens",
-        "times": times,
-        "peak_memory_gib": memory,
-        "headlines": headlines,
-    }
-    print(f"{text_bytes / 1e6:,.0f} MB of text, {len(tokens):,} tokens, the same from all")
-    for name in candidates:
-        print(f"  {name:32} {times[name]['per_second']:>14,.0f} tokens/s  {memory[name]:.2f} GiB at the peak")
-    harness.write_record("tokenize", results, argv=argv, out=options.out)
-    return 0
+    for baseline, goal in ((as_ships, 2.5), (all_cores, 1.8)):
+        record.headline(measure, times, ours="ours", baseline=baseline, unit="tokens/s", goal=goal)
+    how = {"ours": "ours, gigatoken", "baseline": as_ships, "unit": "tokens/s", "goal": 10.0}
+    record.headline(f"{measure}, gigatoken", times, **how)
+    return record.finish()
 
 
-def write_text(path: Path, inputs: list[str], text_bytes: int) -> int:
+def write_text(path: Path, inputs: list[Path], text_bytes: int) -> int:
     """Write about `text_bytes` of real text as FineWeb-like parquet. Returns its exact size."""
     import pyarrow
     from pyarrow import parquet
 
-    texts = list(python_docs())
-    for package in PACKAGES:
-        texts += docstrings(Path(sysconfig.get_paths()["purelib"]) / package)
+    libraries = Path(sysconfig.get_paths()["purelib"])
+    texts = [*python_docs(), *(text for package in PACKAGES for text in docstrings(libraries / package))]
     if inputs:
-        files = find_text(inputs)
+        files = find_text([str(path) for path in inputs])
         texts += [
             "".join(piece for piece, _ in document) for unit in files.units(10**9) for document in files.read(unit)
         ]
-    documents = [
-        text[start : start + DOCUMENT_CHARACTERS]
-        for text in texts
-        for start in range(0, len(text), DOCUMENT_CHARACTERS)
-    ]
+    size = DOCUMENT_CHARACTERS
+    documents = [text[start : start + size] for text in texts for start in range(0, len(text), size)]
     np.random.default_rng(0).shuffle(documents)
-    written = 0
+    written, endless = 0, itertools.cycle(documents)
     with parquet.ParquetWriter(path, pyarrow.schema([("text", pyarrow.string())]), compression="zstd") as file:
         while written < text_bytes:
-            for start in range(0, len(documents), ROW_GROUP_DOCUMENTS):
-                some = documents[start : start + ROW_GROUP_DOCUMENTS]
-                file.write_table(pyarrow.table({"text": some}))
-                written += sum(len(text.encode()) for text in some)
-                if written >= text_bytes:
-                    break
+            group = list(itertools.islice(endless, ROW_GROUP_DOCUMENTS))
+            file.write_table(pyarrow.table({"text": group}))
+            written += sum(len(text.encode()) for text in group)
     return written
 
 
@@ -146,13 +126,9 @@ def ours(source: Path, out: Path, shard_tokens: int, workers: int, tokenizer, en
     """The engine of prepare_fineweb.py, first shard for validation and all."""
     shutil.rmtree(out, ignore_errors=True)
     files = find_text([str(source)])
-    units = files.units(shard_tokens)
-    for index, unit in enumerate(units):
-        unit["split"] = "train" if index else "val"
-    prepare(
-        out, tokenizer, units, files.read, source=files.source, settings={}, workers=workers, encoder=encoder,
-        show_progress=False,
-    )  # fmt: skip
+    units = [unit | {"split": "train" if index else "val"} for index, unit in enumerate(files.units(shard_tokens))]
+    how = {"workers": workers, "encoder": encoder, "show_progress": False}
+    prepare(out, tokenizer, units, files.read, source=files.source, settings={}, **how)
 
 
 def build_nanogpt(source: Path, out: Path, shard_tokens: int, processes: int) -> None:
@@ -164,10 +140,11 @@ def build_nanogpt(source: Path, out: Path, shard_tokens: int, processes: int) ->
 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
+    names = (out / f"bench_{'train' if index else 'val'}_{index:06d}.npy" for index in itertools.count())
     # As it ships where there is fork: the vocabulary is inherited.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     _tiktoken()
-    shard, count, index = np.empty(shard_tokens, np.uint16), 0, 0
+    shard, count = np.empty(shard_tokens, np.uint16), 0
     rows = (text for batch in parquet.ParquetFile(source).iter_batches(1000) for text in batch.column(0).to_pylist())
     with multiprocessing.get_context(method).Pool(processes) as pool:
         for tokens in pool.imap(_tokenise_document, rows, chunksize=16):
@@ -176,14 +153,10 @@ def build_nanogpt(source: Path, out: Path, shard_tokens: int, processes: int) ->
                 shard[count : count + len(part)] = part
                 count, tokens = count + len(part), tokens[len(part) :]
                 if count == shard_tokens:
-                    np.save(out / _shard_name(index), shard)
-                    count, index = 0, index + 1
+                    np.save(next(names), shard)
+                    count = 0
     if count:
-        np.save(out / _shard_name(index), shard[:count])
-
-
-def _shard_name(index: int) -> str:
-    return f"bench_{'train' if index else 'val'}_{index:06d}.npy"
+        np.save(next(names), shard[:count])
 
 
 @functools.cache
@@ -194,10 +167,7 @@ def _tiktoken():
 
 
 def _tokenise_document(text: str) -> np.ndarray:
-    encoding = _tiktoken()
-    tokens = encoding.encode_ordinary(text)
-    tokens.append(encoding.eot_token)
-    tokens = np.array(tokens)
+    tokens = np.array([*_tiktoken().encode_ordinary(text), _tiktoken().eot_token])
     assert (tokens >= 0).all() and (tokens < 2**16).all(), "token ids beyond uint16"
     return tokens.astype(np.uint16)
 
@@ -210,27 +180,13 @@ def read_back(out: Path) -> np.ndarray:
 
 def peak_memory_gib(call) -> float:
     """Largest memory of a call in a process of its own, with all that it starts; shared pages count once."""
-    import psutil
-
     process = multiprocessing.get_context("spawn").Process(target=call)
     process.start()
-    peak, done = 0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.is_set():
-            try:
-                parent = psutil.Process(process.pid)
-                peak = max(peak, sum(map(_memory, [parent, *parent.children(recursive=True)])))
-            except psutil.NoSuchProcess:
-                pass
-            time.sleep(0.1)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    process.join()
-    done.set()
-    watcher.join()
+    peak, parent = 0, psutil.Process(process.pid)
+    while process.is_alive():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            peak = max(peak, sum(map(_memory, [parent, *parent.children(recursive=True)])))
+        process.join(0.1)
     assert process.exitcode == 0, f"the candidate ended with {process.exitcode}"
     return peak / harness.GIB
 

@@ -1,28 +1,15 @@
-"""`evaluate` module: perplexity from sums of nats and numbers of tokens."""
+"""`evaluate` module: perplexity from sums of nats and numbers of tokens.
+
+exp of the mean nats per predicted token, over all texts together. It depends on the tokenizer; bits per byte does not.
+Unlike evaluate-metric/perplexity it loads no model: it takes what the model's forward passes gave.
+"""
 
 import math
 
-import datasets
 import evaluate
 
-DESCRIPTION = """
-Perplexity: exp of the mean nats per predicted token, over all texts together. It depends on the tokenizer; bits per
-byte does not. Unlike evaluate-metric/perplexity it loads no model: it takes what the model's forward passes gave.
-"""
-KWARGS_DESCRIPTION = """
-Args:
-    predictions: total nats of each text or window (sum, not mean).
-    references: predicted tokens of each.
-Returns:
-    perplexity, and loss, its logarithm.
-Example:
-    >>> metric = Perplexity()
-    >>> round(metric.compute(predictions=[6.0, 2.0], references=[3, 1])["perplexity"], 3)
-    7.389
+from .shared import SUMS, info
 
-Reference values: OpenAI's GPT-2 124M has a loss of 3.425 on FineWeb's validation shard (llm.c) and 3.2924 on
-FineWeb-Edu's (build-nanogpt); llm.c's reproduction of it on 10B tokens of FineWeb has 3.2722.
-"""
 CITATION = """
 @article{jelinek1977perplexity,
     title={Perplexity: a measure of the difficulty of speech recognition tasks},
@@ -33,18 +20,25 @@ CITATION = """
 """
 
 
-@evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, KWARGS_DESCRIPTION)
 class Perplexity(evaluate.Metric):
+    """exp of the mean nats per predicted token.
+
+    Args:
+        predictions: total nats of each text or window (sum, not mean).
+        references: predicted tokens of each.
+    Returns:
+        perplexity, and loss, its logarithm.
+    Example:
+        >>> metric = Perplexity()
+        >>> round(metric.compute(predictions=[6.0, 2.0], references=[3, 1])["perplexity"], 3)
+        7.389
+
+    Reference values: OpenAI's GPT-2 124M has a loss of 3.425 on FineWeb's validation shard (llm.c) and 3.2924 on
+    FineWeb-Edu's (build-nanogpt); llm.c's reproduction of it on 10B tokens of FineWeb has 3.2722.
+    """
+
     def _info(self):
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            citation=CITATION,
-            inputs_description=KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
-            ),
-            reference_urls=["https://huggingface.co/docs/transformers/perplexity"],
-        )
+        return info(self, __doc__, CITATION, SUMS, "https://huggingface.co/docs/transformers/perplexity")
 
     def _compute(self, predictions, references):
         loss = math.fsum(predictions) / sum(references)

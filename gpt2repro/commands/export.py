@@ -1,0 +1,90 @@
+"""Writes a model in the form of another program: a plain gpt2, ONNX, CTranslate2, or GGUF for llama.cpp.
+
+    gpt2repro export --model runs/124M --out exported/gpt2
+    gpt2repro export --model user/name@step-5000 --out exported/ct2 --format ct2
+    gpt2repro export --model runs/124M --out exported/gguf --format gguf --converter llama.cpp/convert_hf_to_gguf.py
+
+Every form is made from the plain gpt2, whose logits are compared with the model's first; the result is loaded and
+compared as well. export.json beside it names the converter, its version and the differences.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gpt2repro.models import load_for_comparison
+from gpt2repro.options import InputError, parse_options
+
+# |logit difference| in fp32; llama.cpp keeps its cache in fp16.
+TOLERANCE = {"onnx": 1e-3, "ct2": 1e-3, "gguf": 0.1}
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+@dataclass
+class Options:
+    model: str
+    "A run, a model's directory, or a Hub id (also user/name@revision)."
+    out: Path
+    "New directory for the result."
+    format: Literal["gpt2", "gguf", "onnx", "ct2"] = "gpt2"
+    "gpt2: transformers' own class. onnx and ct2 need `pip install 'gpt2repro[export]'`, gguf `'gpt2repro[gguf]'`."
+    converter: Path | None = None
+    "gguf: llama.cpp's convert_hf_to_gguf.py; none: the one on the PATH."
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            found.append(f"--out {self.out} exists and is not an empty directory; choose another")
+        if self.converter is not None and self.format != "gguf":
+            found.append("--converter belongs to --format gguf")
+        if self.format == "gguf" and not (self.converter or Path(shutil.which(CONVERTER) or "nowhere")).is_file():
+            where = "it lies in llama.cpp, and in vendor/llama.cpp of llama-cpp-python's source package"
+            found.append(
+                f"--format gguf needs --converter PATH/{CONVERTER} ({where}), and pip install 'gpt2repro[gguf]'"
+            )
+        return found
+
+
+def main(argv: list[str]) -> int:
+    options = parse_options(Options, argv, prog="gpt2repro export", description=__doc__)
+    from gpt2repro.checkpoint.reader import fetch_model, resolve_model
+    from gpt2repro.files import write_json
+    from gpt2repro.publishing import exports
+
+    source = resolve_model(options.model)
+    source = source if Path(source).is_dir() else fetch_model(source)
+    model = load_for_comparison(source)
+    with exports.new_directory(options.out) as out, tempfile.TemporaryDirectory(dir=out) as work:
+        native = exports.export_native(source, Path(work) / "native" if options.format != "gpt2" else out / "gpt2")
+        record = {
+            "model": options.model,
+            "format": options.format,
+            "native_difference": exports.check_native(native, model),
+        }
+        print(f"plain gpt2: logits differ by at most {record['native_difference']:.1e}")
+        if options.format == "gpt2":
+            for path in native.iterdir():
+                path.rename(out / path.name)
+            native.rmdir()
+        else:
+            convert = {"onnx": exports.to_onnx, "ct2": exports.to_ct2, "gguf": exports.to_gguf}[options.format]
+            tool = [options.converter or Path(shutil.which(CONVERTER))] if options.format == "gguf" else []
+            record["converter"], logits = convert(native, out, *tool)
+            difference = record["difference"] = logits and exports.compare(model, logits)
+            result = (
+                "not run: pip install 'gpt2repro[gguf]'"
+                if logits is None
+                else f"logits differ by at most {difference:.1e}"
+            )
+            print(f"{options.format}, by {record['converter']}: {result}")
+            if difference is not None and not difference <= TOLERANCE[options.format]:
+                raise InputError(
+                    f"the {options.format} form does not compute what the model computes; nothing is written"
+                )
+        write_json(out / "export.json", record)
+    print(options.out)
+    return 0

@@ -1,0 +1,215 @@
+"""A model of ours in the forms that other programs take, each compared with the model before anybody uses it.
+
+directory --export_native--> a plain `gpt2`: the same weights file, another config.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from gpt2repro.files import read_json, sha256_of
+from gpt2repro.options import InputError
+
+# What belongs to a model's directory; anything else there is somebody's own.
+MODEL_FILE = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|average)\.json"
+    r"|(merges|vocab)\.txt|(tokenizer|spiece)\.model|chat_template\.jinja|LICENSE(\.md|\.txt)?"
+    r"|(configuration|modeling)_gpt2repro\.py"
+)
+NATIVE_TOLERANCE = 1e-4  # |logit difference| in fp32; the two classes do the same sums in another order
+
+
+def export_native(source: str | Path, target: str | Path) -> Path:
+    """A directory of ours -> one of type `gpt2` that needs no remote code: same weights file, rewritten config.json.
+
+    `n_ctx` is not read by transformers any more, but by llm.cpp-like converters (llama.cpp).
+
+    Raises: InputError where `source` is no model of ours or `target` is not empty.
+    """
+    source, target = Path(source), Path(target)
+    config = read_json(source / "config.json")
+    if config.get("model_type") not in ("gpt2repro", "gpt2"):
+        raise InputError(f"{source} is a model of type {config.get('model_type')!r}; only gpt2repro can become gpt2")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is not empty; choose another directory for the native export")
+    target.mkdir(parents=True, exist_ok=True)
+    config.pop("auto_map", None)
+    config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": config["n_positions"]}
+    for path in sorted(source.iterdir()):
+        if MODEL_FILE.fullmatch(path.name) and path.suffix != ".py" and path.name != "config.json":
+            link(path.resolve(), target / path.name)  # the Hub's cache keeps links to the files
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return target
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy on another filesystem and on one without hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def check_native(directory: str | Path, model) -> float:
+    """Largest |logit difference| between the native directory in plain transformers and our `model` (fp32, CPU).
+
+    Raises: InputError where they do not compute the same: then nothing should be published.
+    """
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    native, report = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    problems = [f"{kind}: {sorted(map(str, names))[:3]}" for kind, names in report.items() if names]
+    T, V = min(64, model.config.n_positions), model.config.vocab_size
+    ids = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = model.eval()(ids).logits, native.eval()(ids).logits
+    difference = float((expected - found).abs().max())
+    if problems or not difference <= NATIVE_TOLERANCE * max(1.0, float(expected.abs().max())):
+        detail = "; ".join(problems) or f"logits differ by {difference:.2e}"
+        raise InputError(f"the native export does not compute what the model computes ({detail}); it is not used")
+    return difference
+
+
+def compare(model, logits: Callable) -> float:
+    """Largest |logit difference| between our `model` (fp32, CPU) and a converted one, on one row of random ids."""
+    import torch
+
+    T, V = min(32, model.config.n_positions), model.config.vocab_size
+    ids = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return float((model.eval()(ids).logits[0] - torch.as_tensor(logits(ids))).abs().max())
+
+
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory that appears under `out`, whole, when the block ends.
+
+    Raises: InputError where it cannot be written.
+    """
+    aside = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+        yield aside
+        if out.is_dir():
+            out.rmdir()  # empty, as checked: Windows renames onto nothing
+        aside.chmod(0o755)  # mkdtemp's is for its owner alone
+        aside.rename(out)
+    except OSError as error:
+        raise InputError(f"--out {out} could not be written: {error.strerror or error}") from None
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def to_onnx(native: Path, out: Path) -> tuple[str, Callable]:
+    """model.onnx for any batch and length, beside the tokenizer."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    try:
+        import onnx  # noqa: F401 - torch.onnx writes with these two
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise _missing(error, "export") from None
+
+    class Logits(torch.nn.Module):
+        def __init__(self, plain):
+            super().__init__()
+            self.plain = plain
+
+        def forward(self, input_ids):  # (B, T) -> (B, T, V)
+            return self.plain(input_ids, use_cache=False).logits
+
+    plain = GPT2LMHeadModel.from_pretrained(native, dtype=torch.float32, attn_implementation="eager").eval()
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time", max=plain.config.n_positions)
+    torch.onnx.export(
+        Logits(plain).eval(),
+        (torch.zeros(2, min(8, plain.config.n_positions), dtype=torch.long),),
+        out / "model.onnx",
+        input_names=["input_ids"],
+        output_names=["logits"],
+        dynamic_shapes={"input_ids": {0: batch, 1: time}},
+        dynamo=True,
+        verbose=False,
+    )
+    for path in native.glob("*.*"):
+        if path.suffix != ".safetensors":
+            link(path, out / path.name)
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    return f"torch.onnx {torch.__version__}", lambda ids: session.run(None, {"input_ids": ids.numpy()})[0][0]
+
+
+def to_ct2(native: Path, out: Path) -> tuple[str, Callable]:
+    """A directory of CTranslate2 in fp32, beside the tokenizer."""
+    import numpy as np
+
+    try:
+        import ctranslate2
+    except ImportError as error:
+        raise _missing(error, "export") from None
+    _need_tokenizer(native)
+    files = [
+        path.name for path in native.iterdir() if "token" in path.name or path.name in ("vocab.json", "merges.txt")
+    ]
+    converter = ctranslate2.converters.TransformersConverter(str(native), copy_files=files)
+    with tempfile.TemporaryDirectory(dir=native.parent) as work:
+        for path in Path(converter.convert(work, force=True)).iterdir():
+            path.rename(out / path.name)
+    generator = ctranslate2.Generator(str(out), device="cpu", compute_type="float32")
+    logits = lambda ids: np.array(generator.forward_batch(ids.tolist()))[0]  # noqa: E731
+    return f"ctranslate2 {ctranslate2.__version__}", logits
+
+
+def to_gguf(native: Path, out: Path, converter: Path) -> tuple[str, Callable | None]:
+    """model.gguf in fp32 by llama.cpp's own convert_hf_to_gguf.py; run, where llama-cpp-python is installed."""
+    _need_tokenizer(native)
+    gguf = out / "model.gguf"
+    command = [sys.executable, str(converter), str(native), "--outfile", str(gguf), "--outtype", "f32"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode or not gguf.is_file():
+        reason = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
+        hint = "; its packages come with pip install 'gpt2repro[gguf]'" if "ModuleNotFoundError" in reason else ""
+        raise InputError(f"{converter} refused the model: {reason}{hint}")
+    name = f"{converter.name} (sha256 {sha256_of(converter)[:12]}), gguf {_gguf_version(converter)}"
+    try:
+        import llama_cpp
+    except ImportError:
+        return name, None
+    llm = llama_cpp.Llama(str(gguf), n_ctx=0, logits_all=True, verbose=False)
+
+    def logits(ids):
+        llm.reset()
+        llm.eval(ids[0].tolist())
+        return llm.scores[: ids.shape[1]]
+
+    return name, logits
+
+
+def _gguf_version(converter: Path) -> str:
+    """Of the package that the converter takes: its own, where it stands in llama.cpp's tree."""
+    own = converter.parent / "gguf-py" / "pyproject.toml"
+    found = re.search(r'^version\s*=\s*"(.+?)"', own.read_text(), re.MULTILINE) if own.is_file() else None
+    return found[1] if found else version("gguf")
+
+
+def _missing(error: ImportError, extra: str) -> InputError:
+    return InputError(f"this format needs {error.name}: pip install 'gpt2repro[{extra}]'")
+
+
+def _need_tokenizer(native: Path) -> None:
+    if not (native / "tokenizer.json").is_file():
+        raise InputError("this format holds the tokenizer, and the model has none (tokenizer.json); try gpt2 or onnx")

@@ -1,0 +1,47 @@
+"""Secrets and home directories taken out of what leaves the machine: logs, trackers, checkpoints, model cards.
+
+The one scrubber of the project. Knows no file and no format; imports nothing of ours.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+SECRET_NAME = re.compile(r"(^|[_-])(token|secret|password|passwd|key|credentials?)$", re.IGNORECASE)
+SECRET_TEXT = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|\bwandb_v\d+_\w{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"  # W&B, GitHub
+    r"|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[A-Z0-9]{16}\b"  # OpenAI and others, AWS
+    r"|\bAIza[\w-]{35}|\bxox[abprs]-[\w-]{10,}"  # Google, Slack
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # https://user:password@host
+    r"|(?:(?<=_TOKEN=)|(?<=_KEY=)|(?<=PASSWORD=)|(?<=SECRET=))[^\s\[\]\"'\\,}]+"  # NAME=value in a command
+)
+HIDDEN = "[hidden]"
+# Linux, macOS, root's, Windows (also with the backslashes doubled, as in JSON); the name must end there.
+HOMES = r"/home/[\w.@+-]+|/Users/[\w.@+-]+|/root|[A-Za-z]:\\+Users\\+[\w.@+-]+"
+
+
+def scrub(value: Any, name: str = "") -> Any:
+    """`value` without secrets, and with home directories written as `~`.
+
+    A secret is known by its field's name, by its look, or as the value of an environment variable with such a name.
+    Dicts and lists are gone through; what is neither text nor a path stays as it is. Scrubbing twice changes nothing.
+    """
+    if isinstance(value, dict):
+        return {key: scrub(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [scrub(item, name) for item in value]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        return value
+    if value and SECRET_NAME.search(name):
+        return HIDDEN
+    for variable, secret in os.environ.items():
+        # By value: W&B's older keys are bare hexadecimal, like a commit's id.
+        if SECRET_NAME.search(variable) and len(secret) >= 8:
+            value = value.replace(secret, HIDDEN)
+    here = os.path.expanduser("~")  # of whatever kind: /data/me, a service account's
+    homes = f"{HOMES}|{re.escape(here)}" if len(Path(here).parts) > 1 else HOMES
+    return re.sub(rf"(?<![\w.~-])(?:{homes})(?![\w.-])", "~", SECRET_TEXT.sub(HIDDEN, value))

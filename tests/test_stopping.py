@@ -1,0 +1,89 @@
+"""Signals that ask for a checkpoint: who gets them, what is given back, and the wait for data that they end."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from gpt2repro.data.sources import prefetch
+from gpt2repro.training.stopping import StopSignal, lost_a_process, said_to_the_user
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_is_noticed_and_its_old_handler_is_given_back(name):
+    number, seen = getattr(signal, name), []
+    before = signal.signal(number, lambda *_: seen.append(name))
+    try:
+        mine = signal.getsignal(number)
+        with StopSignal(world=1) as stop:
+            assert not stop.agreed()
+            os.kill(os.getpid(), number)
+            assert stop.agreed() and stop.name == name
+        assert signal.getsignal(number) is mine and seen == []
+        os.kill(os.getpid(), number)
+        assert seen == [name]  # after a run in a notebook an interrupt interrupts again
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_second_interrupt_is_the_systems():
+    with StopSignal(world=1):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(world=1) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.agreed()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_ends_the_wait_for_data_that_does_not_come():
+    comes_never = threading.Event()
+
+    def stuck():
+        yield 1
+        comes_never.wait(30)
+
+    batches = prefetch(stuck(), 2)
+    try:
+        with StopSignal(world=1) as stop:
+            assert stop.next_of(batches) == 1
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            began = time.monotonic()
+            assert stop.next_of(batches) is None
+            assert time.monotonic() - began < 2
+    finally:
+        comes_never.set()
+        batches.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4611686018427387904 bytes."),
+    ],
+    ids=["python", "cuda", "cpu", "windows"],
+)
+def test_memory_that_runs_out_becomes_a_sentence(error):
+    assert "halve --micro_batch_size" in str(said_to_the_user(error))
+
+
+def test_the_memory_of_this_machine_runs_out_in_these_words():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert said_to_the_user(caught.value) is not None
+    assert said_to_the_user(RuntimeError("shapes do not match")) is None
+    assert not lost_a_process(caught.value)
