@@ -89,6 +89,7 @@ class Run:
                 "optimizer": config.optimizer,
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
+            self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
             checkpoint = find_resume(config.run_dir, config.resume, fetch=self._fetch, is_main=is_main)
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
@@ -115,7 +116,6 @@ class Run:
                 work = flops_per_token_of(self.plain_model, config.seq_len) * tokens
                 for doubt in doubts(config, tokens / epoch if epoch else None, work):
                     print(f"warning: {doubt}", file=sys.stderr, flush=True)
-            self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
             self._referee = Referee(options, self.source.manifest)
             self._console = console.Console(total=config.max_steps, step=self.state.step, shown=is_main)
             opened.callback(self._console.close)
