@@ -145,6 +145,8 @@ class TrainConfig:
     "Hold the logits of at most this many tokens at a time, recomputing them in backward; none: all at once."
     bf16_residual: bool = False
     "Keep the residual stream in bf16 under bf16 autocast: faster, slightly less exact."
+    reduction: Literal["fast", "fixed"] = "fast"
+    "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes, see gpt2repro/training/reduction.py."
     deterministic: bool = False
     "Only deterministic kernels: bit-identical repeats on a GPU, slower."
     collective_timeout_minutes: Positive | None = None
@@ -215,6 +217,7 @@ class TrainConfig:
         world = int(os.environ.get("WORLD_SIZE", 1))
         per_pass = self.micro_batch_size * self.seq_len * world
         nearest = max(1, round(self.batch_tokens / per_pass)) * per_pass
+        leaves = max(1, self.batch_tokens // (self.micro_batch_size * self.seq_len))
         blocks = 12 * self.n_layer * self.n_embd**2
         fresh = self.init_from is None  # else the given model's sizes win
         checks = [
@@ -226,6 +229,11 @@ class TrainConfig:
             (
                 fresh and self.seq_len > self.n_positions,
                 f"seq_len={self.seq_len} is longer than n_positions={self.n_positions}",
+            ),
+            (
+                self.reduction == "fixed" and (leaves & (leaves - 1) or world & (world - 1)),
+                f"reduction=fixed needs powers of two, not {leaves} micro-batches in the batch and {world} processes; "
+                "change batch_tokens or micro_batch_size",
             ),
             (self.cooldown_from is not None and self.cooldown_steps is None, "cooldown_from needs cooldown_steps"),
             (
@@ -285,6 +293,7 @@ def train(config: TrainConfig) -> int:
     from gpt2repro.training.meter import Meter, flops_per_token_of, peak_flops
     from gpt2repro.training.optim import build_optimizer
     from gpt2repro.training.profiling import profiling
+    from gpt2repro.training.reduction import FixedReduction
     from gpt2repro.training.run import Run
     from gpt2repro.training.schedules import learning_rate, set_learning_rate
     from gpt2repro.training.stopping import StopSignal
@@ -311,30 +320,26 @@ def train(config: TrainConfig) -> int:
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
     peak = peak * world if peak else None
     meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, peak=peak)
+    profiled_steps = config.profile if accelerator.is_main_process else None
     logits_shape = (config.micro_batch_size * config.seq_len, model.config.vocab_size)  # of one micro-batch
 
     # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
     sharded = accelerator.distributed_type == "FSDP"
-    compile_model(model, config.compile, device.type, world, sharded=sharded)
+    compiled = compile_model(model, config.compile, device.type, world, sharded=sharded)
     model, optimizer = accelerator.prepare(model, optimizer)
+    fixed = FixedReduction(model) if config.reduction == "fixed" else None
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
     if config.bf16_residual:
         forward_options["residual_dtype"] = torch.bfloat16
 
     with (
-        Run(config, accelerator, model, optimizer, source, fetch=fetch_checkpoint) as run,
+        Run(config, accelerator, model, optimizer, source, compiled=compiled, fetch=fetch_checkpoint) as run,
         StopSignal(world) as stop,
-        profiling(
-            config.run_dir / "profile",
-            config.profile if accelerator.is_main_process else None,
-            logits=logits_shape,
-        ) as profiler,
+        profiling(config.run_dir / "profile", profiled_steps, logits=logits_shape) as profiler,
     ):
         if config.push_to_hub is not None and accelerator.is_main_process:
-            private = not config.hub_public
-            run.uploader = Uploader(
-                config.push_to_hub, run_dir=config.run_dir, private=private, comparable=load_for_comparison
-            )
+            where = {"run_dir": config.run_dir, "private": not config.hub_public}
+            run.uploader = Uploader(config.push_to_hub, **where, comparable=load_for_comparison)
         batches, verdict, failed, evaluated = run.batches(), None, False, {}
         model.train()
 
@@ -359,14 +364,20 @@ def train(config: TrainConfig) -> int:
             x, y, state.source = batch
             x, y = (part.to(device, non_blocking=device.type == "cuda") for part in (x, y))  # `prefetch` pinned them
 
-            # Dropout's masks depend on (seed, step, rank) alone, whatever evaluation or a restart drew in between.
+            # Dropout's masks depend on (seed, step, rank) alone, whatever evaluation or a restart drew in between; with
+            # a fixed reduction on the micro-batch's number in the global batch, whoever computes it.
             torch.manual_seed(step_seed(config.seed, state.step, rank))
+            divisor = x.numel() if fixed is None else config.batch_tokens
 
             # Gradients add up over micro-batches of (B, T). Only the last one lets DDP or FSDP exchange them.
             loss = torch.zeros((), device=device, dtype=torch.float64 if config.precision == "fp64" else None)
             for first in range(0, len(x), config.micro_batch_size):
                 rows = slice(first, first + config.micro_batch_size)
-                with contextlib.nullcontext() if rows.stop >= len(x) else accelerator.no_sync(model):
+                if fixed is not None:
+                    leaf = (rank * len(x) + first) // config.micro_batch_size
+                    torch.manual_seed(step_seed(config.seed, state.step, leaf))
+                exchanging = fixed is None and rows.stop >= len(x)
+                with contextlib.nullcontext() if exchanging else accelerator.no_sync(model):
                     # Only the loss leaves the graph: (B, T, V) logits in fp32 would be the largest tensor of the run.
                     # It is this rank's sum over the tokens of the whole step, so that micro-batches weigh alike; the
                     # average over the ranks is DDP's and FSDP's part.
@@ -375,11 +386,15 @@ def train(config: TrainConfig) -> int:
                         shift_labels=y[rows],
                         use_cache=False,
                         output_logits=False,
-                        num_items_in_batch=x.numel(),
+                        num_items_in_batch=divisor,
                         **forward_options,
                     ).loss
                     accelerator.backward(micro_loss)
                 loss += micro_loss.detach()  # stays on the device: no step waits for a number
+                if fixed is not None:
+                    fixed.keep(micro_loss)
+            if fixed is not None:
+                loss = fixed.finish()
 
             # Clip to one global norm. Without clipping the norm is still the best early sign of trouble.
             grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))

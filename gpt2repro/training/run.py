@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
@@ -53,19 +54,21 @@ UPLOAD_SECONDS_AT_EXIT = 1800  # how long a finished run waits for uploads; a st
 class Run:
     """See the module. Every rank opens one; only the main one writes files.
 
-    `state` changes from step to step, `fetch(place, directory)` brings a checkpoint from the Hub, `uploader` (None: no
-    uploads) is set by whoever opens the run.
+    `compiled` is how the model was (model, block, off), `fetch(place, directory)` brings a checkpoint from the Hub.
+    `state` changes from step to step. `uploader` (None: no uploads) is set by whoever opens the run.
 
     Raises: InputError where another process trains in the directory, or its checkpoints belong to another run.
     """
 
-    def __init__(self, config, accelerator, model, optimizer, source, *, fetch: Callable[[str, Path], Path]):
+    def __init__(
+        self, config, accelerator, model, optimizer, source, *, compiled: str, fetch: Callable[[str, Path], Path]
+    ):
         self.config, self.accelerator, self.source = config, accelerator, source
         self.model, self.optimizer = model, optimizer
         self.plain_model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.uploader = None
         self.exit_code: int | None = None
-        self._fetch = fetch
+        self._fetch, self._compiled = fetch, compiled
         self._at_exit = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
@@ -90,6 +93,14 @@ class Run:
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
+            if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
+                self.identity["reduction"] = {
+                    "kind": "fixed",
+                    "micro_batch_size": config.micro_batch_size,
+                    "compile": self._compiled,
+                    "precision": self.accelerator.mixed_precision,
+                    "threads": torch.get_num_threads(),
+                }
             checkpoint = find_resume(config.run_dir, config.resume, fetch=self._fetch, is_main=is_main)
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:

@@ -38,6 +38,7 @@ class Identity(TypedDict):
     batch_tokens: int
     optimizer: str
     architecture: dict[str, Any]
+    reduction: NotRequired[dict[str, Any]]  # what decides the bits of `--reduction fixed`, absent for `fast`
 
 
 class Source(TypedDict):
@@ -105,11 +106,12 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path) -> None
     """
     saved, now = scrub(saved), scrub(now)  # a checkpoint is written without home directories
     pairs = {name: (saved[name], now[name]) for name in ("batch_tokens", "optimizer")}
-    for part in ("architecture", "data"):
-        names = sorted({*saved[part], *now[part]})
-        if part == "data" and saved[part].get("revision") is None:
+    for part in ("architecture", "data", "reduction"):
+        old, new = saved.get(part, {}), now.get(part, {})
+        names = sorted({*old, *new})
+        if part == "data" and old.get("revision") is None:
             names = [name for name in names if name != "source"]  # local files may lie elsewhere: their sha256 decides
-        pairs |= {f"{part}: {name}": (saved[part].get(name), now[part].get(name)) for name in names}
+        pairs |= {f"{part}: {name}": (old.get(name), new.get(name)) for name in names}
     changed = [f"{name} was {before} and is now {after}" for name, (before, after) in pairs.items() if before != after]
     if changed:
         raise InputError(
