@@ -20,12 +20,13 @@ import yaml
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
+from gpt2repro.checkpoint.layout import POINTERS
 from gpt2repro.checkpoint.reader import find_checkpoint
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.sources import merge_states, prefetch
-from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name, write_json
+from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name
 from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, to_yaml
 from gpt2repro.training import console
@@ -152,14 +153,11 @@ class Run:
                     self.log.status("failed", self.state.step, 1, message)
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 raise SystemExit(1) from None
-            sentence = error if isinstance(error, InputError) else said_to_the_user(error)
-            code = 1 if sentence is None else 2
+            sentence = said_to_the_user(error)
             message = f"{type(error).__name__}: {error}" if sentence is None else str(sentence)
             if not self.accelerator.is_main_process:  # the main one will only notice that somebody is gone
                 message = f"rank {self.accelerator.process_index}: {message}"
-                content = {"state": "failed", "step": self.state.step, "exit_code": code, "message": message}
-                write_json(self.config.run_dir / "status.json", content)
-            self.log.status("failed", self.state.step, code, message)
+            self.log.failed(self.state.step, 1 if sentence is None else 2, message)
             if sentence is not None and sentence is not error:
                 raise sentence from error
 
@@ -307,6 +305,15 @@ class Run:
 def lock_run(run_dir: Path) -> FileLock:
     """A lock that dies with its process. Raises: InputError where another process already trains this run."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    kinds = dict.fromkeys(("checkpoints", "samples"), Path.is_dir)
+    kinds |= dict.fromkeys((".lock", "config.yaml", "metrics.jsonl", "status.json", "loss.png"), Path.is_file)
+    kinds |= {f"checkpoints/{name}": lambda path: path.is_symlink() or path.is_file() for name in POINTERS}
+    for name, fits in kinds.items():
+        if (run_dir / name).exists() and not fits(run_dir / name):
+            what = "directory" if fits is Path.is_dir else "file"
+            raise InputError(
+                f"{run_dir / name} is no {what}, as a run needs; move it away, or choose another --run_dir"
+            )
     lock = FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=0)
