@@ -277,6 +277,12 @@ def train(config: TrainConfig) -> int:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     source = open_data(config, sequences=config.batch_tokens // config.seq_len)
     model = build_model(config, source.vocab_size, source.tokenizer)
+
+    # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
+    sharded = accelerator.distributed_type == "FSDP"
+    compiled = compile_model(model, config.compile, device.type, world, sharded=sharded)
+    # The processes of one machine share Muon's work. Between machines the results may travel longer than they compute.
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
     optimizer = build_optimizer(
         model,
         name=config.optimizer,
@@ -285,17 +291,15 @@ def train(config: TrainConfig) -> int:
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         muon_lr_scale=config.muon_lr_scale,
+        processes=world if one_machine else 1,
+        compiled=compiled and device.type == "cuda",
     )
 
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
     peak = peak * world if peak else None
     meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, peak=peak)
-    logits_shape = (config.micro_batch_size * config.seq_len, model.config.vocab_size)  # of one micro-batch
 
-    # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
-    sharded = accelerator.distributed_type == "FSDP"
-    compile_model(model, config.compile, device.type, world, sharded=sharded)
     model, optimizer = accelerator.prepare(model, optimizer)
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
     if config.bf16_residual:
@@ -307,7 +311,7 @@ def train(config: TrainConfig) -> int:
         profiling(
             config.run_dir / "profile",
             config.profile if accelerator.is_main_process else None,
-            logits=logits_shape,
+            logits=(config.micro_batch_size * config.seq_len, run.plain_model.config.vocab_size),
         ) as profiler,
     ):
         if config.push_to_hub is not None and accelerator.is_main_process:

@@ -233,8 +233,10 @@ def _first_weights(config, vocab_size: int, tokenizer):
     return model
 
 
-def compile_model(model, how: str, device_type: str, world: int, *, sharded: bool = False) -> None:
+def compile_model(model, how: str, device_type: str, world: int, *, sharded: bool = False) -> bool:
     """torch.compile in place, before `prepare`: state-dict keys stay clean and autocast ends up inside the graph.
+
+    Returns whether anything is compiled.
 
     "model" traces forward and loss as one graph. Under DDP torch splits its backward at the borders of the gradient
     buckets, so the exchange can overlap with computing; FSDP2's hooks cannot be traced, so there it is refused.
@@ -267,3 +269,4 @@ def compile_model(model, how: str, device_type: str, world: int, *, sharded: boo
             block.compile(fullgraph=True, dynamic=False)
         # Uncompiled, it would write the logits out in fp32, twice: 26 GB at 64 x 1024 tokens.
         model.cross_entropy = torch.compile(model.cross_entropy, fullgraph=True, dynamic=False)
+    return how != "off"
