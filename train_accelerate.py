@@ -110,9 +110,15 @@ class TrainConfig:
     lr: Positive = 6e-4
     "Learning rate after warm-up."
     min_lr: NotNegativeNumber = 6e-5
-    "Learning rate at the end of the cosine."
+    "Learning rate at the end of the schedule."
     warmup_steps: NotNegative = 715
     "Steps of linear warm-up."
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    "Way from lr to min_lr: cosine, linear, or wsd (stable, then a linear cool-down)."
+    cooldown_steps: AtLeastOne | None = None
+    "Steps of wsd's cool-down; none: a fifth of max_steps."
+    cooldown_from: str | None = None
+    "Checkpoint of a wsd run's stable phase: a new run that continues it and cools down over cooldown_steps."
     weight_decay: NotNegativeNumber = 0.1
     "Decoupled weight decay, on matrices only."
     beta1: Fraction = 0.9
@@ -221,6 +227,11 @@ class TrainConfig:
                 fresh and self.seq_len > self.n_positions,
                 f"seq_len={self.seq_len} is longer than n_positions={self.n_positions}",
             ),
+            (self.cooldown_from is not None and self.cooldown_steps is None, "cooldown_from needs cooldown_steps"),
+            (
+                self.schedule == "wsd" and (self.cooldown_steps or 0) > self.max_steps and self.cooldown_from is None,
+                f"cooldown_steps={self.cooldown_steps} is more than max_steps={self.max_steps}",
+            ),
             (self.min_lr > self.lr, f"min_lr={self.min_lr} is above lr={self.lr}"),
             (
                 self.batch_tokens % per_pass,
@@ -250,10 +261,15 @@ def main(argv: list[str]) -> int:
         if is_first:  # the other processes have nothing to add
             raise
         return 2
-    if config.plan:
-        from gpt2repro.training.planning import hub_permission, print_plan
+    if config.cooldown_from is not None:
+        from gpt2repro.training.state import cooled_down
 
-        return print_plan(config, hub_permission) if is_first else 0
+        config = cooled_down(config)
+    if config.plan:
+        from gpt2repro.publishing.hub import may_write
+        from gpt2repro.training.planning import print_plan
+
+        return print_plan(config, may_write) if is_first else 0
     return train(config)
 
 
@@ -267,9 +283,10 @@ def train(config: TrainConfig) -> int:
     from gpt2repro.training.health import step_unless_bad
     from gpt2repro.training.machine import build_accelerator, device_name, step_seed, whole
     from gpt2repro.training.meter import Meter, flops_per_token_of, peak_flops
-    from gpt2repro.training.optim import build_optimizer, learning_rate, set_learning_rate
+    from gpt2repro.training.optim import build_optimizer
     from gpt2repro.training.profiling import profiling
     from gpt2repro.training.run import Run
+    from gpt2repro.training.schedules import learning_rate, set_learning_rate
     from gpt2repro.training.stopping import StopSignal
 
     # The machine, the data and the model. Every rank builds the same weights from the same seed, on the CPU.
@@ -294,6 +311,9 @@ def train(config: TrainConfig) -> int:
         processes=world if one_machine else 1,
         compiled=compiled and device.type == "cuda",
     )
+
+    names = ("lr", "min_lr", "warmup_steps", "max_steps", "schedule", "cooldown_steps")
+    schedule = {name: getattr(config, name) for name in names}
 
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
@@ -331,13 +351,7 @@ def train(config: TrainConfig) -> int:
             state = run.state  # what changes from step to step, and what a checkpoint keeps
 
             # The learning rate is a pure function of the step: nothing to save, nothing to step once per process.
-            lr = learning_rate(
-                state.step,
-                lr=config.lr,
-                min_lr=config.min_lr,
-                warmup_steps=config.warmup_steps,
-                max_steps=config.max_steps,
-            )
+            lr = learning_rate(state.step, **schedule)
             set_learning_rate(optimizer, lr)
 
             # This rank's rows of the global batch, inputs and shifted targets, (rows, T) each. The batch is a pure

@@ -47,6 +47,16 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps one precision per process: forgotten before a test that chooses one, and behind it."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
 def tiny_model() -> dict:
     """Arguments of GPT2ReproConfig for a model that a CPU runs in milliseconds; vocabulary not a multiple of 64."""
     return {"vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}

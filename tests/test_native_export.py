@@ -12,7 +12,7 @@ import torch
 
 from gpt2repro.commands import export
 from gpt2repro.options import InputError, run_main
-from gpt2repro.publishing.exports import check_native, export_native
+from gpt2repro.publishing.exports import check_native, compare, export_native
 
 SENTENCES = ["the cat sat on the mat", "a dog ran", "birds can fly over the hill", "the sun is warm today"]
 
@@ -231,6 +231,13 @@ def test_llama_cpp_writes_our_greedy_tokens(tmp_path, shared_data, monkeypatch):
     assert ids == gpt2_tokenizer()(SENTENCES[0]).input_ids
     found = [token for _, token in zip(range(16), llm.generate(ids, temp=0.0, repeat_penalty=1.0), strict=False)]
     assert found == greedy_ids(model, ids, 16)
+
+
+def test_a_converted_model_that_computes_something_else_is_noticed(model):
+    assert compare(model, lambda ids: model(ids).logits[0], 0.0) == 0.0
+    for wrong in (0.01, torch.nan):
+        with pytest.raises(InputError, match="computes something else: logits differ by"):
+            compare(model, lambda ids, wrong=wrong: model(ids).logits[0] + wrong, 1e-3)
 
 
 def test_what_cannot_be_exported_is_refused_in_a_sentence(directory, tmp_path, monkeypatch, capsys):

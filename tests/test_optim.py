@@ -1,4 +1,4 @@
-"""training/optim.py against formulas written out here: the schedule, the groups, Muon's update by a float64 SVD."""
+"""training/optim.py against formulas written out here: the groups, Muon's update by a float64 SVD."""
 
 import copy
 import math
@@ -9,9 +9,9 @@ import torch.multiprocessing
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2repro.training.optim import build_optimizer, learning_rate, newton_schulz, set_learning_rate
+from gpt2repro.training.optim import build_optimizer, newton_schulz
+from gpt2repro.training.schedules import set_learning_rate
 
-SCHEDULE = {"lr": 6e-4, "min_lr": 6e-5, "warmup_steps": 10, "max_steps": 100}
 RECIPE = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
@@ -32,37 +32,6 @@ def train(model, optimizer, *, first: int, last: int) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-# ---- schedule ----
-
-
-def test_schedule_starts_above_zero_peaks_at_the_end_of_warmup_and_ends_at_min_lr():
-    assert learning_rate(0, **SCHEDULE) == pytest.approx(6e-5)  # 1/10 of the peak
-    assert learning_rate(9, **SCHEDULE) == pytest.approx(6e-4)
-    assert learning_rate(10, **SCHEDULE) == pytest.approx(6e-4)
-    assert learning_rate(55, **SCHEDULE) == pytest.approx((6e-4 + 6e-5) / 2)  # halfway down the cosine
-    assert learning_rate(100, **SCHEDULE) == 6e-5
-    assert learning_rate(10_000, **SCHEDULE) == 6e-5
-
-
-def test_schedule_equals_build_nanogpts_formula_at_every_step():
-    def peer(step):
-        if step < 10:
-            return 6e-4 * (step + 1) / 10
-        if step > 100:
-            return 6e-5
-        return 6e-5 + 0.5 * (1.0 + math.cos(math.pi * (step - 10) / 90)) * (6e-4 - 6e-5)
-
-    for step in range(120):
-        assert learning_rate(step, **SCHEDULE) == pytest.approx(peer(step), rel=1e-12)
-
-
-@pytest.mark.parametrize(("warmup_steps", "max_steps"), [(0, 1), (0, 10), (10, 10), (20, 10)])
-def test_schedule_has_no_gap_when_warmup_is_nothing_or_everything(warmup_steps, max_steps):
-    rates = [learning_rate(s, lr=1.0, min_lr=0.1, warmup_steps=warmup_steps, max_steps=max_steps) for s in range(30)]
-    assert all(0 < rate <= 1 for rate in rates)
-    assert rates[-1] == 0.1
 
 
 # ---- parameter groups ----

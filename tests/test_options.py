@@ -181,7 +181,9 @@ def test_the_command_list_is_shown_without_importing_a_command(run_program):
 
 def test_an_unknown_command_is_named_and_ends_with_exit_code_2(capsys):
     assert run_main(program.main, ["trian"]) == 2
-    assert "unknown command 'trian'; the commands are prepare-text, generate, plot" in capsys.readouterr().err
+    assert "unknown command 'trian'; did you mean train?" in capsys.readouterr().err
+    assert run_main(program.main, ["xyzzy"]) == 2
+    assert "unknown command 'xyzzy'; the commands are train, eval, prepare, prepare-text" in capsys.readouterr().err
     assert run_main(program.main, ["bench", "speed"]) == 2
     assert "gpt2repro bench: unknown command 'speed'" in capsys.readouterr().err
     assert run_main(program.main, []) == 2

@@ -303,7 +303,7 @@ def test_another_tokenizer_than_the_one_that_made_the_tokens_is_refused(tmp_path
         open_data(options(data), sequences=4)
     path.write_text(whole)
     char_tokenizer([TEXT.upper()]).save_pretrained(tmp_path / "named")
-    with pytest.raises(InputError, match=r"named did not make the tokens of .*leave out --tokenizer"):
+    with pytest.raises(InputError, match=r"named did not make the tokens of .*choose the one that did"):
         open_data(options(data, tokenizer=str(tmp_path / "named")), sequences=4)
     foreign = write_tiny_shards(tmp_path / "foreign")
     manifest = json.loads((foreign / "manifest.json").read_text())

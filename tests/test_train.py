@@ -166,12 +166,8 @@ def test_loss_options_do_not_change_the_result(finished, corpus, tmp_path):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-3), ("bf16", 0.1)])
-def test_precisions_train_alike(finished, corpus, tmp_path, precision, tolerance):
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate keeps one precision per process
+def test_precisions_train_alike(finished, corpus, tmp_path, fresh_accelerate, precision, tolerance):
     assert train(tmp_path, corpus, precision=precision, max_steps=12) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
     expected, got = losses(finished), losses(tmp_path)
     assert max(abs(expected[step] - got[step]) for step in expected) < tolerance
 

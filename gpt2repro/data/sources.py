@@ -32,6 +32,8 @@ from gpt2repro.data.shards import (
     open_split,
     verify_dataset,
 )
+from gpt2repro.data.streaming import open_stream
+from gpt2repro.data.tokenization import fingerprint, gpt2_tokenizer, load_tokenizer
 from gpt2repro.options import InputError
 
 __all__ = [
@@ -206,9 +208,7 @@ class Prefetch:
             self._thread.join(timeout=10)
 
 
-def prefetch(iterator: Iterator, depth: int, *, pin_memory: bool = False) -> Prefetch:
-    """The same items in the same order, made ahead of time in a thread; see Prefetch."""
-    return Prefetch(iterator, depth, pin_memory=pin_memory)
+prefetch = Prefetch
 
 
 def shards_directory(data: str) -> Path:
@@ -271,9 +271,6 @@ def open_source(
     Raises: InputError where the data is missing, damaged, of another vocabulary, or shorter than one batch.
     """
     if data.startswith("stream:"):
-        from gpt2repro.data.streaming import open_stream
-        from gpt2repro.data.tokenization import gpt2_tokenizer
-
         tokenizer = gpt2_tokenizer() if tokenizer is None else tokenizer
         check_vocabulary(len(tokenizer), vocab_size)
         return open_stream(
@@ -320,16 +317,12 @@ def open_data(config, sequences: int):
 
 def _tokenizer(name: str | None, directory: Path | None):
     """The tokenizer that made the data: named, or lying beside the shards; foreign shards and streams are GPT-2's."""
-    from gpt2repro.data.tokenization import gpt2_tokenizer, load_tokenizer
-
     if name is None and directory is not None and (directory / TOKENIZER).is_dir():
         return load_tokenizer(directory)
     return gpt2_tokenizer() if name in (None, "gpt2") else load_tokenizer(name)
 
 
 def _check_tokenizer(tokenizer, name: str | None, directory: Path | None, manifest) -> None:
-    from gpt2repro.data.tokenization import fingerprint
-
     expected = manifest["tokenizer"].get("sha256") if manifest else None
     if expected and fingerprint(tokenizer) != expected:
         remedy = f"prepare {directory} with it, or choose the one that did" if name else "prepare the data again"

@@ -82,14 +82,20 @@ def check_native(directory: str | Path, model) -> float:
     return difference
 
 
-def compare(model, logits: Callable) -> float:
-    """Largest |logit difference| between our `model` (fp32, CPU) and a converted one, on one row of random ids."""
+def compare(model, logits: Callable, tolerance: float) -> float:
+    """Largest |logit difference| between our `model` (fp32, CPU) and a converted one, on one row of random ids.
+
+    Raises: InputError where it is more than `tolerance`, or not a number.
+    """
     import torch
 
     T, V = min(32, model.config.n_positions), model.config.vocab_size
     ids = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        return float((model.eval()(ids).logits[0] - torch.as_tensor(logits(ids))).abs().max())
+        difference = float((model.eval()(ids).logits[0] - torch.as_tensor(logits(ids))).abs().max())
+    if not difference <= tolerance:
+        raise InputError(f"the result computes something else: logits differ by {difference:.2e}; nothing is written")
+    return difference
 
 
 @contextlib.contextmanager

@@ -41,13 +41,14 @@ METRICS = {
     "perplexity": ("perplexity", "perplexity (per token)", None),
     "bits_per_byte": ("bits_per_byte", "bits per byte", None),
 }
-for _task in BENCHMARKS:
-    for _unit, _word, _whose in (
-        ("tokens", "tokens", "build-nanogpt's"),
-        ("chars", "characters", "lm-evaluation-harness'"),
+for _task in BENCHMARKS:  # HellaSwag has two protocols, the others only the second
+    for _end, _word, _whose in (
+        ("_tokens", "tokens", "build-nanogpt's"),
+        ("_chars", "characters", "lm-evaluation-harness'"),
+        ("", "characters", "lm-evaluation-harness'"),
     ):
-        METRICS[f"{_task}_acc_{_unit}"] = "acc", f"accuracy, {_whose} protocol", _task
-        METRICS[f"{_task}_acc_norm_{_unit}"] = "acc_norm", f"accuracy normalised by {_word}, {_whose} protocol", _task
+        METRICS[f"{_task}_acc{_end}"] = "acc", f"accuracy, {_whose} protocol", _task
+        METRICS[f"{_task}_acc_norm{_end}"] = "acc_norm", f"accuracy normalised by {_word}, {_whose} protocol", _task
 
 
 @dataclass

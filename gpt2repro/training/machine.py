@@ -1,10 +1,13 @@
 """The machine that a run is on: Accelerate with the run's precision, the seeds of its steps, and what it is called."""
 
 import os
+import platform
+import re
 import shlex
 import sys
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -76,6 +79,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def cpu_name() -> str:
+    """The processor's name, as precisely as the system tells it."""
+    if Path("/proc/cpuinfo").exists():
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
 def environment(accelerator) -> dict:
     """Where and how a run runs, for the model card."""
     import accelerate
@@ -85,6 +97,7 @@ def environment(accelerator) -> dict:
     return {
         "command": shlex.join(sys.orig_argv),
         "device": device_name(accelerator.device),
+        "processor": cpu_name() if accelerator.device.type == "cpu" else None,
         "processes": accelerator.num_processes,
         "distributed": str(accelerator.distributed_type).removeprefix("DistributedType."),
         "precision": accelerator.mixed_precision,

@@ -1,7 +1,6 @@
-"""Learning-rate schedule, parameter groups and optimizers; knows neither Accelerate nor the training loop.
+"""Parameter groups and optimizers; knows neither Accelerate nor the training loop.
 
     optimizer = build_optimizer(model, name="adamw", lr=6e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    set_learning_rate(optimizer, learning_rate(step, lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073))
     optimizer.step()
 
 Both optimizers are ordinary `torch.optim.Optimizer`s to whoever saves or shards them: `param_groups`, and per parameter
@@ -9,35 +8,15 @@ a `state` of `exp_avg`, `exp_avg_sq`, `step` (AdamW) or `momentum_buffer` (Muon)
 groups at every step, so that a wrapper may exchange them for sharded ones (`DTensor`) after construction.
 """
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gpt2repro.training.schedules import set_learning_rate
+
 FUSED_DEVICES = {"cpu", "cuda", "mps"}  # devices with a fused AdamW kernel in every torch that setup.cfg admits
 MUON_MOMENTUM = 0.95  # Keller Jordan, https://kellerjordan.github.io/posts/muon, and torch.optim.Muon's default
-
-
-def learning_rate(step: int, *, lr: float, min_lr: float, warmup_steps: int, max_steps: int) -> float:
-    """Linear warm-up to `lr`, then a cosine down to `min_lr`, as a pure function of the steps already done.
-
-    The first step (`step=0`) runs at `lr / warmup_steps`, never at zero; `step = warmup_steps - 1` and the one after it
-    both run at `lr`; from `step = max_steps` on it stays at `min_lr`. Source: build-nanogpt's `get_lr`.
-    """
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if step >= max_steps:
-        return min_lr
-    progress = (step - warmup_steps) / (max_steps - warmup_steps)  # 0 .. 1
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (lr - min_lr)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group `lr` times its own `lr_scale`."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
 
 
 def build_optimizer(

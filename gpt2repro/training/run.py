@@ -24,7 +24,7 @@ from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.sources import merge_states, prefetch
-from gpt2repro.files import read_json_if_whole, step_in_name, write_json
+from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name, write_json
 from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, to_yaml
 from gpt2repro.training import console
@@ -89,11 +89,15 @@ class Run:
                 "optimizer": config.optimizer,
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
+            self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
             checkpoint = find_resume(config.run_dir, config.resume, fetch=self._fetch, is_main=is_main)
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
                 self._restore(checkpoint)
                 self.source.check_digests(self.state.digests)
+                if config.cooldown_from is not None and self.state.parent is None:
+                    digest = sha256_of(checkpoint / "checksums.json")
+                    self.state.parent = {"checkpoint": str(checkpoint), "step": self.state.step, "sha256": digest}
             self.state.digests = self.source.digests()
             options = yaml.safe_load(to_yaml(config))
             n_params, world = self.plain_model.num_parameters(), self.accelerator.num_processes
@@ -115,7 +119,6 @@ class Run:
                 work = flops_per_token_of(self.plain_model, config.seq_len) * tokens
                 for doubt in doubts(config, tokens / epoch if epoch else None, work):
                     print(f"warning: {doubt}", file=sys.stderr, flush=True)
-            self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
             self._referee = Referee(options, self.source.manifest)
             self._console = console.Console(total=config.max_steps, step=self.state.step, shown=is_main)
             opened.callback(self._console.close)
@@ -195,7 +198,7 @@ class Run:
         state.scaler = scaler.state_dict() if scaler is not None else None
         state.health = self.monitor.state()
         state.environment = environment(self.accelerator)
-        content = state.model_dump(exclude=None if state.digests else {"digests"})
+        content = state.model_dump(exclude={name for name in ("digests", "parent") if not getattr(state, name)})
         content["source"] = merge_states(gather_object([state.source]))  # a stream's ranks each know their own lanes
         self.writer.save(
             state.step,
