@@ -303,6 +303,12 @@ def train(config: TrainConfig) -> int:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     source = open_data(config, sequences=config.batch_tokens // config.seq_len)
     model = build_model(config, source.vocab_size, source.tokenizer)
+
+    # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
+    sharded = accelerator.distributed_type == "FSDP"
+    compiled = compile_model(model, config.compile, device.type, world, sharded=sharded)
+    # The processes of one machine share Muon's work. Between machines the results may travel longer than they compute.
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
     optimizer = build_optimizer(
         model,
         name=config.optimizer,
@@ -311,6 +317,8 @@ def train(config: TrainConfig) -> int:
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         muon_lr_scale=config.muon_lr_scale,
+        processes=world if one_machine else 1,
+        compiled=compiled != "off" and device.type == "cuda",
     )
 
     names = ("lr", "min_lr", "warmup_steps", "max_steps", "schedule", "cooldown_steps")
@@ -323,9 +331,6 @@ def train(config: TrainConfig) -> int:
     profiled_steps = config.profile if accelerator.is_main_process else None
     logits_shape = (config.micro_batch_size * config.seq_len, model.config.vocab_size)  # of one micro-batch
 
-    # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
-    sharded = accelerator.distributed_type == "FSDP"
-    compiled = compile_model(model, config.compile, device.type, world, sharded=sharded)
     model, optimizer = accelerator.prepare(model, optimizer)
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
