@@ -44,6 +44,9 @@ from gpt2repro.options import (
     run_main,
 )  # fmt: skip
 
+CONFIGS = (
+    f"\nLauncher configs, also after pip install: {Path(__file__).resolve().with_name('accelerate_configs')}/*.yaml\n"
+)
 LARGEST_MODEL = 10**12  # parameters: more is a typing mistake, and building it would fill the memory
 
 
@@ -264,7 +267,7 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     is_first = int(os.environ.get("RANK", 0)) == 0
     try:
-        config = parse_options(TrainConfig, argv, prog="train_accelerate.py", description=__doc__)
+        config = parse_options(TrainConfig, argv, prog="train_accelerate.py", description=__doc__ + CONFIGS)
     except InputError:
         if is_first:  # the other processes have nothing to add
             raise

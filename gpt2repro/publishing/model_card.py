@@ -136,6 +136,7 @@ def card_files(
         has_picture=has_picture,
         samples=_samples(facts),
         training=_training(facts, cost_dollars, co2_kg),
+        conformance=(read_json_if_whole((run_dir or directory) / "conformance.json") or {}).get("rows", []),
         command=facts.environment.get("command"),
         options=options,
         data=_data(facts),
