@@ -13,7 +13,7 @@ from gpt2repro.files import atomic_file, step_in_name
 def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
     """(training records, evaluation records) of a run, in the order they were logged; a torn last line is left out."""
     path = Path(run_dir) / "metrics.jsonl"
-    records = [record for _, record in _whole_lines(path)] if path.is_file() else []
+    records = [record for _, record in whole_lines(path)] if path.is_file() else []
     return [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
 
 
@@ -23,13 +23,13 @@ def cut_metrics(path: Path, last_step: int | None) -> None:
         return
     with atomic_file(path) as out:
         if last_step is not None:
-            out.writelines(line for line, record in _whole_lines(path) if record["step"] <= last_step)
+            out.writelines(line for line, record in whole_lines(path) if record["step"] <= last_step)
     for sample in (path.parent / "samples").glob("step_*.md"):
         if last_step is None or step_in_name(sample) > last_step:
             sample.unlink()
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[str, dict]]:
+def whole_lines(path: Path) -> Iterator[tuple[str, dict]]:
     """(line, record) of every line that was written whole; a process killed while writing leaves half of the last."""
     with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
         for line in lines:
