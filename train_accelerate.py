@@ -47,6 +47,7 @@ from gpt2repro.options import (
 CONFIGS = (
     f"\nLauncher configs, also after pip install: {Path(__file__).resolve().with_name('accelerate_configs')}/*.yaml\n"
 )
+SCHEDULE = ("lr", "min_lr", "warmup_steps", "max_steps", "schedule", "cooldown_steps")
 LARGEST_MODEL = 10**12  # parameters: more is a typing mistake, and building it would fill the memory
 
 
@@ -312,28 +313,21 @@ def train(config: TrainConfig) -> int:
     compiled = compile_model(model, config.compile, device.type, world, sharded=sharded)
     # The processes of one machine share Muon's work. Between machines the results may travel longer than they compute.
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
+    recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale")}
+    recipe |= {"name": config.optimizer, "betas": (config.beta1, config.beta2)}
     optimizer = build_optimizer(
         model,
-        name=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        muon_lr_scale=config.muon_lr_scale,
+        **recipe,
         processes=world if one_machine else 1,
         compiled=compiled != "off" and device.type == "cuda",
     )
-
-    names = ("lr", "min_lr", "warmup_steps", "max_steps", "schedule", "cooldown_steps")
-    schedule = {name: getattr(config, name) for name in names}
+    schedule = {name: getattr(config, name) for name in SCHEDULE}
 
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
-    peak = peak * world if peak else None
-    meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, peak=peak)
+    meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
     profiled_steps = config.profile if accelerator.is_main_process else None
     logits_shape = (config.micro_batch_size * config.seq_len, model.config.vocab_size)  # of one micro-batch
-
     model, optimizer = accelerator.prepare(model, optimizer)
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
