@@ -110,6 +110,7 @@ class Run:
                 if config.cooldown_from is not None and self.state.parent is None:
                     digest = sha256_of(checkpoint / "checksums.json")
                     self.state.parent = {"checkpoint": str(checkpoint), "step": self.state.step, "sha256": digest}
+                    self.state.best = self.state.run_ids = None  # the branch is a run of its own
             self.state.digests = self.source.digests()
             options = yaml.safe_load(to_yaml(config))
             n_params, world = self.plain_model.num_parameters(), self.accelerator.num_processes
