@@ -222,12 +222,12 @@ class TrainConfig:
         per_pass = self.micro_batch_size * self.seq_len * world
         nearest = max(1, round(self.batch_tokens / per_pass)) * per_pass
         leaves = max(1, self.batch_tokens // (self.micro_batch_size * self.seq_len))
-        blocks = 12 * self.n_layer * self.n_embd**2
+        parameters = 12 * self.n_layer * self.n_embd**2 + ((self.vocab_size or 0) + self.n_positions) * self.n_embd
         fresh = self.init_from is None  # else the given model's sizes win
         checks = [
             (
-                blocks > LARGEST_MODEL,
-                f"n_layer={self.n_layer}, n_embd={self.n_embd} would make {blocks:.2g} parameters",
+                parameters > LARGEST_MODEL,
+                f"n_layer, n_embd, vocab_size and n_positions would make {parameters:.2g} parameters",
             ),
             (fresh and self.n_embd % self.n_head, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"),
             (
