@@ -105,6 +105,8 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
         try:
             if value == "" and not fields[name].metadata.get("may_be_empty"):  # such as an unset variable of a shell
                 raise ValueError("should not be empty")
+            if isinstance(value, (str, list)) and re.search("[\ud800-\udfff]", "".join(map(str, value))):
+                raise ValueError("should be UTF-8 text")  # Python hands on other bytes as lone surrogates
             checked[name] = _convert(value, kinds[name])
         except ValueError as error:
             wrong.add(name)

@@ -221,6 +221,11 @@ def test_a_config_without_an_end_is_refused():
         parse_options(Numbers, ["--config", "/dev/zero"], prog="test")
 
 
+def test_bytes_that_are_no_text_are_refused():
+    with pytest.raises(InputError, match="--place: should be UTF-8 text, not '.udce9'"):
+        parse_options(Numbers, ["--place", "\udce9"], prog="test")
+
+
 def test_an_empty_value_is_refused_where_it_can_mean_nothing():
     with pytest.raises(InputError, match="--place: should not be empty"):
         parse_options(Numbers, ["--place", "", "--text", ""], prog="test")
