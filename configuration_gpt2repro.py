@@ -88,6 +88,8 @@ class GPT2ReproConfig(PreTrainedConfig):
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)!r} (must be in [0, 1))")
+        if not isinstance(self.tie_word_embeddings, bool):
+            problems.append(f"tie_word_embeddings={self.tie_word_embeddings!r} (must be true or false)")
         if problems:
             raise ValueError("not a GPT-2 that GPT2ReproConfig implements: " + "; ".join(problems))
         kwargs["auto_map"] = dict(AUTO_MAP)  # also undoes the "user/repo--" prefix of a config loaded from the Hub

@@ -169,7 +169,10 @@ def load_for_comparison(name: str | Path):
 
     source = resolve_model(str(name))
     how = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": None}
-    return GPT2ReproForCausalLM.from_pretrained(source, **how).eval()
+    try:
+        return GPT2ReproForCausalLM.from_pretrained(source, **how).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot load a GPT-2 from {name}: {str(error).strip().splitlines()[0]}") from None
 
 
 def build_model(config, vocab_size: int, tokenizer):

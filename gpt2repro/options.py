@@ -103,10 +103,11 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     wrong: set[str] = set()
     for name, (value, source) in raw.items():
         try:
-            if value == "" and not fields[name].metadata.get("may_be_empty"):  # such as an unset variable of a shell
-                raise ValueError("should not be empty")
-            if isinstance(value, (str, list)) and re.search("[\ud800-\udfff]", "".join(map(str, value))):
-                raise ValueError("should be UTF-8 text")  # Python hands on other bytes as lone surrogates
+            if not fields[name].metadata.get("free_text") and isinstance(value, (str, list)):
+                if value == "":  # such as an unset variable of a shell
+                    raise ValueError("should not be empty")
+                if re.search("[\ud800-\udfff]", "".join(map(str, value))):  # what Python makes of other bytes
+                    raise ValueError("should be UTF-8 text")
             checked[name] = _convert(value, kinds[name])
         except ValueError as error:
             wrong.add(name)

@@ -617,6 +617,14 @@ def test_a_flipped_bit_in_what_is_loaded_is_refused_by_every_command(program, na
     assert name in refused(f"gpt2repro.commands.{program}", ["--model", checkpoint, *more[program]])
 
 
+def test_a_config_that_others_would_refuse_is_refused_by_export(run_dir, tmp_path):
+    checkpoint = copied(run_dir, tmp_path)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": "x"}))
+    said = refused("gpt2repro.commands.export", ["--model", checkpoint, "--out", tmp_path / "out"])
+    assert "tie_word_embeddings='x'" in said
+
+
 WRONG_KINDS = [
     ("samples", Path.touch), ("checkpoints", Path.touch), (".lock", Path.mkdir), ("config.yaml", Path.mkdir),
     ("metrics.jsonl", Path.mkdir), ("status.json", Path.mkdir), ("loss.png", Path.mkdir), ("metrics.jsonl", os.mkfifo),

@@ -213,7 +213,7 @@ class Numbers:
     steps: int = 1
     lr: float = 0.1
     place: Path = Path("here")
-    text: str = field(default="x", metadata={"may_be_empty": True})
+    text: str = field(default="x", metadata={"free_text": True})
 
 
 def test_a_config_without_an_end_is_refused():
@@ -222,7 +222,7 @@ def test_a_config_without_an_end_is_refused():
 
 
 def test_bytes_that_are_no_text_are_refused():
-    with pytest.raises(InputError, match="--place: should be UTF-8 text, not '.udce9'"):
+    with pytest.raises(InputError, match="--place: should be UTF-8 text"):
         parse_options(Numbers, ["--place", "\udce9"], prog="test")
 
 
