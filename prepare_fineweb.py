@@ -136,7 +136,7 @@ def prepare_part(options: Options):
         settings={"text_column": options.text_column, "val": options.val, "shard_tokens": options.shard_tokens},
         val_fraction=0.0 if first_shard else float(options.val),
         workers=options.workers, encoder=Encoder(tokenizer, fast=options.fast_tokenizer), token_limit=options.tokens,
-        node=(options.node_index, options.num_nodes), overwrite=options.overwrite, where=files.where,
+        node=(options.node_index, options.num_nodes), overwrite=options.overwrite, place=files.place,
     )  # fmt: skip
     files.reading.tell()
     if manifest is not None:

@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
     manifest = prepare(
         options.out, tokenizer, corpus.units, corpus.read, source=corpus.source, settings=settings,
         val_fraction=options.val_fraction, workers=options.workers, overwrite=options.overwrite,
-        describe_val=compressed_sizes, where=corpus.where,
+        describe_val=compressed_sizes, place=corpus.place,
     )  # fmt: skip
     corpus.tell()
     _report(options.out, manifest, time.perf_counter() - start)
@@ -134,7 +134,7 @@ class Corpus:
     source: dict
     split: str
     "document or position"
-    where: Callable[[dict], str] = lambda unit: "the corpus"
+    place: Callable[[dict], str] = lambda unit: "the corpus"
     tell: Callable[[], None] = lambda: None
 
 
@@ -154,7 +154,7 @@ def _open_corpus(options: Options) -> Corpus:
         few = len(files.files) < 100 and all(file.format == "txt" and not file.packed for file in files.files)
         split = "position" if few and options.text_document_bytes is None else "document"
     units = files.units(options.shard_tokens, val_fraction=options.val_fraction if split == "position" else None)
-    return Corpus(units, files.read, files.source, split, files.where, files.reading.tell)
+    return Corpus(units, files.read, files.source, split, files.place, files.reading.tell)
 
 
 def _make_tokenizer(options: Options, text_of):

@@ -211,7 +211,8 @@ def download_shards(repository: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise InputError(
-                f"the dataset {repository} holds no token shards (no manifest.json); --data stream:{repository} reads text"
+                f"the dataset {repository} holds no token shards (no {shards.MANIFEST}); "
+                f"--data stream:{repository} reads text"
             ) from error
         raise InputError(f"cannot get the dataset {repository} from the Hub: {str(error).splitlines()[0]}") from error
 
