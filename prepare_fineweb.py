@@ -7,23 +7,23 @@
     python prepare_fineweb.py --tokens 100_000_000 --out data/taste                     # the first 100M tokens
     python train_accelerate.py --config 124M --data data/fineweb-edu-10B
 
-Interrupted at any moment, the same command continues where it was; finished units are never tokenised again, and the
-result is byte for byte that of an uninterrupted run. Once all is done it says so and does nothing.
+After an interruption at any moment the same command continues: finished units are never tokenised again, and the
+result is byte for byte that of an uninterrupted run. When all is done, the command says so and does nothing.
 
-Many machines: give each the same command with `--num_nodes N --node_index I`. With a common --out the last one to
+Many machines: give each the same command with `--num_nodes N --node_index I`. With a common --out the last machine to
 finish writes the manifest. With separate disks, copy all directories into one (no two nodes write the same file name)
-and run the command once more there with `--num_nodes 1`; it finds every unit finished and writes the manifest. Either
-way the data set is the one that a single machine makes. As a Slurm array:
+and run the command there once more with `--num_nodes 1`; it finds every unit finished and writes the manifest. Both
+ways make the data set that a single machine makes. As a Slurm array:
 
     sbatch --array=0-15 --cpus-per-task=32 --wrap \\
         'python prepare_fineweb.py --out /shared/fineweb --num_nodes 16 --node_index $SLURM_ARRAY_TASK_ID'
 
-Beyond a static split, `--executor datatrove` runs the same units as tasks of datatrove's local executor (its Slurm and
-Ray executors take the same `gpt2repro.data.datatrove_task.PreparePart`).
+`--executor datatrove` runs the same units as tasks of datatrove's local executor (its Slurm and Ray executors take the
+same `gpt2repro.data.datatrove_task.PreparePart`).
 
-Needs: cores, network and 2 bytes of disk per token; memory of about 0.2 GB per core. `gpt2repro bench tokenize` tells
-the tokens per second of a machine: 10B tokens are 10^10 / that many seconds. 1T tokens (2 TB, 10,000 shards) is the
-same command on some dozens of machines; it has not been run at that size.
+Needs: cores, network, 2 bytes of disk per token, and about 0.2 GB of memory per core. `gpt2repro bench tokenize`
+measures the tokens per second of a machine; 10B tokens take 10^10 divided by this number of seconds. 1T tokens (2 TB,
+10,000 shards) need the same command on dozens of machines; it has not been run at that size.
 """
 
 import shutil
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
 
 
 def prepare_part(options: Options):
-    """This node's share of the work. Returns the manifest once every node's is done, else None."""
+    """Do this node's share of the work. Returns the manifest if all nodes are done, else None."""
     tokenizer = gpt2_tokenizer() if options.tokenizer == "gpt2" else load_tokenizer(options.tokenizer)
     copies = options.out / "source" if options.verify_source else None
     which = {"config": options.subset, "revision": options.revision, "copies": copies}

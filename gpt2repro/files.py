@@ -154,10 +154,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     Raises: InputError naming file and line, for a line that is no JSON, no UTF-8, too deep or longer than 16 MiB.
     """
     with path.open("rb") as file:
-        for number in range(1, 2**62):
-            line = file.readline(LARGEST_LINE_BYTES + 1)
-            if not line:
-                return
+        for number, line in enumerate(iter(lambda: file.readline(LARGEST_LINE_BYTES + 1), b""), start=1):
             if len(line) > LARGEST_LINE_BYTES:
                 raise InputError(f"{path}, line {number}: longer than {LARGEST_LINE_BYTES} bytes")
             if line.strip():

@@ -216,7 +216,9 @@ class _Work:
 
     def _unit(self, index: int) -> None:
         """Read, tokenise and write one unit, then its note."""
-        if self.stop.is_set() or self._enough():
+        with self.lock:
+            done = sum(map(_note_tokens, self.notes.values()))
+        if self.stop.is_set() or (self.token_limit is not None and done >= self.token_limit):
             return
         writers: dict[str, shards.ShardWriter] = {}  # per split that has any text
         waiting: deque[tuple[str, int, Future]] = deque()  # the unit's batches in order
@@ -269,11 +271,6 @@ class _Work:
         for split in shards.SPLITS:
             if split in open_batches:
                 yield split, *open_batches[split]
-
-    def _enough(self) -> bool:
-        with self.lock:
-            done = sum(map(_note_tokens, self.notes.values()))
-        return self.token_limit is not None and done >= self.token_limit
 
     def _show(self, tokens: int, text_bytes: int) -> None:
         with self.lock:
