@@ -37,7 +37,7 @@ from gpt2repro.data.preparation import check_place, prepare
 from gpt2repro.data.text import find_text
 from gpt2repro.data.tokenization import Encoder, gpt2_tokenizer, load_tokenizer
 from gpt2repro.data.upload import check_push, push_dataset
-from gpt2repro.options import InputError, parse_options, run_main
+from gpt2repro.options import AtLeastOne, InputError, NotNegative, parse_options, run_main
 
 
 @dataclass
@@ -58,15 +58,15 @@ class Options:
     "Use gigatoken (pip install 'gpt2repro[fast-tokenizer]') where it gives tiktoken's ids; checked at the start."
     val: str = "first-shard"
     "The first shard is for validation, as in build-nanogpt; or a fraction of the documents, chosen by hash."
-    tokens: Annotated[int, Field(gt=0)] | None = None
+    tokens: AtLeastOne | None = None
     "Stop with the shard that reaches so many tokens; none: everything."
     shard_tokens: Annotated[int, Field(gt=0, lt=2**31)] = 100_000_000
     "About how many tokens go into one shard."
-    workers: Annotated[int, Field(gt=0)] | None = None
+    workers: AtLeastOne | None = None
     "Tokenising processes; none: one per core."
-    num_nodes: Annotated[int, Field(gt=0)] = 1
+    num_nodes: AtLeastOne = 1
     "Machines that share the work."
-    node_index: Annotated[int, Field(ge=0)] = 0
+    node_index: NotNegative = 0
     "This machine, from 0."
     executor: Literal["processes", "datatrove"] = "processes"
     "The own process pool, or datatrove's local executor with --workers tasks at a time."

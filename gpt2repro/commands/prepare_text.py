@@ -30,7 +30,7 @@ from gpt2repro.data.python_docs import python_docs
 from gpt2repro.data.shards import Manifest
 from gpt2repro.data.text import TEXT_CUT_VERSION, find_text, pieces_of
 from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer, gpt2_tokenizer
-from gpt2repro.options import InputError, parse_options
+from gpt2repro.options import AtLeastOne, Fraction, InputError, parse_options
 
 # Source: the corpus of nanoGPT's shakespeare examples, public domain.
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -56,15 +56,15 @@ class Options:
     "GPT-2's own (50,257 tokens), one token per character, or byte-level BPE trained on the train split."
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 2048
     "Entries of the vocabulary that bpe learns."
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    val_fraction: Fraction = 0.1
     "Part of the text kept for validation."
     split: Literal["auto", "document", "position"] = "auto"
     "Whole documents chosen by hash, or the end of every document; auto: by position below 100 documents."
-    text_document_bytes: Annotated[int, Field(ge=1)] | None = None
+    text_document_bytes: AtLeastOne | None = None
     "Cut plain text into documents of the lines that begin in so many bytes (streams: 16384); none: a file is one."
     shard_tokens: Annotated[int, Field(gt=0, lt=2**31)] = 100_000_000
     "About how many tokens go into one shard."
-    workers: Annotated[int, Field(gt=0)] | None = None
+    workers: AtLeastOne | None = None
     "Tokenising processes; none: one per core."
     overwrite: bool = False
     "Replace another data set in --out."

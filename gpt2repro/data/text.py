@@ -91,8 +91,13 @@ class Reading:
         yield from self.present(texts, (path, start), found)
 
     def dataset(self, path: str, name, config, revision, files, shards, index, cancel=NEVER) -> Iterator[str]:
-        """The texts of one file of a dataset, as the `datasets` library iterates it."""
-        rows = text_io.dataset_rows(name, config, revision, files, shards, index, report=self.report, stop=cancel)
+        """The texts of one shard (mostly a file) of a dataset, as the `datasets` library iterates it."""
+
+        def rows_from(given: int) -> Iterator:
+            dataset = text_io.iterable_dataset(name, config, revision, files)
+            return iter(dataset.shard(num_shards=shards, index=index).skip(given))
+
+        rows = resuming(rows_from, path, report=self.report, stop=cancel)
         return self.present((text_of(row, self.column, path) for row in rows), (path, index))
 
     def present(self, texts: Iterable[str | None], stretch: tuple, found: list[int] | None = None) -> Iterator[str]:

@@ -98,7 +98,7 @@ def resuming(
                     raise CancelledError
             return
         except Exception as error:
-            if isinstance(error, InputError) or not is_fault(error):
+            if not is_fault(error):
                 raise
             if not (what.startswith("hf://") and may_pass(error)):
                 raise InputError(f"{what} can't be read: {first_line(error)}") from error
@@ -295,16 +295,6 @@ def _read_footer(path: str):
 
 
 _pinned_footer = functools.lru_cache(maxsize=64)(_read_footer)
-
-
-def dataset_rows(name, config, revision, files: list[str], shards: int, index: int, report, stop=NEVER) -> Iterator:
-    """The rows of one shard (mostly a file) of a dataset, as the `datasets` library iterates it."""
-
-    def rows_from(given: int) -> Iterator:
-        dataset = iterable_dataset(name, config, revision, files)
-        return iter(dataset.shard(num_shards=shards, index=index).skip(given))
-
-    return resuming(rows_from, files[min(index, len(files) - 1)], report=report, stop=stop)
 
 
 def iterable_dataset(name: str, config: str | None, revision: str | None, files: list[str]):

@@ -23,7 +23,7 @@ def _refusals(repo: str):
     except LocalTokenNotFoundError as error:
         raise InputError(f"uploading to {repo} needs a login: run `hf auth login` or set HF_TOKEN") from error
     except Exception as error:
-        if isinstance(error, InputError) or not is_fault(error):
+        if not is_fault(error):
             raise
         raise InputError(
             f"{repo} could not be uploaded: {first_line(error)}; run the same command again to continue"
