@@ -128,7 +128,7 @@ def to_yaml(config: Any) -> str:
 
 
 def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Call `main(argv)` and turn its outcome into an exit code: 2 for what a sentence explains, 130 for Ctrl-C."""
+    """Call `main(argv)` and return an exit code: 2 for bad input and for faults of the machine, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # generated text must not end a program on a console that is not UTF-8
             stream.reconfigure(errors="replace")
@@ -153,7 +153,7 @@ def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None
 
 
 def sentence_for(error: BaseException) -> InputError | None:
-    """What to say to the user about bad input, and about what is the machine's: files, disks, memory; else None."""
+    """The message for bad input and for faults of files, disks and memory, as an InputError; None for other errors."""
     if isinstance(error, InputError):
         return error
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
@@ -261,7 +261,7 @@ def _read_yaml(config: str) -> dict:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without what surprises: a key that is given twice, 1:30:00 for 5400 and 010 for 8."""
+    """Reads YAML and refuses its surprises: a key that is given twice, 1:30:00 (5400 to YAML) and 010 (8)."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

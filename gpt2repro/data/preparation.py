@@ -221,6 +221,7 @@ class _Work:
         if self.stop.is_set() or (self.token_limit is not None and done >= self.token_limit):
             return
         writers: dict[str, shards.ShardWriter] = {}  # per split that has any text
+        unfinished = contextlib.ExitStack()  # deletes the shards of a unit that was not finished
         waiting: deque[tuple[str, int, Future]] = deque()  # the unit's batches in order
 
         def write_oldest():
@@ -230,12 +231,12 @@ class _Work:
             except UnknownCharacter as error:
                 raise InputError(f"{self.place(self.units[index])}: {error}") from None
             if split not in writers:
-                writers[split] = shards.ShardWriter(self.out / f"{split}_{index:06d}.bin", self.encoder.vocab_size)
+                writer = shards.ShardWriter(self.out / f"{split}_{index:06d}.bin", self.encoder.vocab_size)
+                writers[split] = unfinished.enter_context(writer)
             writers[split].append(tokens, documents, text_bytes)
             self._show(len(tokens), text_bytes)
 
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(lambda: [writer.abandon() for writer in writers.values()])
+        with unfinished:
             for split, texts, ends in self._batches(self.units[index]):
                 if self.stop.is_set():
                     return
@@ -247,7 +248,6 @@ class _Work:
                     return
                 write_oldest()
             records = {split: writers[split].close() for split in shards.SPLITS if split in writers}
-            on_error.pop_all()
         write_json(self.out / UNITS / f"{index:06d}.json", note := {"unit": index, "splits": records})
         with self.lock:
             self.notes[index] = note

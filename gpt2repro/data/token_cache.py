@@ -75,15 +75,12 @@ class TokenCache:
 
     def write_shard(self, path: Path, documents: Iterator[str]) -> dict:
         """Tokenise documents into a shard. Returns its size and sha256. Raises: InputError, also for a full disk."""
-        writer = ShardWriter(path, self.encoder.vocab_size)
         try:
-            while texts := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
-                tokens, text_bytes = self.encoder.encode_joined(texts, [True] * len(texts))
-                writer.append(tokens, len(texts), text_bytes)
-            return writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
+            with ShardWriter(path, self.encoder.vocab_size) as writer:
+                while texts := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
+                    tokens, text_bytes = self.encoder.encode_joined(texts, [True] * len(texts))
+                    writer.append(tokens, len(texts), text_bytes)
+                return writer.close()
         finally:
             first = next(iter(self.encoder.unknown), "")
             sentence = f"characters that the tokenizer does not know became <|endoftext|>, the first is {first!r}"
