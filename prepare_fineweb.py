@@ -117,8 +117,8 @@ def prepare_part(options: Options):
     """Do this node's share of the work. Returns the manifest if all nodes are done, else None."""
     tokenizer = gpt2_tokenizer() if options.tokenizer == "gpt2" else load_tokenizer(options.tokenizer)
     copies = options.out / "source" if options.verify_source else None
-    which = {"config": options.subset, "revision": options.revision, "copies": copies}
-    files = find_text([options.dataset], text_column=options.text_column, **which)
+    origin = {"config": options.subset, "revision": options.revision, "copies": copies}
+    files = find_text([options.dataset], text_column=options.text_column, **origin)
     shard_tokens = min(options.shard_tokens, options.tokens or options.shard_tokens)
     units = files.units(shard_tokens)
     first_shard = options.val == "first-shard"

@@ -287,8 +287,8 @@ def _convert(value: Any, kind: Any) -> Any:
     try:
         return TypeAdapter(kind, config=VALIDATION).validate_python(value)
     except ValidationError as error:
-        said = [e["msg"].removeprefix("Input ").removeprefix("Value error, ") for e in error.errors(include_url=False)]
-        raise ValueError(" or ".join(dict.fromkeys(said))) from None
+        texts = [e["msg"].removeprefix("Input ").removeprefix("Value error, ") for e in error.errors(include_url=False)]
+        raise ValueError(" or ".join(dict.fromkeys(texts))) from None
 
 
 def _field_docs(cls: type) -> dict[str, str]:

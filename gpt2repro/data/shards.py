@@ -403,8 +403,8 @@ def _open_own(directory: Path, split: str) -> TokenSplit:
     manifest = load_manifest(directory)
     content = manifest["splits"].get(split)
     if content is None or not content["tokens"]:
-        have = ", ".join(name for name, other in manifest["splits"].items() if other["tokens"])
-        raise InputError(f"{directory} has no {split} split (it has {have}); prepare it with a larger --val_fraction")
+        others = ", ".join(name for name, other in manifest["splits"].items() if other["tokens"])
+        raise InputError(f"{directory} has no {split} split (it has {others}); prepare it with a larger --val_fraction")
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     paths, counts = zip(*((directory / record["file"], record["tokens"]) for record in content["shards"]), strict=True)
     _refuse_missing(paths)

@@ -143,7 +143,7 @@ class Reading:
     def tell(self, *others: tuple[int, str]) -> None:
         """Report each count (of what was left out or replaced, and `others`) that has doubled since its last report."""
         found = list(self._found.items())
-        nulls, bad = (sum(numbers[which] for _, numbers in found) for which in (0, 1))
+        nulls, bad = (sum(numbers[index] for _, numbers in found) for index in (0, 1))
         path, first = next(((stretch[0], numbers[2]) for stretch, numbers in found if numbers[1]), ("", 0))
         counts = [
             (nulls, "rows without text (null) were left out"),
@@ -203,9 +203,9 @@ class TextFiles:
                 yield _whole_text(file, path, start, stop, ends)
                 continue
             if file.format == "datasets":
-                which = [self.source[key] for key in ("dataset", "config", "revision")]
-                which += [[file.path for file in self.files], len(self.files), index]
-                documents = self.reading.dataset(path, *which)
+                dataset = [self.source[key] for key in ("dataset", "config", "revision")]
+                dataset += [[file.path for file in self.files], len(self.files), index]
+                documents = self.reading.dataset(path, *dataset)
             else:
                 documents = self.reading.documents(path, file.format, file.packed, start, stop)
             yield from map(pieces_of, documents)
@@ -361,8 +361,8 @@ class TextSource:
         path = self.files[min(index, len(self.files) - 1)]
         format, packed = format_of(path)
         if self.kind == "datasets" and not (packed and format == "jsonl"):
-            which = self.name, self.config, self.revision, self.files, len(self.groups), index
-            documents = reading.dataset(path, *which, cancel=cancel)
+            dataset = self.name, self.config, self.revision, self.files, len(self.groups), index
+            documents = reading.dataset(path, *dataset, cancel=cancel)
         else:
             stop = start + 1 if self.kind == "parquet" else stop or None
             documents = reading.documents(path, format, packed, start, stop, cancel)
@@ -419,8 +419,8 @@ def _groups(kind: str, files: list[str], text_column: str, name: str, config, re
 def text_of(row, column: str, place: str) -> str | None:
     """The text of a row, or None for null. Raises: InputError, naming the `place`, for a row without such a column."""
     if not isinstance(row, dict) or column not in row:
-        have = ", ".join(row) if isinstance(row, dict) else f"no columns but {type(row).__name__}"
-        raise InputError(f"{place}: there is no column {column!r}, only {have}; set --text_column")
+        columns = ", ".join(row) if isinstance(row, dict) else f"no columns but {type(row).__name__}"
+        raise InputError(f"{place}: there is no column {column!r}, only {columns}; set --text_column")
     if row[column] is not None and not isinstance(row[column], str):
         raise InputError(f"{place}: {column!r} holds {type(row[column]).__name__}, not text; set --text_column")
     return row[column]
