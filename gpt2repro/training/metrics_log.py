@@ -1,4 +1,4 @@
-"""metrics.jsonl, read back and cut back: one JSON object a line, of which a killed process leaves at worst half a line.
+"""metrics.jsonl, read and cut: one JSON object a line; a killed process leaves at worst half of its last line.
 
 Knows no metric by name but `step`, `loss` and `val_loss`.
 """
@@ -11,14 +11,14 @@ from gpt2repro.files import atomic_file, step_in_name
 
 
 def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
-    """(training records, evaluation records) of a run, in the order they were logged; a torn last line is left out."""
+    """(training records, evaluation records) of a run in the order of the log, without a torn last line."""
     path = Path(run_dir) / "metrics.jsonl"
     records = [record for _, record in whole_lines(path)] if path.is_file() else []
     return [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
 
 
 def cut_metrics(path: Path, last_step: int | None) -> None:
-    """Keep the records up to and including `last_step` (None: none). Atomic; never the whole file in memory."""
+    """Keep the records and samples up to and including `last_step` (None: none), atomically, a line at a time."""
     if not path.exists():
         return
     with atomic_file(path) as out:
@@ -30,7 +30,7 @@ def cut_metrics(path: Path, last_step: int | None) -> None:
 
 
 def whole_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """(line, record) of every line that was written whole; a process killed while writing leaves half of the last."""
+    """(line, record) of every whole line; a process that was killed while writing leaves half of a line."""
     with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
         for line in lines:
             try:
