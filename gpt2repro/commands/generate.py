@@ -22,7 +22,7 @@ from pydantic import Field
 from gpt2repro.files import atomic_file, read_json_lines
 from gpt2repro.generation.prompts import TextStream, encode_prompt, room_for
 from gpt2repro.models import ModelOptions
-from gpt2repro.options import InputError, parse_options
+from gpt2repro.options import AtLeastOne, InputError, NotNegativeNumber, parse_options
 
 Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
 MOST_SAMPLES = 1_000_000  # of one call: all of them are kept until the file is written
@@ -41,9 +41,9 @@ class Options(ModelOptions):
     "Where the samples of a prompts file go, one JSON object a line."
     max_new_tokens: Tokens = 200
     "Stop after this many tokens, or at the end-of-text token."
-    temperature: Annotated[float, Field(ge=0)] = 0.8
+    temperature: NotNegativeNumber = 0.8
     "Below 1 bolder, above 1 wilder; 0 always takes the likeliest token."
-    top_k: Annotated[int, Field(ge=1)] | None = 50
+    top_k: AtLeastOne | None = 50
     "Choose among the k likeliest tokens; none: among all."
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     "Choose among the likeliest tokens that together have this probability; none: no such cut."
