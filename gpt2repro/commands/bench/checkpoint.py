@@ -108,8 +108,8 @@ def measure(record: Record, folder: Path) -> None:
     record.headline("training waits for a save", times, ours=OURS, baseline=ACCELERATE, unit="s")
 
     # --- the whole cost: so many steps that the writing fits beside them, with and without a save before the first
-    writing = [timed(lambda: (candidates[OURS](), ours.wait()))[0] for _ in range(3)]
-    step_seconds = timed(lambda: [step() for _ in range(3)])[0] / 3
+    writing = [timed(lambda: (candidates[OURS](), ours.wait())) for _ in range(3)]
+    step_seconds = timed(lambda: [step() for _ in range(3)]) / 3
     steps = max(3, min(60, round(1.2 * statistics.median(writing) / step_seconds) + 1))
     saves = {"no save": lambda: None, OURS: candidates[OURS], ACCELERATE: candidates[ACCELERATE]}
     loops = {name: lambda save=save: (save(), [step() for _ in range(steps)]) for name, save in saves.items()}

@@ -11,7 +11,6 @@ Before any timing, greedy text in fp32 must be transformers', token by token, wi
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -29,7 +28,7 @@ GOALS_H200 = {1: 4_000, 64: 60_000}  # tokens/s at 124M; rooflines 16k and 189k
 
 @dataclass(kw_only=True)
 class Options(CommonOptions):
-    size: list[Literal["small", "124M", "350M", "774M", "1558M"]] | None = None
+    size: list[harness.Size] | None = None
     "Models; none: small and 124M on a CPU, 124M on a GPU."
     batch: list[AtLeastOne] | None = None
     "Sequences at a time; none: 1 and 8 on a CPU, 1 and 64 on a GPU."
@@ -58,7 +57,9 @@ def main(argv: list[str]) -> int:
         if not record.time_for(kind):
             continue
         print(f"{kind}: {options.prompt_tokens} + {new_tokens} tokens", flush=True)
-        reference, ours = build_pair(size, device)
+        # Both have the same random weights, in fp32.
+        reference = baselines.transformers_gpt2(SIZES[size]).to(device).eval()
+        ours = baselines.our_gpt2(SIZES[size]).to(device).eval()
         check_greedy(reference, ours)
         if on_gpu:
             reference, ours = reference.bfloat16(), ours.bfloat16()
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
         calls = candidates(reference, ours, prompts, new_tokens)
         if not options.static or (on_gpu and options.minutes):
             del calls[STATIC]
-        first = {name: record.attempt(name, lambda call=call: harness.timed(call)[0]) for name, call in calls.items()}
+        first = {name: record.attempt(name, lambda call=call: harness.timed(call)) for name, call in calls.items()}
         calls = {name: call for name, call in calls.items() if first[name] is not None}
         times = record.compare(calls, units=batch * new_tokens)
         best = OURS_COMPILED if on_gpu else OURS
@@ -82,13 +83,6 @@ def main(argv: list[str]) -> int:
         del reference, ours, calls
         harness.free_memory()
     return record.finish()
-
-
-def build_pair(size: str, device: torch.device):
-    """transformers' GPT-2 and ours with the same random weights, in fp32."""
-    shape = dict(zip(("n_layer", "n_head", "n_embd", "vocab_size"), SIZES[size], strict=True))
-    reference = baselines.transformers_gpt2(shape)
-    return tuple(model.to(device).eval() for model in (reference, baselines.our_gpt2(shape)))
 
 
 def check_greedy(reference, ours) -> None:
