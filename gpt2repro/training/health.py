@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor
 # least this part of the mean; for the gradient norm's logarithm it is at least this number.
 SMALLEST_DEVIATION = 0.01
 COUNTS = ("skipped", "in_a_row", "rewinds", "scaler_skips", "scaler_in_a_row")
-SCALER_PATIENCE = 50  # skipped steps in a row: from 2^16 downwards the scale has then passed every useful value
+MOST_SKIPS_IN_A_ROW = 10
+SCALER_PATIENCE = 50  # skipped steps in a row: the scale, halved from 2^16 on, has then passed every useful value
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class HealthMonitor:
     """Judges every step of a run; alike on all ranks that pass the same (reduced) numbers.
 
     `z_threshold=None` finds only numbers that are not finite. Spikes are found once `window` good steps are known. More
-    than `max_in_a_row` skipped steps in a row or `max_rewinds` rewinds stop the run.
+    than MOST_SKIPS_IN_A_ROW skipped steps in a row or `max_rewinds` rewinds stop the run.
     """
 
     def __init__(
@@ -63,11 +64,10 @@ class HealthMonitor:
         *,
         window: int = 100,
         z_threshold: float | None = 10.0,
-        max_in_a_row: int = 10,
         max_rewinds: int = 3,
     ):
         self.policy, self.window, self.z_threshold = policy, window, z_threshold
-        self.max_in_a_row, self.max_rewinds = max_in_a_row, max_rewinds
+        self.max_rewinds = max_rewinds
         self.losses: deque[float] = deque(maxlen=window)
         self.grad_norms: deque[float] = deque(maxlen=window)
         self.skipped = self.in_a_row = self.rewinds = self.scaler_skips = self.scaler_in_a_row = 0
@@ -94,7 +94,7 @@ class HealthMonitor:
                 bad.append(record)
                 reasons.append(reason)
                 self.in_a_row += 1
-                if self.policy == "skip" and self.in_a_row > self.max_in_a_row:
+                if self.policy == "skip" and self.in_a_row > MOST_SKIPS_IN_A_ROW:
                     too_many = f"; {self.in_a_row} steps in a row were bad, skipping does not help"
             elif not record.get("scaler_skipped"):
                 self.in_a_row = 0
