@@ -129,7 +129,7 @@ def text_perplexity(model, tokenizer, text: str, max_length: int, options: Optio
 
 
 def read_texts(options: Options) -> list[str]:
-    """Lines or rows of text; a text file keeps its line ends. Raises: InputError."""
+    """Lines or rows of text; a text file keeps its line ends. Raises: InputError for a file without text."""
     path = Path(options.data)
     if os.path.isfile(path) and path.suffix != ".jsonl":
         try:

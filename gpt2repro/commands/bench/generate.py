@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_greedy(reference, ours) -> None:
-    """Raises NotEqual unless greedy fp32 text of left-padded prompts equals transformers'."""
+    """Raises: NotEqual unless greedy fp32 text of left-padded prompts equals transformers'."""
     lengths, new_tokens = (3, 9, 16), 24
     prompts = [torch.randint(reference.config.vocab_size, (length,)).tolist() for length in lengths]
     ids = torch.tensor([[0] * (16 - len(prompt)) + prompt for prompt in prompts], device=reference.device)

@@ -131,7 +131,7 @@ def score_four_rows(model, example, device) -> list[float]:
 
 
 def check_choices(mine: np.ndarray, theirs: np.ndarray, units: np.ndarray, tolerance: float) -> None:
-    """Raises NotEqual where scores differ by more than `tolerance` of themselves, or a clear choice is another one."""
+    """Raises: NotEqual where scores differ by more than `tolerance` of themselves, or a clear choice differs."""
     difference = (np.abs(mine - theirs) / np.abs(theirs)).max()
     if not difference <= tolerance:
         raise NotEqual(f"HellaSwag scores differ from the loop's by {difference:.1e}, allowed {tolerance}")
@@ -150,7 +150,7 @@ def loop_work(rendered: list) -> np.ndarray:
 
 
 def shared_work(groups: list) -> np.ndarray:
-    """The same of the shared rows: each position once, logits where an ending's token is predicted."""
+    """`loop_work` of the shared rows: each position once, logits only where a row predicts an ending's token."""
     work = np.zeros(3)
     for group in groups:
         c = len(group.context)
