@@ -406,8 +406,8 @@ def train(config: TrainConfig) -> int:
                 if saving:
                     run.save(evaluated.get("val_loss", math.inf))
 
-        # The end of the run, or of this process' part in it. First the steps since the last reading are judged. A rewind
-        # is left to the next start, which makes the bad steps again.
+        # The end of the run, or of this process' part in it. First the steps since the last reading are judged. A
+        # rewind is left to the next start, which makes the bad steps again.
         if not failed:
             verdict = run.record(meter.read())
             failed = verdict is not None and verdict.action == "stop"

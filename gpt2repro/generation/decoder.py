@@ -52,8 +52,7 @@ class Decoder:
 
     def __init__(self, model, *, batch_size: int, length: int):
         self.model, self.batch_size, self.length = model, batch_size, length
-        device = next(model.parameters()).device
-        self.device = device
+        device = self.device = next(model.parameters()).device
         self.token = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self.end_token = torch.zeros((), dtype=torch.long, device=device)  # -1: there is none

@@ -7,6 +7,7 @@ import shlex
 import sys
 from dataclasses import replace
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -88,10 +89,6 @@ def cpu_name() -> str:
 
 def environment(accelerator) -> dict:
     """Where and how a run runs, for the model card."""
-    import accelerate
-    import transformers
-
-    modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate}
     return {
         "command": shlex.join(sys.orig_argv),
         "device": device_name(accelerator.device),
@@ -99,5 +96,5 @@ def environment(accelerator) -> dict:
         "processes": accelerator.num_processes,
         "distributed": str(accelerator.distributed_type).removeprefix("DistributedType."),
         "precision": accelerator.mixed_precision,
-        "versions": {name: module.__version__ for name, module in modules.items()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
     }
