@@ -24,7 +24,6 @@ from gpt2repro.generation.prompts import TextStream, encode_prompt, room_for
 from gpt2repro.models import ModelOptions
 from gpt2repro.options import AtLeastOne, InputError, NotNegativeNumber, parse_options
 
-Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
 MOST_SAMPLES = 1_000_000  # of one call: all of them are kept until the file is written
 MOST_CHARACTERS = 64 << 20  # of a prompts file
 
@@ -39,7 +38,7 @@ class Options(ModelOptions):
     "Continue every prompt of this .txt or .jsonl file; needs --out."
     out: Path | None = field(default=None, metadata={"config": False})
     "Where the samples of a prompts file go, one JSON object a line."
-    max_new_tokens: Tokens = 200
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 200
     "Stop after this many tokens, or at the end-of-text token."
     temperature: NotNegativeNumber = 0.8
     "Below 1 bolder, above 1 wilder; 0 always takes the likeliest token."

@@ -4,7 +4,7 @@
     gpt2repro bench generate --size 1558M --batch 1
 
 All candidates have the same weights, prompts, precision and sampling (temperature 1, top-k 50) and write the same
-number of tokens; prefill is part of the time, loading, packing and compiling are not (see `first_call_seconds`).
+number of tokens; prefill is part of the time, loading, packing and compiling are not.
 Before any timing, greedy text in fp32 must be transformers', token by token, with prompts padded on the left.
 """
 
@@ -67,8 +67,6 @@ def main(argv: list[str]) -> int:
         calls = candidates(reference, ours, prompts, new_tokens)
         if not options.static or (on_gpu and options.minutes):
             del calls[STATIC]
-        first = {name: record.attempt(name, lambda call=call: harness.timed(call)) for name, call in calls.items()}
-        calls = {name: call for name, call in calls.items() if first[name] is not None}
         times = record.compare(calls, units=batch * new_tokens)
         best = OURS_COMPILED if on_gpu else OURS
         for name in (DYNAMIC, STATIC):
@@ -77,7 +75,7 @@ def main(argv: list[str]) -> int:
         if on_gpu and size == "124M" and batch in GOALS_H200 and best in times:
             record.figure(kind, times[best]["per_second"], unit="tokens/s", goal=GOALS_H200[batch])
         case = {"size": size, "batch": batch, "prompt_tokens": options.prompt_tokens, "new_tokens": new_tokens}
-        case |= {"dtype": str(ours.dtype).removeprefix("torch."), "first_call_seconds": first, "times": times}
+        case |= {"dtype": str(ours.dtype).removeprefix("torch."), "times": times}
         case["peak_memory_gib"] = {name: harness.peak_memory_gib(calls[name]) for name in times}
         record.results["measured"].append(case)
         del reference, ours, calls
