@@ -261,16 +261,16 @@ class TrainConfig:
 
 def main(argv: list[str]) -> int:
     """Options, then the plan or the run."""
-    # OpenMP's threads turn in circles while they wait, which starves others on a busy CPU; if they sleep at once, they
-    # wake up late. The quickstart on two cores, alone and beside two busy processes: 10,400 and 2,300 tokens/s with
-    # OpenMP's default, 7,700 and 5,500 with none, 10,000 and 4,500 with a thousand turns. It is read with torch.
+    # OpenMP's threads spin while they wait, which slows others on a busy CPU; threads that sleep at once wake up late.
+    # The quickstart on two cores, alone and beside two busy processes: 10,400 and 2,300 tokens/s with OpenMP's default,
+    # 7,700 and 5,500 without spinning, 10,000 and 4,500 with 1000 turns. The import of torch reads the variable.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     is_first = int(os.environ.get("RANK", 0)) == 0
     try:
         config = parse_options(TrainConfig, argv, prog="train_accelerate.py", description=__doc__ + CONFIGS)
     except InputError:
-        if is_first:  # the other processes have nothing to add
+        if is_first:  # the other processes would print the same
             raise
         return 2
     if config.cooldown_from is not None:
@@ -415,7 +415,7 @@ def train(config: TrainConfig) -> int:
                 step=state.step, lr=lr, loss=loss, grad_norm=grad_norm, positions=[start, state.source["position"]]
             )
 
-            # Log. The numbers of many steps come from the device in one transfer; bad ones are met before any save.
+            # Log. The numbers of many steps come from the device in one transfer; bad ones are found before any save.
             is_last = state.step == config.max_steps
             saving = state.step % config.save_steps == 0 or is_last
             evaluating = state.step % config.eval_steps == 0 or saving  # unevaluated, it could not become `best`
@@ -436,8 +436,8 @@ def train(config: TrainConfig) -> int:
                 if saving:
                     run.save(evaluated.get("val_loss", math.inf))
 
-        # The end: of the run, or of this process' part in it. Steps that nobody has looked at yet are judged first; to
-        # rewind is left to the next start, which meets the bad steps again.
+        # The end of the run, or of this process' part in it. First the steps since the last reading are judged. A
+        # rewind is left to the next start, which makes the bad steps again.
         if not failed:
             verdict = run.record(meter.read())
             failed = verdict is not None and verdict.action == "stop"

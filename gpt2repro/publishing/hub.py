@@ -283,9 +283,8 @@ class Uploader:
             self._wake.notify()
         while self._thread.is_alive() and (left := self._closing_at - time.monotonic()) > 0 and not stop():
             self._thread.join(min(0.2, left))
-        waiting = self.waiting()
-        missing = [f"{name} is not on the Hub: {self._errors.get(name, 'still being sent')}" for name in waiting]
-        missing += [f"{name} is not on the Hub: {why}" for name, why in self._errors.items() if name not in waiting]
+        reasons = dict.fromkeys(self.waiting(), "still being sent") | self._errors
+        missing = [f"{name} is not on the Hub: {reason}" for name, reason in reasons.items()]
         with self._wake:
             self._closing_at = time.monotonic()
             self._wake.notify()
