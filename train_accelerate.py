@@ -91,8 +91,8 @@ class TrainConfig:
     "Tokens per optimizer step over all processes; gradient accumulation follows from it."
     seq_len: AtLeastOne = 1024
     "Tokens per sequence; at most n_positions."
-    micro_batch_size: AtLeastOne = 16
-    "Sequences per process and forward pass. Halve it when memory runs out: the result stays the same."
+    micro_batch_size: AtLeastOne | None = None
+    "Sequences per process and forward pass; none: what the card's memory holds, 16 on a CPU. No part of the result."
 
     # --- streams (data = stream:…)
     text_column: str = "text"
@@ -213,7 +213,8 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """What the options' types cannot say, found before anything is loaded."""
         world = int(os.environ.get("WORLD_SIZE", 1))
-        per_pass = self.micro_batch_size * self.seq_len * world
+        sequences = self.micro_batch_size or 1  # none: the choice will divide the batch
+        per_pass = sequences * self.seq_len * world
         nearest = max(1, round(self.batch_tokens / per_pass)) * per_pass
         blocks = 12 * self.n_layer * self.n_embd**2
         fresh = self.init_from is None  # else the given model's sizes win
@@ -235,7 +236,7 @@ class TrainConfig:
             (self.min_lr > self.lr, f"min_lr={self.min_lr} is above lr={self.lr}"),
             (
                 self.batch_tokens % per_pass,
-                f"batch_tokens={self.batch_tokens} is not a multiple of {per_pass} ({self.micro_batch_size} sequences "
+                f"batch_tokens={self.batch_tokens} is not a multiple of {per_pass} ({sequences} sequences "
                 f"x {self.seq_len} tokens x {world} processes); try {nearest}, or another micro_batch_size",
             ),
             (

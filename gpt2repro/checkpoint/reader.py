@@ -10,7 +10,6 @@ from gpt2repro.checkpoint.layout import (
     VERSION,
     from_rank_zero,
     list_steps,
-    rank_and_world,
     resolve_pointer,
 )
 from gpt2repro.checkpoint.tensors import open_tensors
@@ -30,7 +29,7 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
 
     Raises: InputError where `place` is a damaged checkpoint, or a run with nothing but damaged ones.
     """
-    if all_ranks and rank_and_world()[1] > 1:
+    if all_ranks:
         return from_rank_zero(lambda: find_checkpoint(place, at_most=at_most))
 
     place = Path(place)

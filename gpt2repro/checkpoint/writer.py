@@ -43,6 +43,7 @@ from gpt2repro.checkpoint.layout import (
     VERSION,
     kept_steps,
     list_steps,
+    patient_group,
     piece_name,
     pointed_step,
     rank_and_world,
@@ -82,7 +83,7 @@ class CheckpointWriter:
         self.keep_last, self.milestone_steps, self.asynchronous = keep_last, milestone_steps, asynchronous
         self.rank, self.world = rank_and_world()
         # The writing threads talk through a group of their own: the training loop's may be NCCL, and is busy.
-        self._group = dist.new_group(backend="gloo") if self.world > 1 else None
+        self._group = patient_group() if self.world > 1 else None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._in_flight: int | None = None  # the step being written

@@ -8,6 +8,8 @@ a `state` of `exp_avg`, `exp_avg_sq`, `step` (AdamW) or `momentum_buffer` (Muon)
 groups at every step, so that a wrapper may exchange them for sharded ones (`DTensor`) after construction.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
