@@ -95,8 +95,8 @@ class TrainConfig:
     "Tokens per optimizer step over all processes; gradient accumulation follows from it."
     seq_len: AtLeastOne = 1024
     "Tokens per sequence; at most n_positions."
-    micro_batch_size: AtLeastOne = 16
-    "Sequences per process and forward pass. Halve it when memory runs out: the result stays the same."
+    micro_batch_size: AtLeastOne | None = None
+    "Sequences per process and forward pass; none: what the card's memory holds, 16 on a CPU. No part of the result."
 
     # --- streams (data = stream:…)
     text_column: str = "text"
@@ -219,16 +219,14 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """What the options' types cannot say, found before anything is loaded."""
         world = int(os.environ.get("WORLD_SIZE", 1))
-        per_pass = self.micro_batch_size * self.seq_len * world
+        sequences = self.micro_batch_size or 1  # none: the choice will divide the batch
+        per_pass = sequences * self.seq_len * world
         nearest = max(1, round(self.batch_tokens / per_pass)) * per_pass
-        leaves = max(1, self.batch_tokens // (self.micro_batch_size * self.seq_len))
+        leaves = max(1, self.batch_tokens // (sequences * self.seq_len))
         blocks = 12 * self.n_layer * self.n_embd**2
         fresh = self.init_from is None  # else the given model's sizes win
         checks = [
-            (
-                blocks > LARGEST_MODEL,
-                f"n_layer={self.n_layer}, n_embd={self.n_embd} would make {blocks:.2g} parameters",
-            ),
+            (blocks > LARGEST_MODEL, f"n_layer={self.n_layer}, n_embd={self.n_embd} make {blocks:.2g} parameters"),
             (fresh and self.n_embd % self.n_head, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"),
             (
                 fresh and self.seq_len > self.n_positions,
@@ -239,6 +237,7 @@ class TrainConfig:
                 f"reduction=fixed needs powers of two, not {leaves} micro-batches in the batch and {world} processes; "
                 "change batch_tokens or micro_batch_size",
             ),
+            (self.reduction == "fixed" and self.micro_batch_size is None, "reduction=fixed needs micro_batch_size"),
             (self.cooldown_from is not None and self.cooldown_steps is None, "cooldown_from needs cooldown_steps"),
             (
                 self.schedule == "wsd" and (self.cooldown_steps or 0) > self.max_steps and self.cooldown_from is None,
@@ -247,7 +246,7 @@ class TrainConfig:
             (self.min_lr > self.lr, f"min_lr={self.min_lr} is above lr={self.lr}"),
             (
                 self.batch_tokens % per_pass,
-                f"batch_tokens={self.batch_tokens} is not a multiple of {per_pass} ({self.micro_batch_size} sequences "
+                f"batch_tokens={self.batch_tokens} is not a multiple of {per_pass} ({sequences} sequences "
                 f"x {self.seq_len} tokens x {world} processes); try {nearest}, or another micro_batch_size",
             ),
             (
@@ -327,7 +326,7 @@ def train(config: TrainConfig) -> int:
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
     meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
     profiled_steps = config.profile if accelerator.is_main_process else None
-    logits_shape = (config.micro_batch_size * config.seq_len, model.config.vocab_size)  # of one micro-batch
+    vocab_size = model.config.vocab_size
     model, optimizer = accelerator.prepare(model, optimizer)
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
@@ -337,7 +336,9 @@ def train(config: TrainConfig) -> int:
     with (
         Run(config, accelerator, model, optimizer, source, compiled=compiled, fetch=fetch_checkpoint) as run,
         StopSignal(world) as stop,
-        profiling(config.run_dir / "profile", profiled_steps, logits=logits_shape) as profiler,
+        profiling(
+            config.run_dir / "profile", profiled_steps, logits=(config.micro_batch_size * config.seq_len, vocab_size)
+        ) as profiler,
     ):
         if config.push_to_hub is not None and accelerator.is_main_process:
             where = {"run_dir": config.run_dir, "private": not config.hub_public}

@@ -1,10 +1,13 @@
 """Names and places of a run's checkpoints: step_N directories, the pointers to them, the optimizer's pieces."""
 
+import functools
 import os
 import re
 import secrets
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -14,6 +17,7 @@ FORMAT, VERSION = "gpt2repro-checkpoint", 1
 STEP_NAME = re.compile(r"step_(\d{6,12})")
 PIECE_NAME = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.safetensors")
 POINTERS = ("latest", "best", "final")
+LONGEST_WAIT = timedelta(hours=6)  # for one process' slow work: 19 GB of the 1558M over a slow line
 
 
 def list_steps(directory: str | Path) -> list[tuple[int, Path]]:
@@ -82,15 +86,33 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def from_rank_zero(call: Callable, group=None):
+def patient_group():
+    """A new gloo group of all ranks, for waiting on slow work of one of them; NCCL would give up after 10 minutes."""
+    return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+
+
+@functools.lru_cache(maxsize=1)
+def _group_for_waiting(world):
+    return patient_group()
+
+
+def from_all_ranks(value: Any = None) -> list:
+    """Every rank's `value`, in the order of ranks. Every rank calls it, and waits hours for the slowest."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=_group_for_waiting(dist.group.WORLD))
+    return values
+
+
+def from_rank_zero(call: Callable):
     """Rank 0 alone makes `call()`; every rank returns its result. Raises: the call's InputError, on every rank."""
     answer: list = [None, None]
-    if dist.get_rank() == 0:
+    if rank_and_world()[0] == 0:
         try:
             answer[0] = call()
         except InputError as error:
             answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0, group=group)
-    if answer[1]:
-        raise InputError(answer[1])
-    return answer[0]
+    result, complaint = from_all_ranks(answer)[0]
+    if complaint:
+        raise InputError(complaint)
+    return result

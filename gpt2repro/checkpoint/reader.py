@@ -22,7 +22,7 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
 
     Raises: InputError if `place` is a damaged checkpoint, or a run that has only damaged ones.
     """
-    if all_ranks and layout.rank_and_world()[1] > 1:
+    if all_ranks:
         return layout.from_rank_zero(lambda: find_checkpoint(place, at_most=at_most))
 
     place = Path(place)

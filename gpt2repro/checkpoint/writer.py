@@ -71,7 +71,7 @@ class CheckpointWriter:
         self.keep_last, self.milestone_steps, self.asynchronous = keep_last, milestone_steps, asynchronous
         self.rank, self.world = layout.rank_and_world()
         # The writing threads have a process group of their own: the training loop's is busy, and may be NCCL.
-        self._group = dist.new_group(backend="gloo") if self.world > 1 else None
+        self._group = layout.patient_group() if self.world > 1 else None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._in_flight: int | None = None  # the step being written

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
-from gpt2repro.checkpoint.layout import POINTERS
+from gpt2repro.checkpoint.layout import POINTERS, from_all_ranks
 from gpt2repro.checkpoint.reader import find_checkpoint
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
@@ -34,7 +33,7 @@ from gpt2repro.training.evaluator import Evaluator
 from gpt2repro.training.health import HealthMonitor, Verdict
 from gpt2repro.training.machine import environment
 from gpt2repro.training.meter import flops_per_token_of
-from gpt2repro.training.planning import doubts
+from gpt2repro.training.planning import doubts, micro_batch_of_run
 from gpt2repro.training.plotting import draw_runs
 from gpt2repro.training.reference import Referee
 from gpt2repro.training.state import Best, RunState, find_resume, load_run_state
@@ -107,6 +106,9 @@ class Run:
                     self.state.parent = {"checkpoint": str(checkpoint), "step": self.state.step, "sha256": digest}
                     self.state.best = self.state.run_ids = None  # the branch is a run of its own
             self.state.digests = self.source.digests()
+            if config.micro_batch_size is None:
+                kept = self.state.micro_batch_size
+                config.micro_batch_size = micro_batch_of_run(config, self.accelerator, self.plain_model, kept)
             options = yaml.safe_load(to_yaml(config))
             n_params, world = self.plain_model.num_parameters(), self.accelerator.num_processes
             self.log = RunLog(
@@ -130,6 +132,7 @@ class Run:
             self._referee = Referee(options, self.source.manifest)
             self._console = console.Console(total=config.max_steps, step=self.state.step, shown=is_main)
             opened.callback(self._console.close)
+            from_all_ranks()  # the first one opens the log and the trackers: no wait for the training's own group
             self._at_exit = opened.pop_all()
         self.log.status("running", self.state.step)
         return self
@@ -192,6 +195,7 @@ class Run:
             self._console.say(console.evaluation_line(record) + (f" | {comment}" if comment else ""))
         if samples := self.evaluator.samples():
             self.log.samples(step, samples)
+        from_all_ranks()  # the samples are the first one's alone
         return record
 
     def save(self, val_loss: float = math.inf) -> None:
@@ -200,12 +204,12 @@ class Run:
         # NaN compares false, so a diverged model never becomes `best`.
         if val_loss < (state.best["val_loss"] if state.best else math.inf):
             state.best = Best(step=state.step, val_loss=val_loss)
-        state.run_ids = self.log.run_ids
+        state.run_ids, state.micro_batch_size = self.log.run_ids, self.config.micro_batch_size
         state.scaler = scaler.state_dict() if scaler is not None else None
         state.health = self.monitor.state()
         state.environment = environment(self.accelerator)
         content = state.model_dump(exclude={name for name in ("digests", "parent") if not getattr(state, name)})
-        content["source"] = merge_states(gather_object([state.source]))  # a stream's ranks each know their own lanes
+        content["source"] = merge_states(from_all_ranks(state.source))  # a stream's ranks each know their own lanes
         self.writer.save(
             state.step,
             model=self.model,

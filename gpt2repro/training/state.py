@@ -77,6 +77,7 @@ class RunState(BaseModel):
     parent: dict[str, Any] | None = None  # the checkpoint that a cool-down branched off
     digests: dict[str, str] = {}
     environment: dict[str, Any] = {}
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None  # None in checkpoints from before it was kept
 
 
 def load_run_state(checkpoint: Path, identity: Identity) -> RunState:
