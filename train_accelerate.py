@@ -223,10 +223,11 @@ class TrainConfig:
         per_pass = sequences * self.seq_len * world
         nearest = max(1, round(self.batch_tokens / per_pass)) * per_pass
         leaves = max(1, self.batch_tokens // (sequences * self.seq_len))
-        blocks = 12 * self.n_layer * self.n_embd**2
+        parameters = 12 * self.n_layer * self.n_embd**2 + ((self.vocab_size or 0) + self.n_positions) * self.n_embd
         fresh = self.init_from is None  # else the given model's sizes win
+        too_large = f"n_layer, n_embd, vocab_size and n_positions would make {parameters:.2g} parameters"
         checks = [
-            (blocks > LARGEST_MODEL, f"n_layer={self.n_layer}, n_embd={self.n_embd} make {blocks:.2g} parameters"),
+            (parameters > LARGEST_MODEL, too_large),
             (fresh and self.n_embd % self.n_head, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"),
             (
                 fresh and self.seq_len > self.n_positions,

@@ -48,6 +48,8 @@ def pick_device(name: str | None = None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if name.startswith("meta"):
+            raise RuntimeError("it holds no numbers")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} is not usable here; try cpu ({str(error).splitlines()[0]})") from None

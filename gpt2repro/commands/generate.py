@@ -175,7 +175,7 @@ def write_samples(options: Options) -> None:
                 record |= {"text": text, "tokens": len(samples[index]), "seed": options.seed}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from None
+        raise InputError(f"cannot write {out}: {error.strerror}; choose another --out") from None
     report(sum(map(len, samples.values())), seconds)
     print(f"{len(jobs)} samples in {out}", file=sys.stderr)
 

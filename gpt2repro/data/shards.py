@@ -311,9 +311,10 @@ def open_split(directory: str | Path, split: str) -> TokenSplit:
         )
     if (directory / MANIFEST).exists():
         return _open_own(directory, split)
-    if (directory / "plan.json").exists():
+    if (directory / "plan.json").exists() or (directory / TOKENIZER).exists():  # ours, not somebody's bare shards
         raise InputError(
-            f"{directory} is not finished; run the command that prepares it again, it continues where it was"
+            f"{directory} has no {MANIFEST}: it is not finished; run the command that prepares it again, it continues "
+            "where it was"
         )
     return _open_foreign(directory, split)
 

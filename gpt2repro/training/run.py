@@ -256,9 +256,11 @@ class Run:
             seconds = UPLOAD_SECONDS_AT_EXIT if done else 0
             missing = self.uploader.close(timeout=seconds, stop=lambda: stop.received)
         if verdict is not None:
-            advice = "try a lower lr, or --on_bad_numbers rewind"
-            if config.on_bad_numbers == "rewind":
-                advice = "no rewind is left or possible: lower the lr"
+            advice = (
+                "try a lower lr" if config.on_bad_numbers == "rewind" else "try a lower lr, or --on_bad_numbers rewind"
+            )
+            if verdict.action == "rewind":
+                advice = "there is none to rewind to: lower the lr, or --save_steps"
             message = f"{bad_steps(verdict)}; the checkpoints before are kept; {advice}"
             self._end(EXIT_BAD_NUMBERS, "failed", message, file=sys.stderr)
         elif not done:
