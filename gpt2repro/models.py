@@ -86,7 +86,7 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
     language model, or would need remote code that was not allowed.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import cached_file, logging
 
     from gpt2repro.checkpoint.reader import resolve_model
@@ -96,6 +96,7 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
     source = resolve_model(name, any_architecture=True)
     logging.disable_progress_bar()  # a second of weights needs no bar
     how = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}  # nothing is ever unpickled
+    how["attn_implementation"] = None  # transformers' choice: a config.json could name a kernel to be fetched and run
     try:
         config = read_json(Path(cached_file(source, "config.json")))  # from the directory, the cache or the Hub
         if config.get("model_type") in OUR_LAYOUT:
@@ -103,10 +104,13 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
 
             model, loaded = GPT2ReproForCausalLM.from_pretrained(source, **how)
         else:
-            model, loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **how)
+            how |= {"trust_remote_code": trust_remote_code}
+            how["config"] = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            how["config"]._attn_implementation = None  # see above: this name is not overridden by the argument
+            model, loaded = AutoModelForCausalLM.from_pretrained(source, **how)
     except SafetensorError as error:
         raise InputError(f"the weights of {name} are damaged ({error}); copy or download them again") from None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
@@ -162,7 +166,8 @@ def load_for_comparison(name: str | Path):
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     source = resolve_model(str(name))
-    return GPT2ReproForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
+    how = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": None}
+    return GPT2ReproForCausalLM.from_pretrained(source, **how).eval()
 
 
 def build_model(config, vocab_size: int, tokenizer):
@@ -184,9 +189,12 @@ def build_model(config, vocab_size: int, tokenizer):
         sizes = {name: getattr(config, name) for name in (*ARCHITECTURE, *DROPOUT)}
         sizes |= {"vocab_size": config.vocab_size or vocab_size}
         ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        model = GPT2ReproForCausalLM._from_config(
-            GPT2ReproConfig(**sizes, **ends), attn_implementation=config.attn_implementation, dtype=torch.float32
-        )
+        kernel = {"attn_implementation": config.attn_implementation}
+        try:
+            model = GPT2ReproForCausalLM._from_config(GPT2ReproConfig(**sizes, **ends), dtype=torch.float32, **kernel)
+        except ImportError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"attn_implementation={config.attn_implementation}: {reason}; try sdpa") from None
     if config.precision == "fp64":
         model = model.double()
     if config.gradient_checkpointing:
@@ -211,7 +219,7 @@ def _first_weights(config, vocab_size: int, tokenizer):
             attn_implementation=config.attn_implementation,
             **{name: getattr(config, name) for name in DROPOUT},
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"init_from={config.init_from}: {str(error).splitlines()[0]}") from error
     if vocab_size > model.config.vocab_size:
         raise InputError(
@@ -233,8 +241,10 @@ def _first_weights(config, vocab_size: int, tokenizer):
     return model
 
 
-def compile_model(model, how: str, device_type: str, world: int, *, sharded: bool = False) -> None:
+def compile_model(model, how: str, device_type: str, world: int, *, sharded: bool = False) -> str:
     """torch.compile in place, before `prepare`: state-dict keys stay clean and autocast ends up inside the graph.
+
+    Returns what `how` (auto, model, block, off) came to.
 
     "model" traces forward and loss as one graph. Under DDP torch splits its backward at the borders of the gradient
     buckets, so the exchange can overlap with computing; FSDP2's hooks cannot be traced, so there it is refused.
@@ -267,3 +277,4 @@ def compile_model(model, how: str, device_type: str, world: int, *, sharded: boo
             block.compile(fullgraph=True, dynamic=False)
         # Uncompiled, it would write the logits out in fp32, twice: 26 GB at 64 x 1024 tokens.
         model.cross_entropy = torch.compile(model.cross_entropy, fullgraph=True, dynamic=False)
+    return how

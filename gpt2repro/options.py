@@ -20,10 +20,13 @@ several values. `--batch-tokens` is read as `--batch_tokens`. Limits stand in th
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import itertools
+import re
 import sys
 import textwrap
 import types
@@ -39,6 +42,7 @@ PRESETS = Path(__file__).parent / "presets"
 # A run is a number of steps at a learning rate: an infinite or missing number is a typing mistake, "off" is none.
 VALIDATION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
+LARGEST_YAML_BYTES = 1 << 20  # ours have a few kB; /dev/zero never ends
 LARGEST_COUNT = 10**15  # steps, tokens, bytes: more is a typing mistake
 
 AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
@@ -97,6 +101,8 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     wrong: set[str] = set()
     for name, (value, source) in raw.items():
         try:
+            if value == "" and not fields[name].metadata.get("may_be_empty"):  # such as an unset variable of a shell
+                raise ValueError("should not be empty")
             checked[name] = _convert(value, kinds[name])
         except ValueError as error:
             wrong.add(name)
@@ -124,18 +130,46 @@ def to_yaml(config: Any) -> str:
 
 
 def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Call `main(argv)` and turn its outcome into an exit code: 2 for an `InputError`, 130 for Ctrl-C."""
+    """Call `main(argv)` and turn its outcome into an exit code: 2 for what a sentence explains, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # generated text must not end a program on a console that is not UTF-8
             stream.reconfigure(errors="replace")
     try:
-        return main(list(sys.argv[1:] if argv is None else argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        code = main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # a full disk behind it is met here and not while the interpreter ends
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+    except Exception as error:
+        sentence = sentence_for(error)
+        if sentence is None:
+            raise
+        with contextlib.suppress(OSError):  # stderr may be on the same full disk
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = None  # or the interpreter tries once more when it ends
+        return 2
+
+
+def sentence_for(error: BaseException) -> InputError | None:
+    """What to say to the user about bad input, and about what is the machine's: files, disks, memory; else None."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        what = f"{error.filename}: " if error.filename is not None else ""
+        return InputError(f"{what}{error.strerror}; {_ADVICE.get(error.errno, _ELSEWHERE)}")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+        return InputError("the memory ran out; take smaller batches, or a machine with more of it")
+    return None
+
+
+_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and start the same command again")
+_ELSEWHERE = "see to it, or name another place"
+# torch's allocators say it in these words; torch itself is not imported here
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 
 
 def preset_names() -> list[str]:
@@ -208,10 +242,13 @@ def _read_yaml(config: str) -> dict:
     if not path.is_file() and path.name == config and (PRESETS / f"{config}.yaml").is_file():
         path = PRESETS / f"{config}.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(LARGEST_YAML_BYTES + 1).decode("utf-8")
+        if len(text) > LARGEST_YAML_BYTES:
+            raise ValueError(f"it has more than {LARGEST_YAML_BYTES} bytes")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ValueError("anchors and aliases are not allowed, since a few of them can fill the memory")
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _StrictLoader)
     except FileNotFoundError:
         names = ", ".join(preset_names()) or "none"
         raise InputError(f"--config {config}: no such file, and the packaged presets are {names}") from None
@@ -223,6 +260,22 @@ def _read_yaml(config: str) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"--config {config} must hold lines like 'name: value', found a {type(content).__name__}")
     return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without what surprises: a key that is given twice, 1:30:00 for 5400 and 010 for 8."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise ValueError(f"{twice} is given twice")
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node):
+        value = super().construct_scalar(node)
+        if node.tag.endswith((":int", ":float")) and re.search(r":|^[-+]?0\d", value):
+            raise ValueError(f"{value} is no plain number; write it out, or in quotes if it is text")
+        return value
 
 
 def _convert(value: Any, kind: Any) -> Any:

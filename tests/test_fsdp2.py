@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fsdp2_worker import CASES, SAVE_AFTER, STEPS
 
-from gpt2repro.evaluation import CHUNKS_UNDER_FSDP2
+from gpt2repro.evaluation.losses import CHUNKS_UNDER_FSDP2
 from gpt2repro.options import InputError
 
 ROOT = Path(__file__).parent.parent

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import pickle
 import random
 import shutil
@@ -596,6 +597,49 @@ def test_a_log_without_curves_is_refused(content, tmp_path):
 )
 def test_what_is_not_there_is_said_not_to_be_there(program, arguments):
     refused(program, arguments)
+
+
+WRONG_KINDS = [
+    ("samples", Path.touch), ("checkpoints", Path.touch), (".lock", Path.mkdir), ("config.yaml", Path.mkdir),
+    ("metrics.jsonl", Path.mkdir), ("status.json", Path.mkdir), ("loss.png", Path.mkdir), ("metrics.jsonl", os.mkfifo),
+    ("checkpoints/latest", Path.mkdir), ("checkpoints/best", Path.mkdir),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, make", WRONG_KINDS)
+def test_what_stands_in_the_way_of_a_run_is_named_before_it_begins(name, make, shards, tmp_path):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    make(path)
+    assert str(path) in refused("train_accelerate", tiny_run.flags(shards, tmp_path / "run", max_steps=1))
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "x" * 300, "/dev/null", "/proc/run"])
+def test_a_place_where_no_run_can_be_is_named(place, shards, tmp_path):
+    (tmp_path / "file").touch()
+    refused("train_accelerate", tiny_run.flags(shards, tmp_path / place, max_steps=1))
+
+
+def test_a_kernel_that_is_not_installed_is_said_to_be_missing(shards, tmp_path):
+    flags = [*tiny_run.flags(shards, tmp_path / "run"), "--attn_implementation", "flash_attention_2"]
+    assert "attn_implementation=flash_attention_2" in refused("train_accelerate", flags)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("kind", ["ours", "another"])
+def test_a_models_directory_does_not_choose_the_attention_kernel(kind, key, run_dir, tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from gpt2repro.models import load_model
+
+    checkpoint = copied(run_dir, tmp_path)
+    if kind == "another":
+        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=64, **size)).save_pretrained(checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {key: "somebody/kernel"}))
+    model, _ = load_model(str(checkpoint), device="cpu", dtype=None)
+    assert model.config._attn_implementation == "sdpa"
 
 
 # --- real processes: the same through the doors that users take

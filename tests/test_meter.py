@@ -56,7 +56,7 @@ def test_throughput_counts_training_time_only(monkeypatch):
 def test_a_reading_holds_every_step_since_the_last_one_in_order():
     from accelerate import Accelerator
 
-    meter = Meter(Accelerator(cpu=True), batch_tokens=10, flops_per_token=1.0, peak=None)
+    meter = Meter(Accelerator(cpu=True), batch_tokens=10, flops_per_token=1.0, device_peak=None)
     for step in (1, 2):
         meter.add(step=step, lr=0.1, loss=torch.tensor(3.0 / step), grad_norm=torch.tensor(0.5), positions=[step, step])
     first, second = meter.read()

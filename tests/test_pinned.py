@@ -185,6 +185,7 @@ def test_a_checkpoint_holds_what_it_held(name):
     checksums, old_checksums = (json.loads((path / "checksums.json").read_text()) for path in (new, old))
     assert structure(checksums) == structure(old_checksums)
     state, old_state = (json.loads((path / "trainer_state/state.json").read_text()) for path in (new, old))
+    assert state["state"]["environment"].pop("processor")  # a note for the card that later checkpoints hold
     assert structure(state) == expected["state"]
     assert state["state"]["identity"] == expected["identity"]
     assert state["state"]["source"] == old_state["state"]["source"]

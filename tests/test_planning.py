@@ -15,7 +15,7 @@ import tiny_run
 from gpt2repro.data.shards import MANIFEST
 from gpt2repro.files import write_json
 from gpt2repro.training import planning
-from gpt2repro.training.planning import GIB, hub_permission, parameter_count, plan
+from gpt2repro.training.planning import GIB, parameter_count, plan
 from train_accelerate import TrainConfig
 
 # Source: Radford et al. 2019 and the published checkpoints.
@@ -223,27 +223,3 @@ def test_the_hub_is_asked_before_the_run(ten_billion, tmp_path):
     assert found.problems == [] and "me/model: about 2.32 GiB in 3 revisions, as me" in found.report()
     refused = plan_of("124M", ten_billion, tmp_path, may_write=lambda repo: ("", f"{repo} is not yours"), **changes)
     assert refused.problems == ["me/model is not yours"]
-
-
-def account(name="me", role="write", orgs=("lab",)):
-    return {"name": name, "orgs": [{"name": org} for org in orgs], "auth": {"accessToken": {"role": role}}}
-
-
-def test_hub_permission_says_who_may_write(monkeypatch):
-    from huggingface_hub import HfApi
-
-    def answer(reply):
-        monkeypatch.setattr(HfApi, "whoami", reply)
-
-    answer(lambda self: account())
-    assert hub_permission("me/model") == hub_permission("lab/model") == hub_permission("model") == ("me", None)
-    assert "belongs to other, but this login is me" in hub_permission("other/model")[1]
-    answer(lambda self: account(role="read"))
-    assert "may only read" in hub_permission("me/model")[1]
-    answer(lambda self: (_ for _ in ()).throw(OSError("no route to host\nmore")))
-    assert hub_permission("me/model")[1].endswith("(`hf auth login`): no route to host")
-
-
-def test_without_login_or_network_the_hub_question_is_a_sentence():
-    name, complaint = hub_permission("me/model")  # the tests run with HF_HUB_OFFLINE and without a token
-    assert name == "" and "the Hub does not say who you are" in complaint and "\n" not in complaint

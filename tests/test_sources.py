@@ -15,17 +15,9 @@ import torch
 from tiny_run import TEXT, write_tiny_shards
 
 from gpt2repro import files
-from gpt2repro.data.ordering import mix64, next_positions
+from gpt2repro.data.ordering import Permutation, mix64, next_positions, skip_ahead
 from gpt2repro.data.shards import write_shard
-from gpt2repro.data.sources import (
-    Permutation,
-    ShardSource,
-    merge_states,
-    open_data,
-    open_source,
-    prefetch,
-    skip_ahead,
-)
+from gpt2repro.data.sources import ShardSource, merge_states, open_data, open_source, prefetch
 from gpt2repro.data.tokenization import char_tokenizer, fingerprint, load_tokenizer
 from gpt2repro.options import InputError
 
@@ -303,7 +295,7 @@ def test_another_tokenizer_than_the_one_that_made_the_tokens_is_refused(tmp_path
         open_data(options(data), sequences=4)
     path.write_text(whole)
     char_tokenizer([TEXT.upper()]).save_pretrained(tmp_path / "named")
-    with pytest.raises(InputError, match=r"named did not make the tokens of .*leave out --tokenizer"):
+    with pytest.raises(InputError, match=r"named did not make the tokens of .*choose the one that did"):
         open_data(options(data, tokenizer=str(tmp_path / "named")), sequences=4)
     foreign = write_tiny_shards(tmp_path / "foreign")
     manifest = json.loads((foreign / "manifest.json").read_text())

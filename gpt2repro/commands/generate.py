@@ -31,7 +31,7 @@ MOST_CHARACTERS = 64 << 20  # of a prompts file
 
 @dataclass(kw_only=True)
 class Options(ModelOptions):
-    prompt: str | None = None
+    prompt: str | None = field(default=None, metadata={"may_be_empty": True})
     'The text to continue; "" begins a new document.'
     interactive: bool = False
     "Read one prompt a line from the keyboard and stream what follows."

@@ -193,5 +193,6 @@ def _report(out: Path, manifest: Manifest, seconds: float) -> None:
     print(f"{out}: {tokenizer['kind']} tokenizer, {tokenizer['vocab_size']:,} entries, {seconds:.1f} s")
     for name, split in manifest["splits"].items():
         sizes = f"{split['tokens']:>13,} tokens {split['documents']:>9,} documents {split['bytes']:>13,} bytes"
-        xz = f", xz -9: {8 * split['xz_bytes'] / split['bytes']:.3f} bits per byte" if "xz_bytes" in split else ""
+        known = "xz_bytes" in split and split["bytes"]
+        xz = f", xz -9: {8 * split['xz_bytes'] / split['bytes']:.3f} bits per byte" if known else ""
         print(f"  {name:5} {sizes}{xz}")

@@ -47,7 +47,7 @@ def check_push(repo: str) -> None:
         raise InputError(f"uploading to {repo} needs a token that may write; this one only reads")
 
 
-def push_dataset(directory: str | Path, repo: str, *, private: bool = False) -> None:
+def push_dataset(directory: str | Path, repo: str) -> None:
     """Upload the data set to `USER/NAME`. Interrupted, a second call skips every shard that the Hub already has.
 
     The manifest comes last, so a half-uploaded repository is not mistaken for a data set.
@@ -59,7 +59,7 @@ def push_dataset(directory: str | Path, repo: str, *, private: bool = False) -> 
     manifest = verify_dataset(directory)
     digests = manifest.digests()
     with _refusals(repo):
-        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        api.create_repo(repo, repo_type="dataset", exist_ok=True)
         present = {
             entry.path: entry.lfs.sha256
             for entry in api.list_repo_tree(repo, repo_type="dataset", recursive=True)

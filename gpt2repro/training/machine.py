@@ -1,10 +1,13 @@
 """The machine that a run is on: Accelerate with the run's precision, the seeds of its steps, and what it is called."""
 
 import os
+import platform
+import re
 import shlex
 import sys
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -42,6 +45,8 @@ def build_accelerator(config):
         raise InputError(f"precision={config.precision} does not work on this machine: {error}") from error
     if config.bf16_residual and accelerator.mixed_precision != "bf16":
         raise InputError(f"bf16_residual needs mixed precision bf16, and this run has {accelerator.mixed_precision}")
+    if accelerator.distributed_type == "FSDP" and config.reduction == "fixed":
+        raise InputError("reduction=fixed does not work with FSDP2, whose reduce-scatter adds in an order of its own")
     if accelerator.distributed_type == "FSDP" and config.loss_chunk_tokens is not None and not CHUNKS_UNDER_FSDP2:
         raise InputError(
             f"loss_chunk_tokens does not work with FSDP2 in torch {torch.__version__}; take torch 2.13, or halve "
@@ -76,6 +81,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def cpu_name() -> str:
+    """The processor's name, as precisely as the system tells it."""
+    if Path("/proc/cpuinfo").exists():
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
 def environment(accelerator) -> dict:
     """Where and how a run runs, for the model card."""
     import accelerate
@@ -85,6 +99,7 @@ def environment(accelerator) -> dict:
     return {
         "command": shlex.join(sys.orig_argv),
         "device": device_name(accelerator.device),
+        "processor": cpu_name() if accelerator.device.type == "cpu" else None,
         "processes": accelerator.num_processes,
         "distributed": str(accelerator.distributed_type).removeprefix("DistributedType."),
         "precision": accelerator.mixed_precision,

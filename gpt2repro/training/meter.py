@@ -90,10 +90,11 @@ class Throughput:
 class Meter(Throughput):
     """A run's steps between two readings: what they computed stays on the device until `read`.
 
-    `peak` and `flops_per_token` as in Throughput; `accelerator` says how to average over the ranks.
+    `device_peak` is one device's FLOP/s, None if unknown; `accelerator` says how to average over the ranks.
     """
 
-    def __init__(self, accelerator, *, batch_tokens: int, flops_per_token: float, peak: float | None):
+    def __init__(self, accelerator, *, batch_tokens: int, flops_per_token: float, device_peak: float | None):
+        peak = device_peak * accelerator.num_processes if device_peak else None
         super().__init__(flops_per_token=flops_per_token, peak=peak)
         self.accelerator, self.batch_tokens = accelerator, batch_tokens
         self._steps: list[dict] = []

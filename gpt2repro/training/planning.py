@@ -326,23 +326,3 @@ def _duration(hours: float) -> str:
     if hours >= 48:
         return f"{hours / 24:,.1f} days"
     return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
-
-
-def hub_permission(repo: str) -> tuple[str, str | None]:
-    """(account name or "", complaint or None): whether the login at hand may write to the Hub repository `repo`."""
-    from huggingface_hub import HfApi
-
-    owner, slash, _ = repo.partition("/")
-    try:
-        account = HfApi().whoami()
-    except Exception as error:  # no login, no network, a server's bad day: all the same to a plan
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return "", f"the Hub does not say who you are, so {repo} may not be writable (`hf auth login`): {reason}"
-    name = account.get("name", "")
-    role = account.get("auth", {}).get("accessToken", {}).get("role")
-    mine = {name, *(group.get("name") for group in account.get("orgs", []))}
-    if slash and owner not in mine:
-        return name, f"{repo} belongs to {owner}, but this login is {name} and may write for {', '.join(sorted(mine))}"
-    if role == "read":
-        return name, f"the token of {name} may only read; pushing to {repo} needs one with write permission"
-    return name, None

@@ -15,16 +15,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
+from gpt2repro.checkpoint.layout import POINTERS
 from gpt2repro.checkpoint.reader import find_checkpoint
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.sources import merge_states, prefetch
-from gpt2repro.files import read_json_if_whole, step_in_name, write_json
+from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name
 from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, to_yaml
 from gpt2repro.training import console
@@ -53,19 +55,21 @@ UPLOAD_SECONDS_AT_EXIT = 1800  # how long a finished run waits for uploads; a st
 class Run:
     """See the module. Every rank opens one; only the main one writes files.
 
-    `state` changes from step to step, `fetch(place, directory)` brings a checkpoint from the Hub, `uploader` (None: no
-    uploads) is set by whoever opens the run.
+    `compiled` is how the model was (model, block, off), `fetch(place, directory)` brings a checkpoint from the Hub.
+    `state` changes from step to step. `uploader` (None: no uploads) is set by whoever opens the run.
 
     Raises: InputError where another process trains in the directory, or its checkpoints belong to another run.
     """
 
-    def __init__(self, config, accelerator, model, optimizer, source, *, fetch: Callable[[str, Path], Path]):
+    def __init__(
+        self, config, accelerator, model, optimizer, source, *, compiled: str, fetch: Callable[[str, Path], Path]
+    ):
         self.config, self.accelerator, self.source = config, accelerator, source
         self.model, self.optimizer = model, optimizer
         self.plain_model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.uploader = None
         self.exit_code: int | None = None
-        self._fetch = fetch
+        self._fetch, self._compiled = fetch, compiled
         self._at_exit = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
@@ -89,11 +93,24 @@ class Run:
                 "optimizer": config.optimizer,
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
+            self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
+            if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
+                self.identity["reduction"] = {
+                    "kind": "fixed",
+                    "micro_batch_size": config.micro_batch_size,
+                    "compile": self._compiled,
+                    "precision": self.accelerator.mixed_precision,
+                    "threads": torch.get_num_threads(),
+                }
             checkpoint = find_resume(config.run_dir, config.resume, fetch=self._fetch, is_main=is_main)
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
                 self._restore(checkpoint)
                 self.source.check_digests(self.state.digests)
+                if config.cooldown_from is not None and self.state.parent is None:
+                    digest = sha256_of(checkpoint / "checksums.json")
+                    self.state.parent = {"checkpoint": str(checkpoint), "step": self.state.step, "sha256": digest}
+                    self.state.best = self.state.run_ids = None  # the branch is a run of its own
             self.state.digests = self.source.digests()
             options = yaml.safe_load(to_yaml(config))
             n_params, world = self.plain_model.num_parameters(), self.accelerator.num_processes
@@ -115,7 +132,6 @@ class Run:
                 work = flops_per_token_of(self.plain_model, config.seq_len) * tokens
                 for doubt in doubts(config, tokens / epoch if epoch else None, work):
                     print(f"warning: {doubt}", file=sys.stderr, flush=True)
-            self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
             self._referee = Referee(options, self.source.manifest)
             self._console = console.Console(total=config.max_steps, step=self.state.step, shown=is_main)
             opened.callback(self._console.close)
@@ -138,14 +154,11 @@ class Run:
                     self.log.status("failed", self.state.step, 1, message)
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 raise SystemExit(1) from None
-            sentence = error if isinstance(error, InputError) else said_to_the_user(error)
-            code = 1 if sentence is None else 2
+            sentence = said_to_the_user(error)
             message = f"{type(error).__name__}: {error}" if sentence is None else str(sentence)
             if not self.accelerator.is_main_process:  # the main one will only notice that somebody is gone
                 message = f"rank {self.accelerator.process_index}: {message}"
-                content = {"state": "failed", "step": self.state.step, "exit_code": code, "message": message}
-                write_json(self.config.run_dir / "status.json", content)
-            self.log.status("failed", self.state.step, code, message)
+            self.log.failed(self.state.step, 1 if sentence is None else 2, message)
             if sentence is not None and sentence is not error:
                 raise sentence from error
 
@@ -195,7 +208,7 @@ class Run:
         state.scaler = scaler.state_dict() if scaler is not None else None
         state.health = self.monitor.state()
         state.environment = environment(self.accelerator)
-        content = state.model_dump(exclude=None if state.digests else {"digests"})
+        content = state.model_dump(exclude={name for name in ("digests", "parent") if not getattr(state, name)})
         content["source"] = merge_states(gather_object([state.source]))  # a stream's ranks each know their own lanes
         self.writer.save(
             state.step,
@@ -293,6 +306,15 @@ class Run:
 def lock_run(run_dir: Path) -> FileLock:
     """A lock that dies with its process. Raises: InputError where another process already trains this run."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    kinds = dict.fromkeys(("checkpoints", "samples"), Path.is_dir)
+    kinds |= dict.fromkeys((".lock", "config.yaml", "metrics.jsonl", "status.json", "loss.png"), Path.is_file)
+    kinds |= {f"checkpoints/{name}": lambda path: path.is_symlink() or path.is_file() for name in POINTERS}
+    for name, fits in kinds.items():
+        if (run_dir / name).exists() and not fits(run_dir / name):
+            what = "directory" if fits is Path.is_dir else "file"
+            raise InputError(
+                f"{run_dir / name} is no {what}, as a run needs; move it away, or choose another --run_dir"
+            )
     lock = FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=0)

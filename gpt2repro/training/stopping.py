@@ -6,7 +6,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, sentence_for
 
 SECONDS_BETWEEN_LOOKS = 0.5  # at the signals, while there is no data
 EXIT_DONE, EXIT_STOPPED, EXIT_BAD_NUMBERS = 0, 3, 4
@@ -79,16 +79,15 @@ class StopSignal:
 
 
 def said_to_the_user(error: BaseException) -> InputError | None:
-    """The sentence for an error that is the machine's and not ours: memory that ran out; else None."""
-    text = str(error)
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    """The sentence for an error that is the machine's and not ours, a full disk or memory that ran out; else None."""
+    sentence = sentence_for(error)
+    if isinstance(error, InputError) or sentence is None:
+        return sentence
+    if isinstance(error, OSError):
+        return InputError(f"the run stopped: {sentence}. Its checkpoints are whole: it goes on from the last one")
+    return InputError(
+        "the memory ran out; halve --micro_batch_size (the result stays the same), or add --gradient_checkpointing"
     )
-    if out_of_memory:
-        return InputError(
-            "the memory ran out; halve --micro_batch_size (the result stays the same), or add --gradient_checkpointing"
-        )
-    return None
 
 
 def lost_a_process(error: BaseException) -> bool:

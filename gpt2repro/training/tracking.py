@@ -6,6 +6,7 @@
 Owns the files named above. Knows nothing of models, data or checkpoints, and no metric by name but `step`, `val_loss`.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -60,7 +61,8 @@ class RunLog:
                 _say_dropped(name, error)
 
     def _open_metrics(self, last_step: int | None) -> None:
-        cut_metrics(self.run_dir / "metrics.jsonl", last_step)
+        for first, last in cut_metrics(self.run_dir / "metrics.jsonl", last_step):
+            print(f"warning: metrics.jsonl has lost the steps {first} to {last}", file=sys.stderr, flush=True)
         # Line-buffered: a killed process leaves every line it logged, and at worst one torn last line.
         self._metrics = open(self.run_dir / "metrics.jsonl", "a", buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
 
@@ -98,15 +100,24 @@ class RunLog:
         """Replace status.json, for whoever only sees the launcher's exit code."""
         if not self.is_main:
             return
-        content = {"state": state, "step": step, "exit_code": exit_code, "message": scrub(message)}
-        write_json(self.run_dir / "status.json", content)
+        write_json(self.run_dir / "status.json", _status(state, step, exit_code, message))
+
+    def failed(self, step: int, exit_code: int, message: str) -> None:
+        """The same by whichever process has failed, and also where the disk is full."""
+        content, path = _status("failed", step, exit_code, message), self.run_dir / "status.json"
+        with contextlib.suppress(OSError):
+            try:
+                write_json(path, content)
+            except OSError:  # no room for a second file: take that of the first
+                path.write_text(json.dumps(content), encoding="utf-8")
 
     def close(self) -> None:
         """Finish the trackers. Calling it twice does no harm."""
         if self.is_main and not self._metrics.closed:
             self._send("finish")
             self._trackers.clear()
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # every line was written when it was logged, or has ended the run
+                self._metrics.close()
 
     def _send(self, method: str, *arguments) -> None:
         """Call `method` of every tracker; one that raises is named once and dropped, and training goes on."""
@@ -188,6 +199,10 @@ def _open_tracker(name: str, run_dir: Path, *, config: dict, project: str, run_i
         text = _code_block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         tracker.tracker.add_text("config", text, 0)
     return tracker
+
+
+def _status(state: str, step: int, exit_code: int | None, message: str) -> dict:
+    return {"state": state, "step": step, "exit_code": exit_code, "message": scrub(message)}
 
 
 def _finite(value: Any) -> Any:

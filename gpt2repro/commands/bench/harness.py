@@ -268,12 +268,12 @@ def hardware() -> dict:
     """Processor, cores, memory, GPU, and how busy the machine was, since a busy one measures badly."""
     import torch
 
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    from gpt2repro.training.machine import cpu_name
+
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "gpus": torch.cuda.device_count(),
-        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "torch_threads": torch.get_num_threads(),
