@@ -242,7 +242,7 @@ def hub_process(loopback_hub, shims, tmp_path, monkeypatch):
 
     def start(command: list, cwd: Path, **env) -> subprocess.Popen:
         cwd.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, **loopback_hub.environment(tmp_path / "home"), **env}
+        env = loopback_hub.environment(tmp_path / "home") | env
         log = open(cwd / "log", "w")  # noqa: SIM115 - the process' own
         return subprocess.Popen([str(word) for word in command], cwd=cwd, env=env, stdout=log, stderr=log)
 
