@@ -225,9 +225,8 @@ class TrainConfig:
         leaves = max(1, self.batch_tokens // (sequences * self.seq_len))
         parameters = 12 * self.n_layer * self.n_embd**2 + ((self.vocab_size or 0) + self.n_positions) * self.n_embd
         fresh = self.init_from is None  # else the given model's sizes win
-        too_large = f"n_layer, n_embd, vocab_size and n_positions would make {parameters:.2g} parameters"
         checks = [
-            (parameters > LARGEST_MODEL, too_large),
+            (parameters > LARGEST_MODEL, f"n_layer, n_embd, vocab_size, n_positions make {parameters:.2g} parameters"),
             (fresh and self.n_embd % self.n_head, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"),
             (
                 fresh and self.seq_len > self.n_positions,
@@ -326,8 +325,6 @@ def train(config: TrainConfig) -> int:
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
     meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
-    profiled_steps = config.profile if accelerator.is_main_process else None
-    vocab_size = model.config.vocab_size
     model, optimizer = accelerator.prepare(model, optimizer)
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
@@ -338,7 +335,9 @@ def train(config: TrainConfig) -> int:
         Run(config, accelerator, model, optimizer, source, compiled=compiled, fetch=fetch_checkpoint) as run,
         StopSignal(world) as stop,
         profiling(
-            config.run_dir / "profile", profiled_steps, logits=(config.micro_batch_size * config.seq_len, vocab_size)
+            config.run_dir / "profile",
+            config.profile if accelerator.is_main_process else None,
+            logits=(config.micro_batch_size * config.seq_len, run.plain_model.config.vocab_size),
         ) as profiler,
     ):
         if config.push_to_hub is not None and accelerator.is_main_process:

@@ -4,6 +4,7 @@
     gpt2repro prepare-text --corpus shakespeare --tokenizer char --out data/shakespeare
     gpt2repro prepare-text --input my/texts 'more/*.jsonl' --text_column content --out data/mine
     gpt2repro prepare-text --input user/dataset --tokenizer gpt2 --out data/theirs
+    gpt2repro prepare-text --input my/texts --tokenizer runs/quickstart --out data/more     to go on with a model
 
 Reads .txt and .md (a file is a document), .jsonl and .parquet (a row is a document), from files, directories, globs
 or a dataset on the Hub. Takes seconds for a few megabytes. For gigabytes use `prepare_fineweb.py`: it has the same
@@ -27,15 +28,16 @@ from pydantic import Field
 
 from gpt2repro.data.preparation import check_place, prepare, split_of, tokenizer_of_plan
 from gpt2repro.data.python_docs import python_docs
-from gpt2repro.data.shards import Manifest
+from gpt2repro.data.shards import TOKENIZER, Manifest
 from gpt2repro.data.text import TEXT_CUT_VERSION, find_text, pieces_of
-from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer, gpt2_tokenizer
+from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer, fingerprint, gpt2_tokenizer, load_tokenizer
 from gpt2repro.options import AtLeastOne, Fraction, InputError, parse_options
 
 # Source: the corpus of nanoGPT's shakespeare examples, public domain.
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
+MADE = ("gpt2", "char", "bpe")  # the tokenizers that this program makes; any other name is a place
 # The bpe vocabulary is learned from at most this much text; more text changes it little and takes minutes.
 TOKENIZER_TRAINING_BYTES = 2**28
 # Text up to this size is compressed with xz, which takes about a second per megabyte.
@@ -52,8 +54,8 @@ class Options:
     "Your own text: files, directories, globs, or one dataset id of the Hub (ID[:config][@revision])."
     text_column: str = "text"
     "The field of jsonl and parquet rows that holds the text."
-    tokenizer: Literal["gpt2", "char", "bpe"] = "bpe"
-    "GPT-2's own (50,257 tokens), one token per character, or byte-level BPE trained on the train split."
+    tokenizer: str = "bpe"
+    "gpt2 (50,257 tokens), char, bpe (learned from the train split), or a run, directory or Hub id whose one to take."
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 2048
     "Entries of the vocabulary that bpe learns."
     val_fraction: Fraction = 0.1
@@ -74,6 +76,8 @@ class Options:
             return ["say what to read: --corpus python-docs, --corpus shakespeare, or --input PATH…"]
         if self.input and self.corpus == "python-docs":
             return ["--corpus python-docs reads nothing else; drop --input or --corpus"]
+        if self.tokenizer not in MADE and "/" not in self.tokenizer and not Path(self.tokenizer).exists():
+            return [f"--tokenizer {self.tokenizer}: expected {', '.join(MADE)}, a run, a directory or user/name"]
         if self.split == "position" and self.corpus == "python-docs":
             return ["--corpus python-docs is split by document; drop --split position"]
         return []
@@ -84,7 +88,9 @@ def main(argv: list[str]) -> int:
     check_place(options.out)
     start = time.perf_counter()
     corpus = _open_corpus(options)
-    settings = {"split": corpus.split, "text_column": options.text_column, "tokenizer": options.tokenizer}
+    given = None if options.tokenizer in MADE else load_tokenizer(_place_of_tokenizer(options.tokenizer))
+    named = options.tokenizer if given is None else fingerprint(given)  # a model may move
+    settings = {"split": corpus.split, "text_column": options.text_column, "tokenizer": named}
     if options.tokenizer == "bpe":
         settings["vocab_size"] = options.vocab_size
     if options.text_document_bytes is not None:
@@ -102,7 +108,7 @@ def main(argv: list[str]) -> int:
                             break
                         yield text
 
-    tokenizer = tokenizer_of_plan(options.out, corpus.source, settings)
+    tokenizer = given or tokenizer_of_plan(options.out, corpus.source, settings)
     if tokenizer is None:
         tokenizer = _make_tokenizer(options, text_of)
 
@@ -155,6 +161,14 @@ def _open_corpus(options: Options) -> Corpus:
         split = "position" if few and options.text_document_bytes is None else "document"
     units = files.units(options.shard_tokens, val_fraction=options.val_fraction if split == "position" else None)
     return Corpus(units, files.read, files.source, split, files.place, files.reading.tell)
+
+
+def _place_of_tokenizer(name: str) -> str:
+    """Where a model's or a data set's tokenizer lies: of a run, in its best checkpoint."""
+    from gpt2repro.checkpoint.reader import resolve_model  # imports torch
+
+    has_one = (Path(name) / "tokenizer.json").is_file() or (Path(name) / TOKENIZER).is_dir()
+    return name if has_one else resolve_model(name, any_architecture=True)
 
 
 def _make_tokenizer(options: Options, text_of):
