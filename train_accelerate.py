@@ -366,7 +366,6 @@ def train(config: TrainConfig) -> int:
                 break
             x, y, state.source = batch
             x, y = (part.to(device, non_blocking=device.type == "cuda") for part in (x, y))  # `prefetch` pinned them
-
             # Dropout's masks depend on (seed, step, rank) alone, whatever evaluation or a restart drew in between; with
             # a fixed reduction on the micro-batch's number in the global batch, whoever computes it.
             torch.manual_seed(step_seed(config.seed, state.step, rank))
