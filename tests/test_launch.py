@@ -226,9 +226,9 @@ def killed_and_rerun(start, runs: list[Path], hub, shards: Path) -> None:
     flags = words(shards.resolve(), None, max_steps=step + 100, save_steps=50, eval_steps=1_000_000)
     process = start(runs[1], flags)
     assert process.wait(timeout=300) == 0
-    steps = steps_of(runs[1] / "runs" / "job")
-    assert steps[0] > 1, "it began anew"
-    assert steps == list(range(steps[0], step + 101)) and f"step-{step + 100}" in branches(hub)
+    assert "continuing from runs/job/from_hub/user--tiny-" in (runs[1] / "log").read_text()
+    assert steps_of(runs[1] / "runs" / "job") == list(range(1, step + 101))  # the log came along
+    assert f"step-{step + 100}" in branches(hub)
 
 
 def branches(hub) -> list[str]:

@@ -221,3 +221,11 @@ def test_a_tokenizer_that_is_nowhere_is_refused_with_what_there_is(tmp_path):
     }.items():
         with pytest.raises(InputError, match=said):
             prepare_text(tmp_path / "out", "--input", tmp_path / "a.txt", "--tokenizer", name)
+
+
+def test_away_from_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gpt2repro.data.preparation.SECONDS_BETWEEN_LINES", 0)
+    (tmp_path / "a.txt").write_text(PROSE * 20)
+    prepare_text(tmp_path / "out", "--input", tmp_path / "a.txt")
+    said = capsys.readouterr().err
+    assert "\r" not in said and said.startswith("tokenising: ") and "tokens/s" in said.splitlines()[0]

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     if options.max_length is not None and options.max_length > limit:
         raise InputError(f"max_length={options.max_length} is longer than the model's input of {limit} tokens")
     max_length = options.max_length or limit
-    how = {"device": device, "progress": lambda batches: tqdm(batches, unit="batch", file=sys.stderr)}
+    how = {"device": device, "progress": lambda batches: tqdm(batches, unit="batch", file=sys.stderr, disable=None)}
     if options.last_word:
         results = last_words(model, lambada.TASK.prepare(examples, tokenizer, max_length), options, how)
     else:

@@ -14,14 +14,17 @@ know where the text comes from (`text`, `python_docs` and the commands do), nor 
 
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -46,6 +49,7 @@ UNITS = "units"
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20
 # Reads of several units overlap: while one waits for the network or the disk, the tokenisers work for the others.
 UNITS_AT_ONCE = 4
+SECONDS_BETWEEN_LINES = 30  # of progress, where no terminal shows a bar
 BATCHES_AHEAD = 8  # of each unit, at least: they are read while the workers start
 # For less text a process pool costs more time than it saves (each process takes about a second to start).
 PROCESSES_FROM_BYTES = 30_000_000
@@ -195,9 +199,11 @@ class _Work:
             self.pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(self.encoder,))
             self.tokenise = _tokenise
         self.bytes_left, self.bytes_done = total_bytes, 0
+        # Away from a terminal the bar is drawn nowhere and said as a line now and then.
+        self.next_line = None if sys.stderr.isatty() else time.monotonic() + SECONDS_BETWEEN_LINES
         self.bar = tqdm(
             total=int(total_bytes / BYTES_PER_TOKEN), unit=" tokens", unit_scale=True, smoothing=0.05,
-            desc="tokenising", disable=not self.show_progress,
+            desc="tokenising", disable=not self.show_progress, file=self.next_line and io.StringIO(),
         )  # fmt: skip
         self.in_flight = max(BATCHES_AHEAD, 2 * workers // min(UNITS_AT_ONCE, len(indices)) + 1)  # per unit
         with self.bar, self.pool, ThreadPoolExecutor(UNITS_AT_ONCE) as readers:
@@ -278,6 +284,9 @@ class _Work:
             if self.bytes_done and self.bytes_done < self.bytes_left:  # bytes per token are known now, so not a guess
                 self.bar.total = int((self.bar.n + tokens) * self.bytes_left / self.bytes_done)
             self.bar.update(tokens)
+            if self.show_progress and self.next_line is not None and time.monotonic() >= self.next_line:
+                print(self.bar, file=sys.stderr, flush=True)
+                self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
 
 def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable[[], dict]) -> shards.Manifest:

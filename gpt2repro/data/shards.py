@@ -388,7 +388,9 @@ def digests_of(directory: Path, names: list[str], *, remember: bool = True) -> d
         total = sum(facts[name][0] for name in new)
         with (
             ThreadPoolExecutor(HASHING_THREADS) as pool,
-            tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=total < BAR_FROM_BYTES) as bar,
+            tqdm(
+                total=total, unit="B", unit_scale=True, desc="checking", disable=total < BAR_FROM_BYTES or None
+            ) as bar,
         ):
             for name, digest in zip(new, pool.map(lambda name: files.sha256_of(directory / name), new), strict=True):
                 found[name] = digest
