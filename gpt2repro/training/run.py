@@ -24,7 +24,7 @@ from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.sources import merge_states, prefetch
-from gpt2repro.files import read_json_if_whole, step_in_name, write_json
+from gpt2repro.files import read_json_if_whole, step_in_name
 from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, to_yaml
 from gpt2repro.training import console
@@ -138,9 +138,7 @@ class Run:
             message = f"{type(error).__name__}: {error}" if sentence is None else str(sentence)
             if not self.accelerator.is_main_process:  # the main rank only learns that a process has gone
                 message = f"rank {self.accelerator.process_index}: {message}"
-                content = {"state": "failed", "step": self.state.step, "exit_code": code, "message": message}
-                write_json(self.config.run_dir / "status.json", content)
-            self.log.status("failed", self.state.step, code, message)
+            self.log.status("failed", self.state.step, code, message, from_any_rank=True)
             if sentence is not None and sentence is not error:
                 raise sentence from error
 

@@ -93,9 +93,11 @@ class RunLog:
         if self.is_main:
             self._send("checkpoint_link", step, scrub(path_or_url))
 
-    def status(self, state: str, step: int, exit_code: int | None = None, message: str = "") -> None:
-        """Replace status.json, since launchers hide the exit code."""
-        if self.is_main:
+    def status(
+        self, state: str, step: int, exit_code: int | None = None, message: str = "", *, from_any_rank: bool = False
+    ) -> None:
+        """Replace status.json, since launchers hide the exit code; only the main process does, or `from_any_rank`."""
+        if self.is_main or from_any_rank:
             content = {"state": state, "step": step, "exit_code": exit_code, "message": scrub(message)}
             write_json(self.run_dir / "status.json", content)
 
