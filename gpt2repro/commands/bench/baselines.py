@@ -12,7 +12,7 @@ from torch import nn
 
 
 def transformers_gpt2(shape: dict, attention: str = "sdpa"):
-    """transformers' GPT-2 without dropout; its biases and layer norms are random, so the guard notices a missing one."""
+    """transformers' GPT-2 without dropout; random biases and layer norms, so that the guard notices a missing one."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
