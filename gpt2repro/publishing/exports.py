@@ -166,9 +166,7 @@ def to_ct2(native: Path, out: Path) -> tuple[str, Callable]:
     _need_tokenizer(native)
     files = [path.name for path in native.iterdir() if re.search(r"token|^vocab\.json$|^merges\.txt$", path.name)]
     converter = ctranslate2.converters.TransformersConverter(str(native), copy_files=files)
-    with tempfile.TemporaryDirectory(dir=native.parent) as work:
-        for path in Path(converter.convert(work, force=True)).iterdir():
-            path.rename(out / path.name)
+    converter.convert(str(out), force=True)
     generator = ctranslate2.Generator(str(out), device="cpu", compute_type="float32")
     logits = lambda ids: np.array(generator.forward_batch(ids.tolist()))[0]  # noqa: E731
     return f"ctranslate2 {ctranslate2.__version__}", logits
