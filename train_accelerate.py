@@ -44,6 +44,10 @@ from gpt2repro.options import (
     run_main,
 )  # fmt: skip
 
+CONFIGS = (
+    f"\nLauncher configs, also after pip install: {Path(__file__).resolve().with_name('accelerate_configs')}/*.yaml\n"
+)
+SCHEDULE = ("lr", "min_lr", "warmup_steps", "max_steps", "schedule", "cooldown_steps")
 LARGEST_MODEL = 10**12  # parameters: more is a typing mistake, and building it would fill the memory
 
 
@@ -91,8 +95,8 @@ class TrainConfig:
     "Tokens per optimizer step over all processes; gradient accumulation follows from it."
     seq_len: AtLeastOne = 1024
     "Tokens per sequence; at most n_positions."
-    micro_batch_size: AtLeastOne = 16
-    "Sequences per process and forward pass. Halve it when memory runs out: the result stays the same."
+    micro_batch_size: AtLeastOne | None = None
+    "Sequences per process and forward pass; none: what the card's memory holds, 16 on a CPU. No part of the result."
 
     # --- streams (data = stream:…)
     text_column: str = "text"
@@ -110,9 +114,15 @@ class TrainConfig:
     lr: Positive = 6e-4
     "Learning rate after warm-up."
     min_lr: NotNegativeNumber = 6e-5
-    "Learning rate at the end of the cosine."
+    "Learning rate at the end of the schedule."
     warmup_steps: NotNegative = 715
     "Steps of linear warm-up."
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    "Way from lr to min_lr: cosine, linear, or wsd (stable, then a linear cool-down)."
+    cooldown_steps: AtLeastOne | None = None
+    "Steps of wsd's cool-down; none: a fifth of max_steps."
+    cooldown_from: str | None = None
+    "Checkpoint of a wsd run's stable phase: a new run that continues it and cools down over cooldown_steps."
     weight_decay: NotNegativeNumber = 0.1
     "Decoupled weight decay, on matrices only."
     beta1: Fraction = 0.9
@@ -139,6 +149,8 @@ class TrainConfig:
     "Hold the logits of at most this many tokens at a time, recomputing them in backward; none: all at once."
     bf16_residual: bool = False
     "Keep the residual stream in bf16 under bf16 autocast: faster, slightly less exact."
+    reduction: Literal["fast", "fixed"] = "fast"
+    "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes, see gpt2repro/training/reduction.py."
     deterministic: bool = False
     "Only deterministic kernels: bit-identical repeats on a GPU, slower."
     collective_timeout_minutes: Positive | None = None
@@ -207,24 +219,34 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """What the options' types cannot say, found before anything is loaded."""
         world = int(os.environ.get("WORLD_SIZE", 1))
-        per_pass = self.micro_batch_size * self.seq_len * world
+        sequences = self.micro_batch_size or 1  # none: the choice will divide the batch
+        per_pass = sequences * self.seq_len * world
         nearest = max(1, round(self.batch_tokens / per_pass)) * per_pass
-        blocks = 12 * self.n_layer * self.n_embd**2
+        leaves = max(1, self.batch_tokens // (sequences * self.seq_len))
+        parameters = 12 * self.n_layer * self.n_embd**2 + ((self.vocab_size or 0) + self.n_positions) * self.n_embd
         fresh = self.init_from is None  # else the given model's sizes win
         checks = [
-            (
-                blocks > LARGEST_MODEL,
-                f"n_layer={self.n_layer}, n_embd={self.n_embd} would make {blocks:.2g} parameters",
-            ),
+            (parameters > LARGEST_MODEL, f"n_layer, n_embd, vocab_size, n_positions make {parameters:.2g} parameters"),
             (fresh and self.n_embd % self.n_head, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"),
             (
                 fresh and self.seq_len > self.n_positions,
                 f"seq_len={self.seq_len} is longer than n_positions={self.n_positions}",
             ),
+            (
+                self.reduction == "fixed" and (leaves & (leaves - 1) or world & (world - 1)),
+                f"reduction=fixed needs powers of two, not {leaves} micro-batches in the batch and {world} processes; "
+                "change batch_tokens or micro_batch_size",
+            ),
+            (self.reduction == "fixed" and self.micro_batch_size is None, "reduction=fixed needs micro_batch_size"),
+            (self.cooldown_from is not None and self.cooldown_steps is None, "cooldown_from needs cooldown_steps"),
+            (
+                self.schedule == "wsd" and (self.cooldown_steps or 0) > self.max_steps and self.cooldown_from is None,
+                f"cooldown_steps={self.cooldown_steps} is more than max_steps={self.max_steps}",
+            ),
             (self.min_lr > self.lr, f"min_lr={self.min_lr} is above lr={self.lr}"),
             (
                 self.batch_tokens % per_pass,
-                f"batch_tokens={self.batch_tokens} is not a multiple of {per_pass} ({self.micro_batch_size} sequences "
+                f"batch_tokens={self.batch_tokens} is not a multiple of {per_pass} ({sequences} sequences "
                 f"x {self.seq_len} tokens x {world} processes); try {nearest}, or another micro_batch_size",
             ),
             (
@@ -245,11 +267,15 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     is_first = int(os.environ.get("RANK", 0)) == 0
     try:
-        config = parse_options(TrainConfig, argv, prog="train_accelerate.py", description=__doc__)
+        config = parse_options(TrainConfig, argv, prog="train_accelerate.py", description=__doc__ + CONFIGS)
     except InputError:
         if is_first:  # the other processes would print the same
             raise
         return 2
+    if config.cooldown_from is not None:
+        from gpt2repro.training.state import cooled_down
+
+        config = cooled_down(config)
     if config.plan:
         from gpt2repro.publishing.hub import may_write
         from gpt2repro.training.planning import print_plan
@@ -268,9 +294,11 @@ def train(config: TrainConfig) -> int:
     from gpt2repro.training.health import step_unless_bad
     from gpt2repro.training.machine import build_accelerator, device_name, step_seed, whole
     from gpt2repro.training.meter import Meter, flops_per_token_of, peak_flops
-    from gpt2repro.training.optim import build_optimizer, learning_rate, set_learning_rate
+    from gpt2repro.training.optim import build_optimizer
     from gpt2repro.training.profiling import profiling
+    from gpt2repro.training.reduction import FixedReduction
     from gpt2repro.training.run import Run
+    from gpt2repro.training.schedules import learning_rate, set_learning_rate
     from gpt2repro.training.stopping import StopSignal
 
     # The machine, the data and the model. Every rank builds the same weights from the same seed, on the CPU.
@@ -278,44 +306,43 @@ def train(config: TrainConfig) -> int:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     source = open_data(config, sequences=config.batch_tokens // config.seq_len)
     model = build_model(config, source.vocab_size, source.tokenizer)
-    optimizer = build_optimizer(
-        model,
-        name=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        muon_lr_scale=config.muon_lr_scale,
-    )
-
-    # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
-    flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
-    peak = peak * world if peak else None
-    meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, peak=peak)
-    logits_shape = (config.micro_batch_size * config.seq_len, model.config.vocab_size)  # of one micro-batch
 
     # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
     sharded = accelerator.distributed_type == "FSDP"
-    compile_model(model, config.compile, device.type, world, sharded=sharded)
+    compiled = compile_model(model, config.compile, device.type, world, sharded=sharded)
+    # The processes of one machine share Muon's work. Between machines the results may travel longer than they compute.
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
+    recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale")}
+    recipe |= {"name": config.optimizer, "betas": (config.beta1, config.beta2)}
+    optimizer = build_optimizer(
+        model,
+        **recipe,
+        processes=world if one_machine else 1,
+        compiled=compiled != "off" and device.type == "cuda",
+    )
+    schedule = {name: getattr(config, name) for name in SCHEDULE}
+
+    # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
+    flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
+    meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
     model, optimizer = accelerator.prepare(model, optimizer)
+    fixed = FixedReduction(model) if config.reduction == "fixed" else None
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
     if config.bf16_residual:
         forward_options["residual_dtype"] = torch.bfloat16
 
     with (
-        Run(config, accelerator, model, optimizer, source, fetch=fetch_checkpoint) as run,
+        Run(config, accelerator, model, optimizer, source, compiled=compiled, fetch=fetch_checkpoint) as run,
         StopSignal(world) as stop,
         profiling(
             config.run_dir / "profile",
             config.profile if accelerator.is_main_process else None,
-            logits=logits_shape,
+            logits=(config.micro_batch_size * config.seq_len, run.plain_model.config.vocab_size),
         ) as profiler,
     ):
         if config.push_to_hub is not None and accelerator.is_main_process:
-            private = not config.hub_public
-            run.uploader = Uploader(
-                config.push_to_hub, run_dir=config.run_dir, private=private, comparable=load_for_comparison
-            )
+            where = {"run_dir": config.run_dir, "private": not config.hub_public}
+            run.uploader = Uploader(config.push_to_hub, **where, comparable=load_for_comparison)
         batches, verdict, failed, evaluated = run.batches(), None, False, {}
         model.train()
 
@@ -328,13 +355,7 @@ def train(config: TrainConfig) -> int:
             state = run.state  # what changes from step to step, and what a checkpoint keeps
 
             # The learning rate is a pure function of the step: nothing to save, nothing to step once per process.
-            lr = learning_rate(
-                state.step,
-                lr=config.lr,
-                min_lr=config.min_lr,
-                warmup_steps=config.warmup_steps,
-                max_steps=config.max_steps,
-            )
+            lr = learning_rate(state.step, **schedule)
             set_learning_rate(optimizer, lr)
 
             # This rank's rows of the global batch, inputs and shifted targets, (rows, T) each. The batch is a pure
@@ -345,15 +366,20 @@ def train(config: TrainConfig) -> int:
                 break
             x, y, state.source = batch
             x, y = (part.to(device, non_blocking=device.type == "cuda") for part in (x, y))  # `prefetch` pinned them
-
-            # Dropout's masks depend on (seed, step, rank) alone, whatever evaluation or a restart drew in between.
+            # Dropout's masks depend on (seed, step, rank) alone, whatever evaluation or a restart drew in between; with
+            # a fixed reduction on the micro-batch's number in the global batch, whoever computes it.
             torch.manual_seed(step_seed(config.seed, state.step, rank))
+            divisor = x.numel() if fixed is None else config.batch_tokens
 
             # Gradients add up over micro-batches of (B, T). Only the last one lets DDP or FSDP exchange them.
             loss = torch.zeros((), device=device, dtype=torch.float64 if config.precision == "fp64" else None)
             for first in range(0, len(x), config.micro_batch_size):
                 rows = slice(first, first + config.micro_batch_size)
-                with contextlib.nullcontext() if rows.stop >= len(x) else accelerator.no_sync(model):
+                if fixed is not None:
+                    leaf = (rank * len(x) + first) // config.micro_batch_size
+                    torch.manual_seed(step_seed(config.seed, state.step, leaf))
+                exchanging = fixed is None and rows.stop >= len(x)
+                with contextlib.nullcontext() if exchanging else accelerator.no_sync(model):
                     # Only the loss leaves the graph: (B, T, V) logits in fp32 would be the largest tensor of the run.
                     # It is this rank's sum over the tokens of the whole step, so that micro-batches weigh alike; the
                     # average over the ranks is DDP's and FSDP's part.
@@ -362,11 +388,15 @@ def train(config: TrainConfig) -> int:
                         shift_labels=y[rows],
                         use_cache=False,
                         output_logits=False,
-                        num_items_in_batch=x.numel(),
+                        num_items_in_batch=divisor,
                         **forward_options,
                     ).loss
                     accelerator.backward(micro_loss)
                 loss += micro_loss.detach()  # stays on the device: no step waits for a number
+                if fixed is not None:
+                    fixed.keep(micro_loss)
+            if fixed is not None:
+                loss = fixed.finish()
 
             # Clip to one global norm. Without clipping the norm is still the best early sign of trouble.
             grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))

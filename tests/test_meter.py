@@ -45,7 +45,7 @@ def test_speed_counts_training_time_only(monkeypatch):
 
     accelerator, clock = Accelerator(cpu=True), SimpleNamespace(now=100.0)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    meter = Meter(accelerator, batch_tokens=25, flops_per_token=100.0, peak=1e4)
+    meter = Meter(accelerator, batch_tokens=25, flops_per_token=100.0, device_peak=1e4)
     numbers = {"loss": torch.tensor(3.0), "grad_norm": torch.tensor(0.5)}
     clock.now += 2
     with meter.pause():
@@ -62,7 +62,7 @@ def test_speed_counts_training_time_only(monkeypatch):
 def test_a_reading_holds_every_step_since_the_last_one_in_order():
     from accelerate import Accelerator
 
-    meter = Meter(Accelerator(cpu=True), batch_tokens=10, flops_per_token=1.0, peak=None)
+    meter = Meter(Accelerator(cpu=True), batch_tokens=10, flops_per_token=1.0, device_peak=None)
     for step in (1, 2):
         meter.add(step=step, lr=0.1, loss=torch.tensor(3.0 / step), grad_norm=torch.tensor(0.5), positions=[step, step])
     first, second = meter.read()

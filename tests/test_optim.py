@@ -1,4 +1,4 @@
-"""training/optim.py against formulas written out here: the schedule, the groups, Muon's update by a float64 SVD."""
+"""training/optim.py against formulas written out here: the groups, Muon's update by a float64 SVD."""
 
 import copy
 import math
@@ -9,16 +9,16 @@ import torch.multiprocessing
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2repro.training.optim import build_optimizer, learning_rate, muon_change, set_learning_rate
+from gpt2repro.training.optim import build_optimizer, newton_schulz
+from gpt2repro.training.schedules import set_learning_rate
 
-SCHEDULE = {"lr": 6e-4, "min_lr": 6e-5, "warmup_steps": 10, "max_steps": 100}
 RECIPE = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
-def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+def tiny_gpt2(seed: int = 0, n_layer: int = 2) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=2, **no_dropout))
+    sizes = {"vocab_size": 97, "n_positions": 16, "n_embd": 32, "n_layer": n_layer, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
 
 def train(model, optimizer, *, first: int, last: int) -> list[float]:
@@ -32,37 +32,6 @@ def train(model, optimizer, *, first: int, last: int) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-# ---- schedule ----
-
-
-def test_schedule_starts_above_zero_peaks_at_the_end_of_warmup_and_ends_at_min_lr():
-    assert learning_rate(0, **SCHEDULE) == pytest.approx(6e-5)  # 1/10 of the peak
-    assert learning_rate(9, **SCHEDULE) == pytest.approx(6e-4)
-    assert learning_rate(10, **SCHEDULE) == pytest.approx(6e-4)
-    assert learning_rate(55, **SCHEDULE) == pytest.approx((6e-4 + 6e-5) / 2)  # halfway down the cosine
-    assert learning_rate(100, **SCHEDULE) == 6e-5
-    assert learning_rate(10_000, **SCHEDULE) == 6e-5
-
-
-def test_schedule_equals_build_nanogpts_formula_at_every_step():
-    def peer(step):
-        if step < 10:
-            return 6e-4 * (step + 1) / 10
-        if step > 100:
-            return 6e-5
-        return 6e-5 + 0.5 * (1.0 + math.cos(math.pi * (step - 10) / 90)) * (6e-4 - 6e-5)
-
-    for step in range(120):
-        assert learning_rate(step, **SCHEDULE) == pytest.approx(peer(step), rel=1e-12)
-
-
-@pytest.mark.parametrize(("warmup_steps", "max_steps"), [(0, 1), (0, 10), (10, 10), (20, 10)])
-def test_schedule_has_no_gap_when_warmup_is_nothing_or_everything(warmup_steps, max_steps):
-    rates = [learning_rate(s, lr=1.0, min_lr=0.1, warmup_steps=warmup_steps, max_steps=max_steps) for s in range(30)]
-    assert all(0 < rate <= 1 for rate in rates)
-    assert rates[-1] == 0.1
 
 
 # ---- parameter groups ----
@@ -123,32 +92,82 @@ def orthogonal_factor(matrix: torch.Tensor) -> torch.Tensor:
     return u @ vh
 
 
+def torchs_change(update: torch.Tensor) -> torch.Tensor:
+    """What torch.optim.Muon adds to one matrix at a learning rate of 1, momentum and decay off."""
+    change = torch.zeros_like(update)
+    change.grad = update
+    how = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
+    torch.optim.Muon([change], 1.0, **how).step()
+    return change
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(32, 32), (32, 128), (128, 32)])
 def test_muon_steps_along_the_orthogonal_factor_of_a_float64_svd(rows, columns):
     update = well_conditioned(rows, columns)
-    change = muon_change(update.float(), lr=1.0, matrices=1).double() / (-0.2 * math.sqrt(max(rows, columns)))
+    factor = newton_schulz(update[None].bfloat16())[0].double()
     # Newton-Schulz with Muon's coefficients sends singular values to about 0.7 .. 1.2, not to 1, and keeps the vectors.
     u, _, vh = torch.linalg.svd(update, full_matrices=False)
-    inner = u.T @ change @ vh.T
-    assert torch.linalg.svdvals(change).min() > 0.6 and torch.linalg.svdvals(change).max() < 1.3
+    inner = u.T @ factor @ vh.T
+    assert torch.linalg.svdvals(factor).min() > 0.6 and torch.linalg.svdvals(factor).max() < 1.3
     assert (inner - torch.diag(inner.diagonal())).abs().max() < 0.05
-    cosine = (change * orthogonal_factor(update)).sum() / change.norm() / orthogonal_factor(update).norm()
+    cosine = (factor * orthogonal_factor(update)).sum() / factor.norm() / orthogonal_factor(update).norm()
     assert cosine > 0.98
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (32, 128), (128, 32), (128, 128), (1, 64)])
+@pytest.mark.parametrize("split", [1, 2, 3, 7])
+def test_a_stack_in_whatever_parts_equals_torchs_muon_on_one_matrix_at_a_time(rows, columns, split):
+    stack = torch.randn(7, rows, columns, generator=torch.Generator().manual_seed(0))
+    stack[3] = 0  # as of a block that learns nothing
+    factors = torch.cat([newton_schulz(part.bfloat16()) for part in stack.split(split)])
+    changes = factors.float() * -(0.2 * math.sqrt(max(rows, columns)))
+    assert torch.equal(changes, torch.stack([torchs_change(matrix) for matrix in stack]))
+
+
+def test_compiled_newton_schulz_differs_by_bfloat16s_rounding_only():
+    stack = torch.randn(3, 32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    compiled = torch.compile(newton_schulz, dynamic=False)(stack)
+    torch.testing.assert_close(compiled, newton_schulz(stack), rtol=0.02, atol=0.02)
+
+
 def test_muon_treats_conv1d_and_linear_layouts_alike():
-    update = well_conditioned(32, 128).float()
-    conv1d, linear = muon_change(update, lr=1.0, matrices=1), muon_change(update.T.contiguous(), lr=1.0, matrices=1)
-    torch.testing.assert_close(conv1d, linear.T, rtol=0.02, atol=0.02)  # bfloat16 inside
+    update = well_conditioned(32, 128)[None].bfloat16()
+    torch.testing.assert_close(newton_schulz(update), newton_schulz(update.mT.contiguous()).mT, rtol=0.02, atol=0.02)
 
 
-def test_muon_orthogonalises_query_key_and_value_by_themselves():
-    query, key, value = well_conditioned(32, 32), 10 * well_conditioned(32, 32).T, well_conditioned(32, 32).flip(0)
-    change = muon_change(torch.cat([query, key, value], dim=1).float(), lr=1.0, matrices=3)
-    for piece, alone in zip(change.chunk(3, dim=1), (query, key, value), strict=True):
-        torch.testing.assert_close(piece, muon_change(alone.float(), lr=1.0, matrices=1))
-        cosine = -(piece * orthogonal_factor(alone)).sum() / piece.norm() / orthogonal_factor(alone).norm()
-        assert cosine > 0.98
+def per_matrix_step(parameters: dict, moments: dict, lr: float) -> None:
+    """One Muon step as it was before the stacks: torch.optim.Muon on each matrix, the fused projection cut in three."""
+    for key, parameter in parameters.items():
+        momentum_buffer = moments.setdefault(key, torch.zeros_like(parameter)).lerp_(parameter.grad, 1 - 0.95)
+        update = parameter.grad.lerp(momentum_buffer, 0.95)
+        pieces = []
+        for piece in update.chunk(3 if key.endswith("attn.c_attn.weight") else 1, dim=1):
+            change = torch.zeros_like(piece)
+            change.grad = piece
+            how = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
+            torch.optim.Muon([change], lr, **how).step()
+            pieces.append(change)
+        parameter.mul_(1 - lr * 0.1).add_(torch.cat(pieces, dim=1))
+
+
+def test_muon_equals_torchs_muon_on_one_matrix_at_a_time_to_the_last_bit():
+    ours, theirs = tiny_gpt2(), tiny_gpt2()
+    optimizer = build_optimizer(ours, name="muon", muon_lr_scale=0.3, **RECIPE)
+    reference = {key: p.detach() for key, p in theirs.named_parameters() if ".h." in key and p.dim() == 2}
+    moments = {}
+    for step in range(4):
+        for number, (key, parameter) in enumerate(ours.named_parameters()):
+            seed = torch.Generator().manual_seed(step * 1000 + number)
+            parameter.grad = torch.randn(parameter.shape, generator=seed)
+            if step == 1 and key.endswith("0.mlp.c_fc.weight"):
+                parameter.grad = None
+            if key in reference:
+                reference[key].grad = parameter.grad
+        optimizer.step()
+        per_matrix_step({key: p for key, p in reference.items() if p.grad is not None}, moments, lr=0.3e-2)
+    for key, expected in reference.items():
+        assert torch.equal(ours.get_parameter(key), expected), key
+        assert torch.equal(optimizer.state[ours.get_parameter(key)]["momentum_buffer"], moments[key]), key
 
 
 def test_muon_equals_torchs_own_on_matrices_and_torchs_adamw_on_the_rest():
@@ -213,13 +232,23 @@ def sharded_training(rank: int, name: str, rendezvous: str, out: str) -> None:
     for block in model.transformer.h:
         fully_shard(block, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
     fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
-    optimizer = build_optimizer(model, name=name, **RECIPE)
+    optimizer = build_optimizer(model, name=name, processes=2, **RECIPE)
     sharded_losses = train(model, optimizer, first=0, last=4)
     whole = {key: p.full_tensor().detach() for key, p in model.named_parameters()}
 
     replica = tiny_gpt2()
-    optimizer = build_optimizer(replica, name=name, **RECIPE)
+    optimizer = build_optimizer(replica, name=name, processes=2, **RECIPE)
     ddp_losses = train(nn.parallel.DistributedDataParallel(replica), optimizer, first=0, last=4)
+
+    # Three matrices of a shape do not divide by two.
+    alone, shared = tiny_gpt2(n_layer=3), tiny_gpt2(n_layer=3)
+    for model, processes in ((alone, 1), (shared, 2)):
+        optimizer = build_optimizer(model, name=name, processes=processes, **RECIPE)
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        optimizer.step()
+    exact = all(torch.equal(a, b) for a, b in zip(alone.parameters(), shared.parameters(), strict=True))
+    assert exact, f"rank {rank}: shared work gives other parameters"
     if rank == 0:
         torch.save({"sharded": whole, "losses": [sharded_losses, ddp_losses], "ddp": replica.state_dict()}, out)
     dist.destroy_process_group()

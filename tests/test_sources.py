@@ -15,17 +15,9 @@ import torch
 from tiny_run import TEXT, write_tiny_shards
 
 from gpt2repro import files
-from gpt2repro.data.ordering import mix64, next_positions
+from gpt2repro.data.ordering import Permutation, mix64, next_positions, skip_ahead
 from gpt2repro.data.shards import write_shard
-from gpt2repro.data.sources import (
-    Permutation,
-    ShardSource,
-    merge_states,
-    open_data,
-    open_source,
-    prefetch,
-    skip_ahead,
-)
+from gpt2repro.data.sources import ShardSource, merge_states, open_data, open_source, prefetch
 from gpt2repro.data.tokenization import char_tokenizer, fingerprint, load_tokenizer
 from gpt2repro.options import InputError
 

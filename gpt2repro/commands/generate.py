@@ -30,7 +30,7 @@ MOST_CHARACTERS = 64 << 20  # of a prompts file
 
 @dataclass(kw_only=True)
 class Options(ModelOptions):
-    prompt: str | None = None
+    prompt: str | None = field(default=None, metadata={"may_be_empty": True})
     'The text to continue; "" begins a new document.'
     interactive: bool = False
     "Read one prompt a line from the keyboard and stream what follows."
@@ -175,7 +175,7 @@ def write_samples(options: Options) -> None:
                 record |= {"text": text, "tokens": len(samples[index]), "seed": options.seed}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from None
+        raise InputError(f"cannot write {out}: {error.strerror}; choose another --out") from None
     report(sum(map(len, samples.values())), seconds)
     print(f"{len(jobs)} samples in {out}", file=sys.stderr)
 

@@ -27,6 +27,17 @@ MODEL_FILE = re.compile(
     r"|(merges|vocab)\.txt|(tokenizer|spiece)\.model|chat_template\.jinja|LICENSE(\.md|\.txt)?"
     r"|(configuration|modeling)_gpt2repro\.py"
 )
+# llama.cpp's converter recognises a tokenizer by what it makes of one text, so it does not know one's own vocabulary
+# even where its rules are GPT-2's. This starts the converter and names those rules (llama.cpp of 2026: `conversion/`).
+AS_GPT2 = """
+import pathlib, runpy, sys
+sys.argv = sys.argv[1:]
+here = pathlib.Path(sys.argv[0]).resolve().parent
+sys.path[:0] = [str(here), str(here / "gguf-py")]
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 NATIVE_TOLERANCE = 1e-4  # |logit difference| in fp32; the two classes do the same sums in another order
 
 
@@ -162,9 +173,11 @@ def to_ct2(native: Path, out: Path) -> tuple[str, Callable]:
     try:
         import ctranslate2
     except ImportError as error:
-        raise _missing(error) from None
-    _need_tokenizer(native)
-    files = [path.name for path in native.iterdir() if re.search(r"token|^vocab\.json$|^merges\.txt$", path.name)]
+        raise _missing(error, "export") from None
+    need_tokenizer(native)
+    files = [
+        path.name for path in native.iterdir() if "token" in path.name or path.name in ("vocab.json", "merges.txt")
+    ]
     converter = ctranslate2.converters.TransformersConverter(str(native), copy_files=files)
     converter.convert(str(out), force=True)
     generator = ctranslate2.Generator(str(out), device="cpu", compute_type="float32")
@@ -173,10 +186,11 @@ def to_ct2(native: Path, out: Path) -> tuple[str, Callable]:
 
 
 def to_gguf(native: Path, out: Path, converter: Path) -> tuple[str, Callable | None]:
-    """Write model.gguf in fp32 by llama.cpp's convert_hf_to_gguf.py; no logits where llama-cpp-python is missing."""
-    _need_tokenizer(native)
+    """model.gguf in fp32 by llama.cpp's own convert_hf_to_gguf.py; run, where llama-cpp-python is installed."""
+    need_tokenizer(native)
     gguf = out / "model.gguf"
-    command = [sys.executable, str(converter), str(native), "--outfile", str(gguf), "--outtype", "f32"]
+    start = ["-c", AS_GPT2] if _splits_as_gpt2(native) else []
+    command = [sys.executable, *start, str(converter), str(native), "--outfile", str(gguf), "--outtype", "f32"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode or not gguf.is_file():
         reason = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
@@ -201,10 +215,25 @@ def to_gguf(native: Path, out: Path, converter: Path) -> tuple[str, Callable | N
     return name, logits
 
 
-def _missing(error: ImportError) -> InputError:
-    return InputError(f"this format needs {error.name}: pip install 'gpt2repro[export]'")
+def _splits_as_gpt2(native: Path) -> bool:
+    """Whether the tokenizer is byte-level BPE with GPT-2's own pre-tokenisation, as `prepare-text` makes it."""
+    tokenizer = read_json(native / "tokenizer.json")
+    rules = tokenizer.get("pre_tokenizer") or {}
+    plain = rules.get("type") == "ByteLevel" and rules.get("use_regex", True) and not rules.get("add_prefix_space")
+    return bool(plain and tokenizer.get("normalizer") is None and tokenizer["model"].get("type") == "BPE")
 
 
-def _need_tokenizer(native: Path) -> None:
+def _gguf_version(converter: Path) -> str:
+    """Of the package that the converter takes: its own, where it stands in llama.cpp's tree."""
+    own = converter.parent / "gguf-py" / "pyproject.toml"
+    found = re.search(r'^version\s*=\s*"(.+?)"', own.read_text(), re.MULTILINE) if own.is_file() else None
+    return found[1] if found else version("gguf")
+
+
+def _missing(error: ImportError, extra: str) -> InputError:
+    return InputError(f"this format needs {error.name}: pip install 'gpt2repro[{extra}]'")
+
+
+def need_tokenizer(native: Path) -> None:
     if not (native / "tokenizer.json").is_file():
         raise InputError("this format holds the tokenizer, and the model has none (tokenizer.json); try gpt2 or onnx")

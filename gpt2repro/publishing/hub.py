@@ -27,11 +27,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from gpt2repro.checkpoint.layout import STEP_NAME, from_rank_zero, list_steps, rank_and_world, resolve_pointer
+from gpt2repro.checkpoint.layout import STEP_NAME, from_rank_zero, list_steps, resolve_pointer
 from gpt2repro.checkpoint.reader import check_model_directory, verify_checkpoint
 from gpt2repro.files import read_json, read_json_if_whole, write_json
 from gpt2repro.options import InputError
@@ -44,7 +43,6 @@ STEP_BRANCH = re.compile(r"step-(\d+)")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 300.0  # between attempts: doubled each time, with jitter
-LONGEST_FETCH_HOURS = 6  # 19 GB of the 1558M over a slow line
 FETCH_ATTEMPTS = 5  # enough for a broken connection; a user waits, so a Hub that is down is reported soon
 FINAL_STATUS = {400, 401, 402, 403, 404, 413, 422}  # another attempt would get the same answer
 
@@ -463,13 +461,7 @@ def fetch_checkpoint(name: str, into: str | Path) -> Path:
 
     Raises: InputError where there is no such repository or revision, or it holds weights only.
     """
-    import torch.distributed as dist
-
-    if rank_and_world()[1] == 1:
-        return _fetch_checkpoint(name, Path(into))
-    # The other ranks wait for the download, and NCCL would give up after 10 minutes.
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=LONGEST_FETCH_HOURS))
-    return from_rank_zero(lambda: _fetch_checkpoint(name, Path(into)), patient)
+    return from_rank_zero(lambda: _fetch_checkpoint(name, Path(into)))
 
 
 def _fetch_checkpoint(name: str, into: Path) -> Path:

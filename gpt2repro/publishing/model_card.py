@@ -11,6 +11,7 @@ Source: https://huggingface.co/docs/hub/model-cards (metadata), huggingface_hub'
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ from gpt2repro.files import read_json_if_whole, step_in_name
 from gpt2repro.redaction import scrub
 from gpt2repro.training.metrics_log import read_metrics, whole_lines
 
-SAMPLE_CHARACTERS = 4000  # most that a card shows of the samples
+SAMPLE_CHARACTERS = 4000  # a card shows what the model writes, it is no archive
+LINES_AT_ONCE = 10_000  # of a log that is scrubbed
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What is known to be English, by Hub id or by the name of our own corpora.
 ENGLISH = {"HuggingFaceFW/fineweb", "HuggingFaceFW/fineweb-edu", "Skylion007/openwebtext", "python-docs", "shakespeare"}
@@ -130,6 +132,7 @@ def card_files(
         has_picture=has_picture,
         samples=_samples(facts),
         training=_training(facts, cost_dollars, co2_kg),
+        conformance=(read_json_if_whole((run_dir or directory) / "conformance.json") or {}).get("rows", []),
         command=facts.environment.get("command"),
         options=options,
         data=_data(facts),
@@ -159,7 +162,7 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
         facts.options = scrub(options)
         facts.manifest = read_json_if_whole(Path(str(options.get("data", ""))) / "manifest.json") or {}
     if _is_file(run_dir / "metrics.jsonl"):
-        _, evaluations = read_metrics(run_dir)
+        _, evaluations = read_metrics(run_dir, at_most=1)
         facts.evaluation = next((r for r in reversed(evaluations) if r["step"] == facts.step), {})
     samples = sorted((run_dir / "samples").glob("step_*.md"), key=step_in_name)
     samples = [path for path in samples if _is_file(path) and (facts.step is None or step_in_name(path) <= facts.step)]
@@ -302,5 +305,7 @@ def _count_parameters(weights: Path) -> int:
 
 def _log_until(path: Path, step: int | None) -> bytes:
     """metrics.jsonl up to and including `step`, scrubbed: a run goes on while its checkpoint is being published."""
-    kept = (line for line, record in whole_lines(path) if step is None or record["step"] <= step)
-    return scrub("".join(kept)).encode()
+    kept, lines = bytearray(), (line for line, record in whole_lines(path) if step is None or record["step"] <= step)
+    while part := "".join(itertools.islice(lines, LINES_AT_ONCE)):
+        kept += scrub(part).encode()
+    return bytes(kept)

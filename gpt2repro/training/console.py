@@ -78,8 +78,8 @@ def evaluation_line(record: dict) -> str:
 
 
 def closing(config, source) -> str:
-    """The summary of a finished run: losses before and after, xz beside bits per byte, samples, and all places."""
-    _, evaluations = read_metrics(config.run_dir)
+    """The end of a finished run: losses before and after, xz beside bits per byte, samples, and where everything is."""
+    _, evaluations = read_metrics(config.run_dir, at_most=1)
     lines = []
     if evaluations:
         first, last = evaluations[0], evaluations[-1]

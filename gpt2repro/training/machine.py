@@ -46,6 +46,10 @@ def build_accelerator(config):
         raise InputError(f"precision={config.precision} does not work on this machine: {error}") from error
     if config.bf16_residual and accelerator.mixed_precision != "bf16":
         raise InputError(f"bf16_residual needs mixed precision bf16, and this run has {accelerator.mixed_precision}")
+    if accelerator.distributed_type == "FSDP" and config.reduction == "fixed":
+        raise InputError("reduction=fixed does not work with FSDP2, whose reduce-scatter adds in an order of its own")
+    if config.attn_implementation == "flex_attention" and (config.attn_pdrop or accelerator.device.type == "cpu"):
+        raise InputError("attn_implementation=flex_attention trains only on a GPU and without attn_pdrop; take sdpa")
     if accelerator.distributed_type == "FSDP" and config.loss_chunk_tokens is not None and not CHUNKS_UNDER_FSDP2:
         raise InputError(
             f"loss_chunk_tokens does not work with FSDP2 in torch {torch.__version__}; take torch 2.13, or halve "

@@ -62,13 +62,14 @@ def peak_flops(device_name: str) -> float | None:
 class Meter:
     """A run's steps between two readings: what they computed stays on the device until `read`.
 
-    `accelerator` averages over the ranks. `peak` is FLOP/s of all devices together, None if unknown. Time in `pause()`
-    (evaluation, saving) does not count.
+    `accelerator` averages over the ranks. `device_peak` is one device's FLOP/s, None if unknown. Time in
+    `pause()` (evaluation, saving) does not count.
     """
 
-    def __init__(self, accelerator, *, batch_tokens: int, flops_per_token: float, peak: float | None):
+    def __init__(self, accelerator, *, batch_tokens: int, flops_per_token: float, device_peak: float | None):
         self.accelerator, self.batch_tokens = accelerator, batch_tokens
-        self.flops_per_token, self.peak = flops_per_token, peak
+        self.flops_per_token = flops_per_token
+        self.peak = device_peak * accelerator.num_processes if device_peak else None
         self._steps: list[dict] = []
         self._start = time.perf_counter()
 

@@ -1,7 +1,6 @@
-"""Learning-rate schedule, parameter groups and optimizers; knows neither Accelerate nor the training loop.
+"""Parameter groups and optimizers; knows neither Accelerate nor the training loop.
 
     optimizer = build_optimizer(model, name="adamw", lr=6e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    set_learning_rate(optimizer, learning_rate(step, lr=6e-4, min_lr=6e-5, warmup_steps=715, max_steps=19073))
     optimizer.step()
 
 Both optimizers are ordinary `torch.optim.Optimizer`s to whoever saves or shards them: `param_groups`, and per parameter
@@ -12,31 +11,14 @@ groups at every step, so that a wrapper may exchange them for sharded ones (`DTe
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gpt2repro.training.schedules import set_learning_rate
+
 FUSED_DEVICES = {"cpu", "cuda", "mps"}  # devices with a fused AdamW kernel in every torch that setup.cfg admits
 MUON_MOMENTUM = 0.95  # Keller Jordan, https://kellerjordan.github.io/posts/muon, and torch.optim.Muon's default
-
-
-def learning_rate(step: int, *, lr: float, min_lr: float, warmup_steps: int, max_steps: int) -> float:
-    """Linear warm-up to `lr`, then a cosine down to `min_lr`, as a pure function of the steps already done.
-
-    The first step (`step=0`) runs at `lr / warmup_steps`, never at zero; `step = warmup_steps - 1` and the one after it
-    both run at `lr`; from `step = max_steps` on it stays at `min_lr`. Source: build-nanogpt's `get_lr`.
-    """
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if step >= max_steps:
-        return min_lr
-    progress = (step - warmup_steps) / (max_steps - warmup_steps)  # 0 .. 1
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (lr - min_lr)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group `lr` times its own `lr_scale`."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
 
 
 def build_optimizer(
@@ -48,11 +30,15 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     muon_lr_scale: float = 1.0,
+    processes: int = 1,
+    compiled: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW, or Muon for the matrices of the blocks beside AdamW for the rest; `model` is not yet wrapped by DDP.
 
     Weight decay applies to matrices (embeddings included), not to biases and layer norms. `muon_lr_scale` is the factor
     from AdamW's learning rate to Muon's; its update is already scaled to AdamW's usual size, so 1 is a good start.
+    So many `processes` of the default group, which all hold the same gradients, share Muon's work; `compiled` is for
+    GPUs.
 
     Raises:
         ValueError: for an unknown `name`.
@@ -81,7 +67,7 @@ def build_optimizer(
 
     muon = {"weight_decay": weight_decay, "momentum": MUON_MOMENTUM, "lr_scale": muon_lr_scale}
     muon_groups = [{"params": single, "matrices": 1, **muon}, {"params": fused_qkv, "matrices": 3, **muon}]
-    optimizer = MuonWithAdamW([group for group in muon_groups if group["params"]], adamw)
+    optimizer = MuonWithAdamW([group for group in muon_groups if group["params"]], adamw, processes, compiled)
     set_learning_rate(optimizer, lr)
     return optimizer
 
@@ -95,60 +81,75 @@ class MuonWithAdamW(torch.optim.Optimizer):
     a transposed matrix has the transposed factor, and the step size 0.2 sqrt(max(rows, columns)) of `match_rms_adamw`
     (Liu et al. 2025, arXiv:2502.16982) is symmetric, which `torch.optim.Muon`'s default is not.
 
-    A sharded parameter's update is gathered whole, orthogonalised on every process alike, and each keeps its own rows.
+    The update of a sharded parameter is gathered whole before it is orthogonalised; each process keeps its own rows.
     """
 
-    def __init__(self, muon_groups: list[dict], adamw: torch.optim.AdamW):
-        self.adamw = adamw
+    def __init__(self, muon_groups: list[dict], adamw: torch.optim.AdamW, processes: int = 1, compiled: bool = False):
+        self.adamw, self.processes = adamw, processes
+        self._newton_schulz = torch.compile(newton_schulz, dynamic=False) if compiled else newton_schulz
         super().__init__([*adamw.param_groups, *muon_groups], adamw.defaults)
         self.adamw.param_groups = []  # given anew at every step: these may be replaced by sharded ones meanwhile
 
     @torch.no_grad()
     def step(self, closure=None):
         """One optimizer step; parameters without a gradient are left alone."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-
         self.adamw.state = self.state
         self.adamw.param_groups = [group for group in self.param_groups if "matrices" not in group]
-        self.adamw.step()
+        loss = self.adamw.step(closure)
 
-        for group in self.param_groups:
-            if "matrices" in group:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._muon_step(parameter, group)
+        updates = {
+            parameter: (group, self._update(parameter, group["momentum"]).chunk(group["matrices"], dim=1))
+            for group in self.param_groups
+            if "matrices" in group
+            for parameter in group["params"]
+            if parameter.grad is not None
+        }
+        stacks: dict[torch.Size, list[Tensor]] = {}  # matrices of one shape, whichever parameters they are part of
+        for _, pieces in updates.values():
+            stacks.setdefault(pieces[0].shape, []).extend(pieces)
+        factors = {shape: iter(self._orthogonalised(stack)) for shape, stack in stacks.items()}
+        for parameter, (group, pieces) in updates.items():
+            shape, lr = pieces[0].shape, group["lr"]
+            change = torch.cat([next(factors[shape]) for _ in pieces], dim=1).to(parameter.dtype)
+            change *= -lr * (0.2 * math.sqrt(max(shape)))
+            if isinstance(parameter, DTensor):
+                change = distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.mul_(1 - lr * group["weight_decay"]).add_(change)
         return loss
 
-    def _muon_step(self, parameter: Tensor, group: dict) -> None:
+    def _update(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov's look-ahead: whole, and in bfloat16 as Newton-Schulz wants it, which halves what travels."""
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum_buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-        update = parameter.grad.lerp(momentum_buffer, group["momentum"])  # Nesterov's look-ahead
+        momentum_buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+        update = parameter.grad.lerp(momentum_buffer, momentum).bfloat16()
+        return update.full_tensor() if isinstance(update, DTensor) else update
 
-        if isinstance(parameter, DTensor):
-            # torch.optim.Muon begins by rounding to bfloat16: doing so here halves what travels and changes nothing.
-            update = update.bfloat16().full_tensor().to(parameter.dtype)
-            change = muon_change(update, group["lr"], group["matrices"])
-            change = distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        else:
-            change = muon_change(update, group["lr"], group["matrices"])
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(change)
+    def _orthogonalised(self, matrices: list[Tensor]) -> Tensor:
+        """`newton_schulz` of equally shaped matrices, each process taking an equal share of them."""
+        share = -(-len(matrices) // self.processes)
+        first = share * dist.get_rank() if self.processes > 1 else 0
+        mine = [matrices[index % len(matrices)] for index in range(first, first + share)]  # the last shares wrap around
+        factors = self._newton_schulz(torch.stack(mine)).contiguous()
+        if self.processes > 1:
+            shares = [torch.empty_like(factors) for _ in range(self.processes)]
+            dist.all_gather(shares, factors)
+            factors = torch.cat(shares)
+        return factors
 
 
-def muon_change(update: Tensor, lr: float, matrices: int) -> Tensor:
-    """What Muon adds to a parameter: -lr 0.2 sqrt(max(rows, columns)) times the orthogonal factor of each matrix.
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """(N, rows, columns) in bfloat16: near each matrix' orthogonal factor, its singular values between 0.7 and 1.2.
 
-    `update` is (rows, matrices * columns). torch.optim.Muon computes it on a zero parameter, momentum and decay off.
+    `torch.optim.Muon` does the same to one matrix at a time, equal to the last bit on a CPU.
+    Source: Keller Jordan, https://kellerjordan.github.io/posts/muon.
     """
-    changes = []
-    for piece in update.chunk(matrices, dim=1):
-        change = torch.zeros_like(piece)
-        change.grad = piece
-        changes.append(change)
-    muon = torch.optim.Muon(changes, lr, weight_decay=0.0, momentum=0.0, nesterov=False, adjust_lr_fn="match_rms_adamw")
-    muon.step()
-    return torch.cat(changes, dim=1)
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        gram = x @ x.mT  # (N, short side, short side)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

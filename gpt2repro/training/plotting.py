@@ -8,6 +8,8 @@ from gpt2repro.files import atomic_file
 from gpt2repro.options import InputError
 from gpt2repro.training.metrics_log import read_metrics
 
+MOST_POINTS = 4000  # of a curve: three for every pixel of the picture's width
+
 
 def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
     """Draw the runs into one PNG, which appears whole or not at all.
@@ -19,7 +21,9 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
     from matplotlib.ticker import EngFormatter
 
     run_dirs = [Path(run) for run in run_dirs]
-    runs = {name: read_metrics(run) for name, run in zip(run_names(run_dirs), run_dirs, strict=True)}
+    runs = {
+        name: read_metrics(run, at_most=MOST_POINTS) for name, run in zip(run_names(run_dirs), run_dirs, strict=True)
+    }
     for name, (train, evaluations) in runs.items():
         if not series(train, "loss")[0] and not series(evaluations, "val_loss")[0]:
             raise InputError(f"{name} has no metrics.jsonl with a loss; give the directory of a run that has trained")
@@ -32,6 +36,8 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
 
     for number, (name, (train, evaluations)) in enumerate(runs.items()):
         colour = f"C{number % 10}"
+        name = name.replace("$", r"\$")  # or matplotlib reads it as mathematics
+        name = f" {name}" if name.startswith("_") else name  # or it leaves the curve out of the legend
         steps, losses = series(train, "loss")
         loss_axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         loss_axes.plot(steps, smooth(losses), color=colour, linewidth=1.4, label=f"{name}: training, smoothed")

@@ -15,16 +15,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import yaml
-from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
+from gpt2repro.checkpoint.layout import POINTERS, from_all_ranks
 from gpt2repro.checkpoint.reader import find_checkpoint
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.sources import merge_states, prefetch
-from gpt2repro.files import read_json_if_whole, step_in_name
+from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name
 from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, to_yaml
 from gpt2repro.training import console
@@ -32,7 +33,7 @@ from gpt2repro.training.evaluator import Evaluator
 from gpt2repro.training.health import HealthMonitor, Verdict
 from gpt2repro.training.machine import environment
 from gpt2repro.training.meter import flops_per_token_of
-from gpt2repro.training.planning import doubts
+from gpt2repro.training.planning import doubts, micro_batch_of_run
 from gpt2repro.training.plotting import draw_runs
 from gpt2repro.training.reference import Referee
 from gpt2repro.training.state import Best, RunState, find_resume, load_run_state
@@ -48,19 +49,21 @@ EXIT_DONE, EXIT_STOPPED, EXIT_BAD_NUMBERS = 0, 3, 4
 class Run:
     """A context manager, used as the module shows. Every rank opens a Run; only the main rank writes files.
 
-    `state` changes from step to step. `fetch(place, directory)` brings a checkpoint from the Hub. The caller sets
-    `uploader`; None means no uploads.
+    `compiled` is how the model was (model, block, off), `fetch(place, directory)` brings a checkpoint from the Hub.
+    `state` changes from step to step. `uploader` (None: no uploads) is set by whoever opens the run.
 
     Raises: InputError where another process trains in the directory, or its checkpoints belong to another run.
     """
 
-    def __init__(self, config, accelerator, model, optimizer, source, *, fetch: Callable[[str, Path], Path]):
+    def __init__(
+        self, config, accelerator, model, optimizer, source, *, compiled: str, fetch: Callable[[str, Path], Path]
+    ):
         self.config, self.accelerator, self.source = config, accelerator, source
         self.model, self.optimizer = model, optimizer
         self.plain_model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.uploader = None
         self.exit_code: int | None = None
-        self._fetch = fetch
+        self._fetch, self._compiled = fetch, compiled
         self._at_exit = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
@@ -85,12 +88,27 @@ class Run:
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
+            if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
+                self.identity["reduction"] = {
+                    "kind": "fixed",
+                    "micro_batch_size": config.micro_batch_size,
+                    "compile": self._compiled,
+                    "precision": self.accelerator.mixed_precision,
+                    "threads": torch.get_num_threads(),
+                }
             checkpoint = find_resume(config.run_dir, config.resume, fetch=self._fetch, is_main=is_main)
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
                 self._restore(checkpoint)
                 self.source.check_digests(self.state.digests)
+                if config.cooldown_from is not None and self.state.parent is None:
+                    digest = sha256_of(checkpoint / "checksums.json")
+                    self.state.parent = {"checkpoint": str(checkpoint), "step": self.state.step, "sha256": digest}
+                    self.state.best = self.state.run_ids = None  # the branch is a run of its own
             self.state.digests = self.source.digests()
+            if config.micro_batch_size is None:
+                kept = self.state.micro_batch_size
+                config.micro_batch_size = micro_batch_of_run(config, self.accelerator, self.plain_model, kept)
             options = yaml.safe_load(to_yaml(config))
             n_params, world = self.plain_model.num_parameters(), self.accelerator.num_processes
             self.log = RunLog(
@@ -114,6 +132,7 @@ class Run:
             self._referee = Referee(options, self.source.manifest)
             self._console = console.Console(total=config.max_steps, step=self.state.step, shown=is_main)
             opened.callback(self._console.close)
+            from_all_ranks()  # the first one opens the log and the trackers: no wait for the training's own group
             self._at_exit = opened.pop_all()
         self.log.status("running", self.state.step)
         return self
@@ -133,12 +152,11 @@ class Run:
                     self.log.status("failed", self.state.step, 1, message)
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 raise SystemExit(1) from None
-            sentence = error if isinstance(error, InputError) else said_to_the_user(error)
-            code = 1 if sentence is None else 2
+            sentence = said_to_the_user(error)
             message = f"{type(error).__name__}: {error}" if sentence is None else str(sentence)
             if not self.accelerator.is_main_process:  # the main rank only learns that a process has gone
                 message = f"rank {self.accelerator.process_index}: {message}"
-            self.log.status("failed", self.state.step, code, message, from_any_rank=True)
+            self.log.failed(self.state.step, 1 if sentence is None else 2, message)
             if sentence is not None and sentence is not error:
                 raise sentence from error
 
@@ -177,6 +195,7 @@ class Run:
             self._console.say(console.evaluation_line(record) + (f" | {comment}" if comment else ""))
         if samples := self.evaluator.samples():
             self.log.samples(step, samples)
+        from_all_ranks()  # the samples are the first one's alone
         return record
 
     def save(self, val_loss: float = math.inf) -> None:
@@ -185,12 +204,12 @@ class Run:
         # NaN compares false, so a diverged model never becomes `best`.
         if val_loss < (state.best["val_loss"] if state.best else math.inf):
             state.best = Best(step=state.step, val_loss=val_loss)
-        state.run_ids = self.log.run_ids
+        state.run_ids, state.micro_batch_size = self.log.run_ids, self.config.micro_batch_size
         state.scaler = scaler.state_dict() if scaler is not None else None
         state.health = self.monitor.state()
         state.environment = environment(self.accelerator)
-        content = state.model_dump(exclude=None if state.digests else {"digests"})
-        content["source"] = merge_states(gather_object([state.source]))  # a stream's ranks each know their own lanes
+        content = state.model_dump(exclude={name for name in ("digests", "parent") if not getattr(state, name)})
+        content["source"] = merge_states(from_all_ranks(state.source))  # a stream's ranks each know their own lanes
         self.writer.save(
             state.step,
             model=self.model,
@@ -237,9 +256,11 @@ class Run:
             seconds = UPLOAD_SECONDS_AT_EXIT if done else 0
             missing = self.uploader.close(timeout=seconds, stop=lambda: stop.received)
         if verdict is not None:
-            advice = "try a lower lr, or --on_bad_numbers rewind"
-            if config.on_bad_numbers == "rewind":
-                advice = "no rewind is left or possible: lower the lr"
+            advice = (
+                "try a lower lr" if config.on_bad_numbers == "rewind" else "try a lower lr, or --on_bad_numbers rewind"
+            )
+            if verdict.action == "rewind":
+                advice = "there is none to rewind to: lower the lr, or --save_steps"
             message = f"{bad_steps(verdict)}; the checkpoints before are kept; {advice}"
             self._end(EXIT_BAD_NUMBERS, "failed", message, file=sys.stderr)
         elif not done:
@@ -286,6 +307,15 @@ class Run:
 def lock_run(run_dir: Path) -> FileLock:
     """A lock that ends with its process. Raises: InputError where another process already trains this run."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    kinds = dict.fromkeys(("checkpoints", "samples"), Path.is_dir)
+    kinds |= dict.fromkeys((".lock", "config.yaml", "metrics.jsonl", "status.json", "loss.png"), Path.is_file)
+    kinds |= {f"checkpoints/{name}": lambda path: path.is_symlink() or path.is_file() for name in POINTERS}
+    for name, fits in kinds.items():
+        if (run_dir / name).exists() and not fits(run_dir / name):
+            what = "directory" if fits is Path.is_dir else "file"
+            raise InputError(
+                f"{run_dir / name} is no {what}, as a run needs; move it away, or choose another --run_dir"
+            )
     lock = FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=0)

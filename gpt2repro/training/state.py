@@ -5,16 +5,20 @@ Knows no optimizer and no file format: the checkpoint room owns the tensors.
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import NotRequired, TypedDict  # pydantic wants this one before Python 3.12
 
+from gpt2repro.checkpoint.layout import find_run
 from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 from gpt2repro.files import step_in_name
 from gpt2repro.options import InputError
 from gpt2repro.redaction import scrub
+from gpt2repro.training.schedules import stable_until
 
 Count = Annotated[int, Field(ge=0)]
 Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
@@ -34,6 +38,7 @@ class Identity(TypedDict):
     batch_tokens: int
     optimizer: str
     architecture: dict[str, Any]
+    reduction: NotRequired[dict[str, Any]]  # what decides the bits of `--reduction fixed`, absent for `fast`
 
 
 class Source(TypedDict):
@@ -69,8 +74,10 @@ class RunState(BaseModel):
     health: Health | None = None  # None before the first step
     identity: Identity
     source: Source
+    parent: dict[str, Any] | None = None  # the checkpoint that a cool-down branched off
     digests: dict[str, str] = {}
     environment: dict[str, Any] = {}
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None  # None in checkpoints from before it was kept
 
 
 def load_run_state(checkpoint: Path, identity: Identity) -> RunState:
@@ -100,17 +107,40 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path) -> None
     """
     saved, now = scrub(saved), scrub(now)  # a checkpoint is written without home directories
     pairs = {name: (saved[name], now[name]) for name in ("batch_tokens", "optimizer")}
-    for part in ("architecture", "data"):
-        names = sorted({*saved[part], *now[part]})
-        if part == "data" and saved[part].get("revision") is None:
+    for part in ("architecture", "data", "reduction"):
+        old, new = saved.get(part, {}), now.get(part, {})
+        names = sorted({*old, *new})
+        if part == "data" and old.get("revision") is None:
             names = [name for name in names if name != "source"]  # local files may lie elsewhere: their sha256 decides
-        pairs |= {f"{part}: {name}": (saved[part].get(name), now[part].get(name)) for name in names}
+        pairs |= {f"{part}: {name}": (old.get(name), new.get(name)) for name in names}
     changed = [f"{name} was {before} and is now {after}" for name, (before, after) in pairs.items() if before != after]
     if changed:
         raise InputError(
             f"cannot continue {checkpoint} with other settings: {'; '.join(changed)}. Set them back, or start a new "
             "--run_dir (with --init_from to begin from these weights)"
         )
+
+
+def cooled_down(config):
+    """The TrainConfig of a run that branches off `cooldown_from`: from its step on, linearly down to `min_lr`.
+
+    The parent run is only read. Raises: InputError where there is no checkpoint, or its learning rate was not stable.
+    """
+    checkpoint = find_checkpoint(config.cooldown_from)
+    if checkpoint is None:
+        raise InputError(f"cooldown_from={config.cooldown_from}: no checkpoint there")
+    step, run = read_state(checkpoint)["step"], find_run(checkpoint)
+    if run is not None and run.resolve() == config.run_dir.resolve():
+        raise InputError(f"cooldown_from={config.cooldown_from} lies in run_dir={config.run_dir}; name a new --run_dir")
+    options = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run is not None else {}
+    parent = {"schedule": "cosine", "cooldown_steps": None, **options}
+    end = stable_until(parent["max_steps"], parent["cooldown_steps"]) if run is not None else step
+    if run is not None and not (parent["schedule"] == "wsd" and parent["warmup_steps"] <= step <= end):
+        raise InputError(
+            f"{checkpoint} does not lie in the stable phase of a wsd schedule (it has {parent['schedule']}, steps "
+            f"{parent['warmup_steps']} to {end}); take another checkpoint, or train with --schedule wsd"
+        )
+    return replace(config, schedule="wsd", max_steps=step + config.cooldown_steps, resume=str(checkpoint))
 
 
 def find_resume(run_dir: Path, resume: str, *, fetch: Callable[[str, Path], Path], is_main: bool) -> Path | None:

@@ -1,13 +1,12 @@
 """How a run ends early: signals that ask for a checkpoint, and errors that say what to do."""
 
-import re
 import signal
 import sys
 
 import torch
 import torch.distributed as dist
 
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, sentence_for
 
 SECONDS_BETWEEN_LOOKS = 0.5  # at the signals, while there is no data
 
@@ -79,10 +78,12 @@ class StopSignal:
 
 
 def said_to_the_user(error: BaseException) -> InputError | None:
-    """The sentence for memory that ran out; None for any other error."""
-    told = isinstance(error, RuntimeError) and re.search("can't allocate memory|not enough memory", str(error))
-    if not told and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return None
+    """The sentence for an error that is the machine's and not ours, a full disk or memory that ran out; else None."""
+    sentence = sentence_for(error)
+    if isinstance(error, InputError) or sentence is None:
+        return sentence
+    if isinstance(error, OSError):
+        return InputError(f"the run stopped: {sentence}. Its checkpoints are whole: it goes on from the last one")
     return InputError(
         "the memory ran out; halve --micro_batch_size (the result stays the same), or add --gradient_checkpointing"
     )

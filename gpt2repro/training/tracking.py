@@ -6,6 +6,7 @@
 Owns the files named above. Knows no model, data or checkpoint, and no metric by name but `step`.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -59,7 +60,8 @@ class RunLog:
                 _say_dropped(name, error)
 
     def _open_metrics(self, last_step: int | None) -> None:
-        cut_metrics(self.run_dir / "metrics.jsonl", last_step)
+        for first, last in cut_metrics(self.run_dir / "metrics.jsonl", last_step):
+            print(f"warning: metrics.jsonl has lost the steps {first} to {last}", file=sys.stderr, flush=True)
         # Line-buffered: a killed process leaves every line it logged, and at worst one torn last line.
         self._metrics = open(self.run_dir / "metrics.jsonl", "a", buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
 
@@ -93,20 +95,27 @@ class RunLog:
         if self.is_main:
             self._send("checkpoint_link", step, scrub(path_or_url))
 
-    def status(
-        self, state: str, step: int, exit_code: int | None = None, message: str = "", *, from_any_rank: bool = False
-    ) -> None:
-        """Replace status.json, since launchers hide the exit code; only the main process does, or `from_any_rank`."""
-        if self.is_main or from_any_rank:
-            content = {"state": state, "step": step, "exit_code": exit_code, "message": scrub(message)}
-            write_json(self.run_dir / "status.json", content)
+    def status(self, state: str, step: int, exit_code: int | None = None, message: str = "") -> None:
+        """Replace status.json, since launchers hide the exit code."""
+        if self.is_main:
+            write_json(self.run_dir / "status.json", _status(state, step, exit_code, message))
+
+    def failed(self, step: int, exit_code: int, message: str) -> None:
+        """Replace status.json from any process that has failed, and also where the disk is full."""
+        content, path = _status("failed", step, exit_code, message), self.run_dir / "status.json"
+        with contextlib.suppress(OSError):
+            try:
+                write_json(path, content)
+            except OSError:  # no room for a second file: overwrite the first
+                path.write_text(json.dumps(content), encoding="utf-8")
 
     def close(self) -> None:
         """Finish the trackers; a second call does nothing."""
         if self.is_main and not self._metrics.closed:
             self._send("finish")
             self._trackers.clear()
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # every line was written when it was logged, or has ended the run
+                self._metrics.close()
 
     def _send(self, method: str, *arguments) -> None:
         """Call `method` of every tracker; a tracker that raises is named once and dropped, and training goes on."""
@@ -188,6 +197,10 @@ def _open_tracker(name: str, run_dir: Path, *, config: dict, project: str, run_i
         text = _code_block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         tracker.tracker.add_text("config", text, 0)
     return tracker
+
+
+def _status(state: str, step: int, exit_code: int | None, message: str) -> dict:
+    return {"state": state, "step": step, "exit_code": exit_code, "message": scrub(message)}
 
 
 def _code_block(text: str) -> str:
