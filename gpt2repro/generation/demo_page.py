@@ -33,7 +33,7 @@ SECONDS_UNHEARD = 3  # the text ends when its visitor has been gone for so long
 ALTERNATIVES = 5  # how many of the likeliest tokens a tooltip shows
 # (lowest probability, CSS class, label): an expected token stays plain, a surprising one is coloured.
 LIKELIHOODS = ((0.5, "p1", "≥ 50 %"), (0.2, "p2", "20–50 %"), (0.05, "p3", "5–20 %"), (0.01, "p4", "1–5 %"))
-UNLIKELY = ("p5", "< 1 %")
+LIKELIHOODS += ((0.0, "p5", "< 1 %"),)
 HINT = (
     '<span class="hint">The text appears here. Point at a word, tap it, or walk with Tab and the arrow keys, '
     "to see what else the model had in mind.</span>"
@@ -266,7 +266,7 @@ class Spans:
         """A span for `text` and all tokens without a span; "" without text."""
         if not text:
             return ""
-        colour = next((name for least, name, _ in LIKELIHOODS if self.probability >= least), UNLIKELY[0])
+        colour = next((name for least, name, _ in LIKELIHOODS if self.probability >= least), "p5")
         several = f"  ({self.tokens} tokens)" if self.tokens > 1 else ""
         tip = f"{visible(text)}  {percent(self.probability)}{several}\n\n{self.tip}"
         line_break = " break" if text.strip(" ") and not text.strip() else ""
@@ -306,8 +306,7 @@ def below(error: str = "", *, note: str = "", writing: bool = False) -> str:
 
     The style sheet shows the Stop button while `writing` is true.
     """
-    colours = [(name, label) for _, name, label in LIKELIHOODS] + [UNLIKELY]
-    chips = "".join(f'<span class="tok {name}">{label}</span>' for name, label in colours)
+    chips = "".join(f'<span class="tok {name}">{label}</span>' for _, name, label in LIKELIHOODS)
     alert = f'<div class="kind-error" role="alert">{html.escape(error)}</div>' if error else ""
     legend = f'<span class="legend">how likely: {chips}</span>'
     return f'<div class="below{" writing" * writing}">{alert}<span>{note}</span>{legend}</div>'

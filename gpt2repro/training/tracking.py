@@ -96,18 +96,17 @@ class RunLog:
             self._send("checkpoint_link", step, scrub(path_or_url))
 
     def status(self, state: str, step: int, exit_code: int | None = None, message: str = "") -> None:
-        """Replace status.json, for whoever only sees the launcher's exit code."""
-        if not self.is_main:
-            return
-        write_json(self.run_dir / "status.json", _status(state, step, exit_code, message))
+        """Replace status.json, since launchers hide the exit code."""
+        if self.is_main:
+            write_json(self.run_dir / "status.json", _status(state, step, exit_code, message))
 
     def failed(self, step: int, exit_code: int, message: str) -> None:
-        """The same by whichever process has failed, and also where the disk is full."""
+        """Replace status.json from any process that has failed, and also where the disk is full."""
         content, path = _status("failed", step, exit_code, message), self.run_dir / "status.json"
         with contextlib.suppress(OSError):
             try:
                 write_json(path, content)
-            except OSError:  # no room for a second file: take that of the first
+            except OSError:  # no room for a second file: overwrite the first
                 path.write_text(json.dumps(content), encoding="utf-8")
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""How every benchmark measures and what it writes down; knows no benchmark.
+"""How every benchmark measures and what its record holds; knows no benchmark.
 
     record = Record("tokenize", argv, options)
     times = record.compare({"ours": ours, "theirs": theirs}, units=tokens_per_call)

@@ -6,9 +6,9 @@
 
 Compared are ours, eager and compiled; transformers' `GPT2LMHeadModel` in an eager Accelerate loop; and a GPT-2 written
 by hand as build-nanogpt's is, eager and compiled, in its loop. All have the same weights, tokens, precision, fused
-AdamW and SDPA attention, and no dropout. Before any timing, every candidate's loss and gradients are held against
-transformers' eager fp32 model. Then `train_accelerate.py` itself runs as a process of its own: its tokens per second
-stand beside the bare step's, its way to the first step beside the time that its imports take.
+AdamW and SDPA attention, and no dropout. Before any timing, every candidate's loss and gradients are compared with
+those of transformers' eager fp32 model. Then `train_accelerate.py` runs as a process of its own: its tokens per second
+are compared with the bare step's, and its time to the first step with the time of its imports.
 """
 
 import statistics
@@ -42,9 +42,9 @@ OURS, OURS_COMPILED = "ours, eager", "ours, compiled"
 OURS_BF16_RESIDUAL = "ours, bf16 residual stream, compiled"  # an option of training, off by default
 TRANSFORMERS = "transformers GPT2LMHeadModel, eager Accelerate loop"
 BY_HAND, BY_HAND_COMPILED = "hand-written SDPA GPT-2, eager", "hand-written SDPA GPT-2, compiled"
-# In the order in which they are built: where time runs out, the last ones are missing.
+# In the order of building: where the time ends early, the last ones are missing.
 CANDIDATES = (OURS_COMPILED, BY_HAND_COMPILED, OURS_BF16_RESIDUAL, TRANSFORMERS, BY_HAND, OURS)
-# (ours, baseline): goals of the speed-up on a CPU and on a GPU. A compiled loop of the same arithmetic can be equalled.
+# (ours, baseline) -> goals of the speed-up on a CPU and on a GPU; a compiled loop of the same arithmetic is as fast.
 GOALS = {
     (OURS, TRANSFORMERS): (1.0, None),
     (OURS_COMPILED, TRANSFORMERS): (1.2, 2.0),
@@ -270,7 +270,7 @@ def guard(name: str, loss_of: Callable, model, expected: tuple[float, dict], x, 
 def measure_loop(record: Record, name: str, shape: dict, batch: int, seq_len: int, precision: str) -> dict:
     """Tokens per second of train_accelerate.py as its users start it, on shards of random tokens, from its own log.
 
-    Each run stands beside the bare step's mean just before and just after it: a machine's speed drifts.
+    Each run is compared with the bare step's mean just before and just after it, since a machine's speed drifts.
     """
     torch.compiler.reset()  # forget the compiled candidates, so that their memory can go back
     harness.free_memory()
