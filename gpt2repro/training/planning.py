@@ -33,7 +33,7 @@ STATE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}  # weights, gradients
 BLOCK_BYTES = {"fp64": 128, "fp32": 64, "bf16": 36, "fp16": 36}
 STREAM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}  # the residual stream, all that recomputation keeps
 # At the loss: logits, their fp32 copy and its log-softmax (2 + 4 + 4); fp32 needs no copy (4 + 4). Compiled, copy and
-# log-softmax are never written, which leaves the logits and their gradient (2 + 2). A block keeps 36 bytes in bf16 where
+# log-softmax are never written, which leaves the logits and their gradient (2 + 2). A block keeps 36 bytes in bf16 if
 # the whole model is compiled too, and 34 where each block is. The tests count both; Inductor's code for a GPU, read
 # without one, needs about 37 GiB for 64 x 1024 tokens of 124M.
 LOGIT_BYTES = {"fp64": 16, "fp32": 8, "bf16": 10, "fp16": 10}
