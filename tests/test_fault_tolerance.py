@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import loopback_hub as loopback_hub_module
 import pytest
 import tiny_run
 
@@ -273,6 +274,62 @@ def test_accelerate_launch_lets_a_signal_to_its_process_group_through(shards, tm
     finally:
         if status(tmp_path / "run")["state"] == "running":
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@posix_signals
+@pytest.mark.slow
+def test_a_signal_ends_a_run_that_waits_for_data_within_two_seconds(shards, tmp_path, loopback_hub, monkeypatch):
+    answer = loopback_hub_module._Handler._resolve
+
+    def silent(self, repo, revision, path):
+        if path.endswith(".jsonl") and (tmp_path / "run/status.json").exists():
+            time.sleep(60)
+        return answer(self, repo, revision, path)
+
+    monkeypatch.setattr(loopback_hub_module._Handler, "_resolve", silent)
+    text = b"".join(b'{"text": "the lazy dog, number %d"}\n' % number for number in range(3000))
+    loopback_hub.add_repo("user/text", "dataset")
+    loopback_hub.add_file("user/text", "train.jsonl", text, "dataset")
+    stream = {"data": "stream:user/text", "tokenizer": shards / "tokenizer", "val_data": shards}
+    flags = tiny_run.flags(shards, tmp_path / "run", **stream, cache_dir=tmp_path / "cache", **ENDLESS)
+    process = start(PLAIN, flags, env=loopback_hub.environment(tmp_path / "home"))
+    try:
+        while not (tmp_path / "run/status.json").exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        time.sleep(3)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 3, output
+        assert time.monotonic() - began < 4, "two seconds, and what a busy machine adds"
+    finally:
+        verify_resume.kill_all(process)
+    assert status(tmp_path / "run")["state"] == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_the_rank_that_fails_says_why_in_the_status(shards, tmp_path):
+    program = tmp_path / "fails.py"
+    program.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import train_accelerate\n"
+        "from gpt2repro.options import run_main\n"
+        "from gpt2repro.training import meter\n"
+        "add = meter.Meter.add\n"
+        "def fails(self, **numbers):\n"
+        "    if os.environ['RANK'] == '1' and numbers['step'] == 5:\n"
+        "        raise ArithmeticError('a cosmic ray')\n"
+        "    return add(self, **numbers)\n"
+        "meter.Meter.add = fails\n"
+        "sys.exit(run_main(train_accelerate.main))\n"
+    )
+    finished([*TORCHRUN[:-1], str(program)], tiny_run.flags(shards, tmp_path / "run", **ENDLESS), code=1, timeout=150)
+    said = status(tmp_path / "run")
+    assert (said["state"], said["exit_code"], said["step"]) == ("failed", 1, 5)
+    assert said["message"] == "rank 1: ArithmeticError: a cosmic ray"
 
 
 # --- a full disk

@@ -179,7 +179,7 @@ class Prefetch(Iterator):
         if hasattr(self._iterator, "cancel"):  # a stream may be waiting for a network that is down
             self._iterator.cancel()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=10)
+            self._thread.join(timeout=1)  # a daemon: one that hangs does not keep the program
 
 
 prefetch = Prefetch

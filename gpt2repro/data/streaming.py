@@ -33,10 +33,11 @@ import functools
 import hashlib
 import json
 import math
+import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ from gpt2repro.options import InputError
 
 STREAM_ORDER_VERSION = 1  # raise it when the same (source, seed, state) would give another window
 FEWEST_LANES = 64
+SECONDS_TO_END = 1.0  # how long threads are waited for that may hang in a request
 FEWEST_PARTS = 8  # a group feeds at least 8 lanes: with V = 512, only 64 groups are tokenised before the first batch
 GROUP_ORDER, ROW_ORDER = 1, 2  # the two uses of the seed
 
@@ -275,14 +277,34 @@ class _Units:
         self.unit = functools.lru_cache(maxsize=open_units)(self._unit)
         self._groups: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()  # tokens, ends of the documents
         self._pending: dict[int, Future] = {}
-        self._pool = ThreadPoolExecutor(stream.workers, thread_name_prefix="tokenise")
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()  # of (future, group), or None: no more
+        # Daemons, unlike an executor's: one may hang in a request that nobody answers while the program ends.
+        self._threads = [
+            threading.Thread(target=self._work, name="tokenise", daemon=True) for _ in range(stream.workers)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for future in self._pending.values():
+            future.cancel()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(SECONDS_TO_END / len(self._threads))
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            future, group = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._stream.cache.fetch(group, self._stop))
+                except BaseException as error:  # is raised where the result is asked for
+                    future.set_exception(error)
 
     def expect(self, units: list[int]) -> None:
         """Request the groups of these units, one per lane, and then those of each lane's next unit."""
@@ -307,7 +329,8 @@ class _Units:
 
     def _request(self, group: int) -> None:
         if group not in self._groups and group not in self._pending:
-            self._pending[group] = self._pool.submit(self._stream.cache.fetch, group, self._stop)
+            self._pending[group] = Future()
+            self._jobs.put((self._pending[group], group))
 
 
 def default_lanes(sequences: int) -> int:

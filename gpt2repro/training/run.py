@@ -63,6 +63,7 @@ class Run:
         self.plain_model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.uploader = None
         self.exit_code: int | None = None
+        self._hurried = False
         self._fetch, self._compiled = fetch, compiled
         self._at_exit = contextlib.ExitStack()
 
@@ -243,6 +244,7 @@ class Run:
         """
         config, state, done = self.config, self.state, self.state.step == self.config.max_steps
         if verdict is None and not done:
+            self._hurried = True
             self.save()
         elif verdict is None:
             self.writer.point("final", state.step)
@@ -289,7 +291,8 @@ class Run:
 
     def _written(self, checkpoint: Path) -> None:
         """Draw, upload and log a written checkpoint, in the thread that wrote it: the loop does not wait."""
-        self._draw()
+        if not self._hurried:  # by whoever sent a signal and may kill in a moment
+            self._draw()
         step, place = step_in_name(checkpoint), str(checkpoint)
         if self.uploader is not None:
             self.uploader.checkpoint(checkpoint)

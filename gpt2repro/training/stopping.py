@@ -83,7 +83,9 @@ def said_to_the_user(error: BaseException) -> InputError | None:
     if isinstance(error, InputError) or sentence is None:
         return sentence
     if isinstance(error, OSError):
-        return InputError(f"the run stopped: {sentence}. Its checkpoints are whole: it goes on from the last one")
+        return InputError(
+            f"the run stopped: {sentence}. Checkpoints are whole once they are saved: it goes on from the last one"
+        )
     return InputError(
         "the memory ran out; halve --micro_batch_size (the result stays the same), or add --gradient_checkpointing"
     )
