@@ -152,7 +152,8 @@ OPTION_CASES = [
     ["--val_tokens", 0], ["--milestone_steps", 0], ["--resume", "hub:"], ["--resume", "no/such/dir/anywhere"],
     ["--spike_z", 0], ["--spike_window", 1], ["--max_rewinds", -1], ["--loss_chunk_tokens", 0], ["--profile", 0],
     ["--data", "no/such/dir"], ["--data", ""], ["--data", "/dev/null"], ["--tokenizer", "./nowhere"],
-    ["--init_from", "no/such/model/dir"], ["--vocab_size", 5], ["--vocab_size", 0], ["--batch_tokens", 2**20],
+    ["--init_from", "no/such/model/dir"], ["--vocab_size", 5], ["--vocab_size", 10**12], ["--n_positions", 10**12],
+    ["--vocab_size", 0], ["--batch_tokens", 2**20],
     ["--n_layer", -3], ["--n_layer", "1e3"], ["--n_layer", "99999999999999999999999"], ["--seed", "x"],
     ["--precision", "fp8"], ["--optimizer", "sgd"], ["--trackers", "mlflow"],
     ["--bf16_residual", "--precision", "fp32"],
@@ -620,9 +621,25 @@ def test_a_place_where_no_run_can_be_is_named(place, shards, tmp_path):
     refused("train_accelerate", tiny_run.flags(shards, tmp_path / place, max_steps=1))
 
 
-def test_a_kernel_that_is_not_installed_is_said_to_be_missing(shards, tmp_path):
-    flags = [*tiny_run.flags(shards, tmp_path / "run"), "--attn_implementation", "flash_attention_2"]
-    assert "attn_implementation=flash_attention_2" in refused("train_accelerate", flags)
+@pytest.mark.parametrize(
+    "kernel, more", [("flash_attention_2", []), ("flex_attention", []), ("flex_attention", ["--attn_pdrop", "0.1"])]
+)
+def test_a_kernel_that_does_not_work_here_is_named(kernel, more, shards, tmp_path):
+    flags = [*tiny_run.flags(shards, tmp_path / "run"), "--attn_implementation", kernel, *more]
+    assert f"attn_implementation={kernel}" in refused("train_accelerate", flags)
+
+
+def test_a_rewind_without_a_checkpoint_says_so(shards, tmp_path):
+    bad = {"lr": 1e30, "min_lr": 1e30, "warmup_steps": 0, "grad_clip": "none", "on_bad_numbers": "rewind"}
+    code, said = call("train_accelerate", tiny_run.flags(shards, tmp_path / "run", **bad))
+    message = json.loads((tmp_path / "run/status.json").read_text())["message"]
+    assert code == 4 and "there is none to rewind to" in message and "--on_bad_numbers rewind" not in message
+    assert message in said
+
+
+def test_a_device_that_holds_no_numbers_is_refused(run_dir):
+    arguments = ["--model", run_dir, "--device", "meta", "--prompt", "x"]
+    assert "'meta' is not usable" in refused("gpt2repro.commands.generate", arguments)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
