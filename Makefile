@@ -6,6 +6,7 @@
 #   make test-all     also kill campaigns, browser and notebooks, under 40
 #   make test-oldest  the model pair on the oldest transformers that setup.cfg admits
 #   make test-gpu-image  the model pair, FSDP2 and a short run on the versions of a bare GPU image (5 GB: by hand)
+#   make conformance  CHECKPOINT=runs/quickstart in the programs that people use (3 GB; llama.cpp is built: minutes; by hand)
 #   make style        ruff: lint and format
 
 BASE_PYTHON ?= python3
@@ -17,7 +18,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # A test process holds about 1 GB, so not one per core on a big machine.
 PYTEST := $(PYTHON) -m pytest -n logical --maxprocesses 8 --timeout 600
 
-.PHONY: help install quickstart test test-all test-oldest test-gpu-image style
+.PHONY: help install quickstart test test-all test-oldest test-gpu-image conformance style
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -71,6 +72,27 @@ $(VENV)-gpu-image/installed: setup.cfg
 
 test-gpu-image: $(VENV)-gpu-image/installed
 	$(VENV)-gpu-image/bin/python -m pytest -q tests/test_modeling.py tests/test_fsdp2.py tests/test_train.py
+
+# One environment per group of programs whose requirements agree; the rows are collected in one file.
+CHECKPOINT ?= runs/quickstart
+CONFORMANCE_OUT ?= $(CHECKPOINT)/conformance.json
+LLAMA_CPP := $(VENV)-llama-cpp/llama_cpp_python
+$(VENV)-%/installed-conformance: setup.cfg
+	$(BASE_PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --editable '.[$(if $(filter llama-cpp,$*),gguf,$*)]'
+	touch $@
+
+# The converter comes with llama.cpp's sources only.
+$(LLAMA_CPP): $(VENV)-llama-cpp/installed-conformance
+	$(VENV)-llama-cpp/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest $(@D)/sdist llama-cpp-python
+	mkdir -p $@ && tar -xzf $(@D)/sdist/llama_cpp_python-*.tar.gz -C $@ --strip-components 1
+
+conformance: export PYTHONPATH := $(CURDIR)
+conformance: $(VENV)-conformance-all/installed-conformance $(VENV)-lighteval/installed-conformance $(LLAMA_CPP)
+	$(VENV)-lighteval/bin/python -m gpt2repro conformance $(CHECKPOINT) --out $(CONFORMANCE_OUT) --only lighteval
+	$(VENV)-llama-cpp/bin/python -m gpt2repro conformance $(CHECKPOINT) --out $(CONFORMANCE_OUT) --only llama.cpp \
+	  --converter $(LLAMA_CPP)/vendor/llama.cpp/convert_hf_to_gguf.py
+	$(VENV)-conformance-all/bin/python -m gpt2repro conformance $(CHECKPOINT) --out $(CONFORMANCE_OUT)
 
 style: $(VENV)/installed-test
 	$(PYTHON) -m ruff check .

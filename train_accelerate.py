@@ -44,6 +44,10 @@ from gpt2repro.options import (
     run_main,
 )  # fmt: skip
 
+CONFIGS = (
+    f"\nLauncher configs, also after pip install: {Path(__file__).resolve().with_name('accelerate_configs')}/*.yaml\n"
+)
+SCHEDULE = ("lr", "min_lr", "warmup_steps", "max_steps", "schedule", "cooldown_steps")
 LARGEST_MODEL = 10**12  # parameters: more is a typing mistake, and building it would fill the memory
 
 
@@ -145,6 +149,8 @@ class TrainConfig:
     "Hold the logits of at most this many tokens at a time, recomputing them in backward; none: all at once."
     bf16_residual: bool = False
     "Keep the residual stream in bf16 under bf16 autocast: faster, slightly less exact."
+    reduction: Literal["fast", "fixed"] = "fast"
+    "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes, see gpt2repro/training/reduction.py."
     deterministic: bool = False
     "Only deterministic kernels: bit-identical repeats on a GPU, slower."
     collective_timeout_minutes: Positive | None = None
@@ -216,18 +222,22 @@ class TrainConfig:
         sequences = self.micro_batch_size or 1  # none: the choice will divide the batch
         per_pass = sequences * self.seq_len * world
         nearest = max(1, round(self.batch_tokens / per_pass)) * per_pass
-        blocks = 12 * self.n_layer * self.n_embd**2
+        leaves = max(1, self.batch_tokens // (sequences * self.seq_len))
+        parameters = 12 * self.n_layer * self.n_embd**2 + ((self.vocab_size or 0) + self.n_positions) * self.n_embd
         fresh = self.init_from is None  # else the given model's sizes win
         checks = [
-            (
-                blocks > LARGEST_MODEL,
-                f"n_layer={self.n_layer}, n_embd={self.n_embd} would make {blocks:.2g} parameters",
-            ),
+            (parameters > LARGEST_MODEL, f"n_layer, n_embd, vocab_size, n_positions make {parameters:.2g} parameters"),
             (fresh and self.n_embd % self.n_head, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"),
             (
                 fresh and self.seq_len > self.n_positions,
                 f"seq_len={self.seq_len} is longer than n_positions={self.n_positions}",
             ),
+            (
+                self.reduction == "fixed" and (leaves & (leaves - 1) or world & (world - 1)),
+                f"reduction=fixed needs powers of two, not {leaves} micro-batches in the batch and {world} processes; "
+                "change batch_tokens or micro_batch_size",
+            ),
+            (self.reduction == "fixed" and self.micro_batch_size is None, "reduction=fixed needs micro_batch_size"),
             (self.cooldown_from is not None and self.cooldown_steps is None, "cooldown_from needs cooldown_steps"),
             (
                 self.schedule == "wsd" and (self.cooldown_steps or 0) > self.max_steps and self.cooldown_from is None,
@@ -250,16 +260,16 @@ class TrainConfig:
 
 def main(argv: list[str]) -> int:
     """Options, then the plan or the run."""
-    # OpenMP's threads turn in circles while they wait, which starves others on a busy CPU; if they sleep at once, they
-    # wake up late. The quickstart on two cores, alone and beside two busy processes: 10,400 and 2,300 tokens/s with
-    # OpenMP's default, 7,700 and 5,500 with none, 10,000 and 4,500 with a thousand turns. It is read with torch.
+    # OpenMP's threads spin while they wait, which slows others on a busy CPU; threads that sleep at once wake up late.
+    # The quickstart on two cores, alone and beside two busy processes: 10,400 and 2,300 tokens/s with OpenMP's default,
+    # 7,700 and 5,500 without spinning, 10,000 and 4,500 with 1000 turns. The import of torch reads the variable.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     is_first = int(os.environ.get("RANK", 0)) == 0
     try:
-        config = parse_options(TrainConfig, argv, prog="train_accelerate.py", description=__doc__)
+        config = parse_options(TrainConfig, argv, prog="train_accelerate.py", description=__doc__ + CONFIGS)
     except InputError:
-        if is_first:  # the other processes have nothing to add
+        if is_first:  # the other processes would print the same
             raise
         return 2
     if config.cooldown_from is not None:
@@ -286,6 +296,7 @@ def train(config: TrainConfig) -> int:
     from gpt2repro.training.meter import Meter, flops_per_token_of, peak_flops
     from gpt2repro.training.optim import build_optimizer
     from gpt2repro.training.profiling import profiling
+    from gpt2repro.training.reduction import FixedReduction
     from gpt2repro.training.run import Run
     from gpt2repro.training.schedules import learning_rate, set_learning_rate
     from gpt2repro.training.stopping import StopSignal
@@ -301,33 +312,27 @@ def train(config: TrainConfig) -> int:
     compiled = compile_model(model, config.compile, device.type, world, sharded=sharded)
     # The processes of one machine share Muon's work. Between machines the results may travel longer than they compute.
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
+    recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale")}
+    recipe |= {"name": config.optimizer, "betas": (config.beta1, config.beta2)}
     optimizer = build_optimizer(
         model,
-        name=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        muon_lr_scale=config.muon_lr_scale,
+        **recipe,
         processes=world if one_machine else 1,
-        compiled=compiled and device.type == "cuda",
+        compiled=compiled != "off" and device.type == "cuda",
     )
-
-    names = ("lr", "min_lr", "warmup_steps", "max_steps", "schedule", "cooldown_steps")
-    schedule = {name: getattr(config, name) for name in names}
+    schedule = {name: getattr(config, name) for name in SCHEDULE}
 
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
-    peak = peak * world if peak else None
-    meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, peak=peak)
-
+    meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
     model, optimizer = accelerator.prepare(model, optimizer)
+    fixed = FixedReduction(model) if config.reduction == "fixed" else None
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
     if config.bf16_residual:
         forward_options["residual_dtype"] = torch.bfloat16
 
     with (
-        Run(config, accelerator, model, optimizer, source, fetch=fetch_checkpoint) as run,
+        Run(config, accelerator, model, optimizer, source, compiled=compiled, fetch=fetch_checkpoint) as run,
         StopSignal(world) as stop,
         profiling(
             config.run_dir / "profile",
@@ -336,10 +341,8 @@ def train(config: TrainConfig) -> int:
         ) as profiler,
     ):
         if config.push_to_hub is not None and accelerator.is_main_process:
-            private = not config.hub_public
-            run.uploader = Uploader(
-                config.push_to_hub, run_dir=config.run_dir, private=private, comparable=load_for_comparison
-            )
+            where = {"run_dir": config.run_dir, "private": not config.hub_public}
+            run.uploader = Uploader(config.push_to_hub, **where, comparable=load_for_comparison)
         batches, verdict, failed, evaluated = run.batches(), None, False, {}
         model.train()
 
@@ -363,15 +366,20 @@ def train(config: TrainConfig) -> int:
                 break
             x, y, state.source = batch
             x, y = (part.to(device, non_blocking=device.type == "cuda") for part in (x, y))  # `prefetch` pinned them
-
-            # Dropout's masks depend on (seed, step, rank) alone, whatever evaluation or a restart drew in between.
+            # Dropout's masks depend on (seed, step, rank) alone, whatever evaluation or a restart drew in between; with
+            # a fixed reduction on the micro-batch's number in the global batch, whoever computes it.
             torch.manual_seed(step_seed(config.seed, state.step, rank))
+            divisor = x.numel() if fixed is None else config.batch_tokens
 
             # Gradients add up over micro-batches of (B, T). Only the last one lets DDP or FSDP exchange them.
             loss = torch.zeros((), device=device, dtype=torch.float64 if config.precision == "fp64" else None)
             for first in range(0, len(x), config.micro_batch_size):
                 rows = slice(first, first + config.micro_batch_size)
-                with contextlib.nullcontext() if rows.stop >= len(x) else accelerator.no_sync(model):
+                if fixed is not None:
+                    leaf = (rank * len(x) + first) // config.micro_batch_size
+                    torch.manual_seed(step_seed(config.seed, state.step, leaf))
+                exchanging = fixed is None and rows.stop >= len(x)
+                with contextlib.nullcontext() if exchanging else accelerator.no_sync(model):
                     # Only the loss leaves the graph: (B, T, V) logits in fp32 would be the largest tensor of the run.
                     # It is this rank's sum over the tokens of the whole step, so that micro-batches weigh alike; the
                     # average over the ranks is DDP's and FSDP's part.
@@ -380,11 +388,15 @@ def train(config: TrainConfig) -> int:
                         shift_labels=y[rows],
                         use_cache=False,
                         output_logits=False,
-                        num_items_in_batch=x.numel(),
+                        num_items_in_batch=divisor,
                         **forward_options,
                     ).loss
                     accelerator.backward(micro_loss)
                 loss += micro_loss.detach()  # stays on the device: no step waits for a number
+                if fixed is not None:
+                    fixed.keep(micro_loss)
+            if fixed is not None:
+                loss = fixed.finish()
 
             # Clip to one global norm. Without clipping the norm is still the best early sign of trouble.
             grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
@@ -403,7 +415,7 @@ def train(config: TrainConfig) -> int:
                 step=state.step, lr=lr, loss=loss, grad_norm=grad_norm, positions=[start, state.source["position"]]
             )
 
-            # Log. The numbers of many steps come from the device in one transfer; bad ones are met before any save.
+            # Log. The numbers of many steps come from the device in one transfer; bad ones are found before any save.
             is_last = state.step == config.max_steps
             saving = state.step % config.save_steps == 0 or is_last
             evaluating = state.step % config.eval_steps == 0 or saving  # unevaluated, it could not become `best`
@@ -424,8 +436,8 @@ def train(config: TrainConfig) -> int:
                 if saving:
                     run.save(evaluated.get("val_loss", math.inf))
 
-        # The end: of the run, or of this process' part in it. Steps that nobody has looked at yet are judged first; to
-        # rewind is left to the next start, which meets the bad steps again.
+        # The end of the run, or of this process' part in it. First the steps since the last reading are judged. A
+        # rewind is left to the next start, which makes the bad steps again.
         if not failed:
             verdict = run.record(meter.read())
             failed = verdict is not None and verdict.action == "stop"

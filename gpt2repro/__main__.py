@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "a web page to talk to a model",
     "bench": "measure this machine: train, data, tokenize, hellaswag, generate, checkpoint",
     "verify-resume": "kill and resume a run, and compare it with the uninterrupted one",
+    "conformance": "a checkpoint in the programs that people use: do they compute the same?",
     "perplexity": "sliding-window perplexity, or last-word accuracy, of a model on a text",
 }
 BENCHMARKS = {

@@ -1,6 +1,6 @@
 """One flat dataclass per program -> defaults < `--config` YAML < flags.
 
-Owns how options are written, read, checked and explained. Knows no field by name.
+Owns how options are written, read, checked and explained. Knows no program's fields.
 
     @dataclass
     class Options:
@@ -8,7 +8,7 @@ Owns how options are written, read, checked and explained. Knows no field by nam
         "What `--help` says about the field: a string literal right under it."
         runs: list[str] = field(default_factory=list, metadata={"positional": True})
         out: Path | None = field(default=None, metadata={"config": False})  # cannot stand in a YAML file
-        def problems(self) -> list[str]: ...                              # optional: what a type cannot say
+        def problems(self) -> list[str]: ...                              # optional: what types cannot check
 
     def main(argv: list[str]) -> int:
         options = parse_options(Options, argv, prog="gpt2repro plot", description=__doc__)
@@ -20,10 +20,13 @@ several values. `--batch-tokens` is read as `--batch_tokens`. Limits stand in th
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import itertools
+import re
 import sys
 import textwrap
 import types
@@ -39,6 +42,7 @@ PRESETS = Path(__file__).parent / "presets"
 # A run is a number of steps at a learning rate: an infinite or missing number is a typing mistake, "off" is none.
 VALIDATION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
+LARGEST_YAML_BYTES = 1 << 20  # ours have a few kB; /dev/zero never ends
 LARGEST_COUNT = 10**15  # steps, tokens, bytes: more is a typing mistake
 
 AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
@@ -52,11 +56,11 @@ T = TypeVar("T")
 
 
 class InputError(Exception):
-    """Bad input. The message is a sentence for the user; the process ends with exit code 2 and no traceback."""
+    """Bad input. The message is one sentence for the user; the process ends with exit code 2 and no traceback."""
 
 
 def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: str | None = None) -> T:
-    """Read `argv` (and the YAML file it names) into an instance of the dataclass `cls`.
+    """Read `argv`, and the YAML file that it names, into an instance of the dataclass `cls`.
 
     Raises: InputError naming every problem at once: unknown options, missing and mistyped values, `cls.problems()`.
     """
@@ -74,9 +78,7 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     problems += [f"unknown option {name}{_nearest(name, fields, '--')}" for name in strangers]
     if values and positional:
         given[positional] = values
-    elif (
-        values and not strangers
-    ):  # after an unknown option a lone word is most likely its value: one message is enough
+    elif values and not strangers:  # after an unknown option the word is most likely the option's value
         problems.append(f"unexpected argument {' '.join(map(repr, values))} (options are written --name value)")
 
     raw: dict[str, tuple[Any, str]] = {}  # field -> value as written, and where it was written
@@ -97,6 +99,8 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     wrong: set[str] = set()
     for name, (value, source) in raw.items():
         try:
+            if value == "" and not fields[name].metadata.get("may_be_empty"):  # such as an unset variable of a shell
+                raise ValueError("should not be empty")
             checked[name] = _convert(value, kinds[name])
         except ValueError as error:
             wrong.add(name)
@@ -108,7 +112,7 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     if not missing and not any(_default(fields[name]) is dataclasses.MISSING for name in wrong):
         options = cls(**checked)
         if hasattr(options, "problems"):
-            # A mistyped field stands at its default here, so what is said about that field would be about the default.
+            # A mistyped field has its default here, so a problem that names this field would be one of the default.
             problems += [text for text in options.problems() if not any(name in text for name in wrong)]
     if problems:
         many = f"{len(problems)} problems with the options:\n  - " if len(problems) > 1 else ""
@@ -117,25 +121,53 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved configuration as YAML that is itself a valid `--config`."""
+    """The resolved configuration as YAML, which is a valid `--config`."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata.get("config", True)}
     plain = {name: _plain(value) for name, value in values.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Call `main(argv)` and turn its outcome into an exit code: 2 for an `InputError`, 130 for Ctrl-C."""
+    """Call `main(argv)` and return an exit code: 2 for bad input and for faults of the machine, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # generated text must not end a program on a console that is not UTF-8
             stream.reconfigure(errors="replace")
     try:
-        return main(list(sys.argv[1:] if argv is None else argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        code = main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # a full disk behind it is met here and not while the interpreter ends
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+    except Exception as error:
+        sentence = sentence_for(error)
+        if sentence is None:
+            raise
+        with contextlib.suppress(OSError):  # stderr may be on the same full disk
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = None  # or the interpreter tries once more when it ends
+        return 2
+
+
+def sentence_for(error: BaseException) -> InputError | None:
+    """The message for bad input and for faults of files, disks and memory, as an InputError; None for other errors."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        what = f"{error.filename}: " if error.filename is not None else ""
+        return InputError(f"{what}{error.strerror}; {_ADVICE.get(error.errno, _ELSEWHERE)}")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+        return InputError("the memory ran out; take smaller batches, or a machine with more of it")
+    return None
+
+
+_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and start the same command again")
+_ELSEWHERE = "see to it, or name another place"
+# torch's allocators say it in these words; torch itself is not imported here
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 
 
 def preset_names() -> list[str]:
@@ -144,16 +176,16 @@ def preset_names() -> list[str]:
 
 
 def _presets_for(fields: dict) -> list[str]:
-    """The packaged presets that set nothing but `fields`: those made for this program."""
+    """The packaged presets for this program: they set nothing but `fields`."""
     contents = {name: yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")) for name in preset_names()}
     return [name for name, content in contents.items() if content.keys() <= fields.keys()]
 
 
-_NO_VALUE = object()  # a flag that stands alone although it takes a value
+_NO_VALUE = object()  # of a flag that needs a value and has none
 
 
 def _parser(cls, fields, kinds, positional, prog, description, explaining: bool) -> argparse.ArgumentParser:
-    """An argparse parser that only splits and explains; values stay text until pydantic has seen all of them."""
+    """An argparse parser that only splits and explains; values stay text, which pydantic converts afterwards."""
     words = f" {positional.upper()}…" if positional else ""
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -208,10 +240,13 @@ def _read_yaml(config: str) -> dict:
     if not path.is_file() and path.name == config and (PRESETS / f"{config}.yaml").is_file():
         path = PRESETS / f"{config}.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(LARGEST_YAML_BYTES + 1).decode("utf-8")
+        if len(text) > LARGEST_YAML_BYTES:
+            raise ValueError(f"it has more than {LARGEST_YAML_BYTES} bytes")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ValueError("anchors and aliases are not allowed, since a few of them can fill the memory")
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _StrictLoader)
     except FileNotFoundError:
         names = ", ".join(preset_names()) or "none"
         raise InputError(f"--config {config}: no such file, and the packaged presets are {names}") from None
@@ -225,6 +260,22 @@ def _read_yaml(config: str) -> dict:
     return content
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Reads YAML and refuses its surprises: a key that is given twice, 1:30:00 (5400 to YAML) and 010 (8)."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise ValueError(f"{twice} is given twice")
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node):
+        value = super().construct_scalar(node)
+        if node.tag.endswith((":int", ":float")) and re.search(r":|^[-+]?0\d", value):
+            raise ValueError(f"{value} is no plain number; write it out, or in quotes if it is text")
+        return value
+
+
 def _convert(value: Any, kind: Any) -> Any:
     """`value` as `kind`. Raises: ValueError saying what was expected."""
     if value is _NO_VALUE:
@@ -236,26 +287,22 @@ def _convert(value: Any, kind: Any) -> Any:
     try:
         return TypeAdapter(kind, config=VALIDATION).validate_python(value)
     except ValidationError as error:
-        said = [e["msg"].removeprefix("Input ").removeprefix("Value error, ") for e in error.errors(include_url=False)]
-        raise ValueError(" or ".join(dict.fromkeys(said))) from None
+        texts = [e["msg"].removeprefix("Input ").removeprefix("Value error, ") for e in error.errors(include_url=False)]
+        raise ValueError(" or ".join(dict.fromkeys(texts))) from None
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the string literal that stands under it, for `cls` and its bases."""
+    """Field name -> the string literal below the field, for `cls` and its bases."""
     docs: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
-        except (OSError, TypeError, SyntaxError):  # a built-in, or no source at hand: help without texts
+        except (OSError, TypeError, SyntaxError):  # a built-in class, or one without source: help has no texts
             continue
         for statement, below in itertools.pairwise(body):
             if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
                 continue
-            if (
-                isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-                and isinstance(below.value.value, str)
-            ):
+            if isinstance(below, ast.Expr) and isinstance(getattr(below.value, "value", None), str):
                 docs[statement.target.id] = " ".join(below.value.value.split())
     return docs
 
@@ -300,6 +347,6 @@ def _plain_text(value: Any) -> str:
 
 
 def _nearest(name: str, known: Any, prefix: str) -> str:
-    """`; did you mean --batch_tokens?`, where something is near enough."""
+    """`; did you mean --batch_tokens?`, or nothing if no known name is similar."""
     found = difflib.get_close_matches(name.lstrip("-").split("=")[0].replace("-", "_"), list(known), n=1)
     return f"; did you mean {prefix}{found[0]}?" if found else ""

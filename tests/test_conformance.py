@@ -4,6 +4,8 @@ What needs a package of its own carries the marker `extra`. The model by itself 
 test_native_export.py.
 """
 
+import json
+
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -19,6 +21,9 @@ from transformers.utils.generic import find_labels
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.data.tokenization import bpe_tokenizer
+from gpt2repro.publishing import conformance
+from gpt2repro.publishing.conformance import rows_of
+from gpt2repro.publishing.exports import export_native
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 TEXTS = [f"the {animal} sat on the mat and looked at the moon" for animal in ("cat", "dog", "owl", "cow", "ant", "fox")]
@@ -202,3 +207,78 @@ def test_peft_trains_merges_and_loads_an_adapter(model, tmp_path, targets, padde
         merged = again.merge_and_unload()
         assert type(merged) is GPT2ReproForCausalLM
         assert torch.allclose(merged(ids).logits, trained.logits, atol=1e-5)
+
+
+# --- `gpt2repro conformance`: the same and more programs, on one checkpoint, as a table
+
+
+@pytest.fixture
+def directory(model, tokenizer, tmp_path):
+    """A checkpoint's directory of the tiny model, with larger weights, so that logits differ visibly."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+IN_CI = ["transformers pipeline", "generate_batch", "Trainer", "TRL SFT", "TRL SFT, packed", "PEFT LoRA"]
+IN_CI += ["torch.export", "ONNX, onnxruntime", "CTranslate2"]
+
+
+@pytest.mark.extra
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_both_forms_compute_the_same_in_every_program_that_is_installed(directory):
+    for module in ("trl", "peft", "onnxscript", "ctranslate2"):
+        pytest.importorskip(module)
+    rows = list(rows_of(directory, IN_CI))
+    assert len(rows) == 2 * len(IN_CI)
+    wrong = [row for row in rows if row["state"] != "ok" and (row["consumer"], row["form"]) != ("CTranslate2", "own")]
+    assert wrong == []
+
+
+def test_a_form_that_computes_something_else_fails(model, directory, tmp_path, monkeypatch):
+    """The checkpoint is exchanged behind the reference's back: every number and every token must be looked at."""
+    export = conformance.exports.export_native
+
+    def other_weights_afterwards(source, target):
+        native = export(source, target)
+        with torch.no_grad():
+            model.transformer.wpe.weight.mul_(-1)
+        (source / "model.safetensors").unlink()  # a second name of the native form's file
+        model.save_pretrained(source)
+        return native
+
+    monkeypatch.setattr(conformance.exports, "export_native", other_weights_afterwards)
+    rows = {(row["consumer"], row["form"]): row for row in rows_of(directory, ["Trainer", "generate_batch"])}
+    assert [rows["Trainer", form]["state"] for form in ("own", "native")] == ["failed", "ok"]
+    assert "difference is above" in rows["Trainer", "own"]["detail"]
+    assert [rows["generate_batch", form]["tokens_equal"] for form in ("own", "native")] == [False, True]
+
+
+def test_rows_of_several_environments_are_collected_in_one_file(directory, run_program, tmp_path):
+    out = tmp_path / "conformance.json"
+    row = {"consumer": "lighteval", "version": "0.13.0", "form": "own", "state": "ok", "difference": 0.0}
+    row |= {"tokens_equal": True, "seconds": 1.0, "detail": ""}
+    out.write_text(json.dumps({"model": "model", "rows": [row]}))
+    command = ["-m", "gpt2repro", "conformance", directory, "--out", out, "--only"]
+    done = run_program([*command, "transformers pipeline", "llama.cpp"])
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    found = [(row["consumer"], row["form"], row["state"]) for row in rows]
+    pipelines = [("transformers pipeline", form, "ok") for form in ("own", "native")]
+    assert found[:3] == [*pipelines, ("lighteval", "own", "ok")]
+    assert found[3:] == [("llama.cpp", form, "skipped") for form in ("own", "native")]
+    assert done.stdout.count("transformers pipeline  ") == 2 and "2 ok, 0 failed, 2 skipped" in done.stdout
+    assert "unknown lama" in run_program([*command, "lama"]).stderr
+
+
+def test_the_files_say_what_vllm_sglang_and_mlx_read(directory):
+    """Those are not run here. Source: vLLM's "Transformers modeling backend", SGLang's "Transformers fallback"."""
+    config = json.loads((directory / "config.json").read_text())
+    assert "AutoModel" in config["auto_map"]  # vLLM loads the base model, without a head
+    assert GPT2ReproForCausalLM._supports_attention_backend
+    assert GPT2ReproForCausalLM.base_model_prefix == "transformer" and hasattr(GPT2ReproForCausalLM, "config_class")
+    native = json.loads((export_native(directory, directory.parent / "native") / "config.json").read_text())
+    assert native["model_type"] == "gpt2" and native["n_ctx"] == native["n_positions"]  # mlx-lm's gpt2 reads n_ctx

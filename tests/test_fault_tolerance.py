@@ -303,6 +303,24 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_it_goes_on_when_t
         os.system(f"umount -l {small}")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_disk_that_the_log_fills_ends_the_run_with_a_sentence_and_a_status(shards, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {small} 2>/dev/null"):
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        output = finished(PLAIN, tiny_run.flags(shards, small / "run", **ENDLESS), code=2)
+        assert "error: the run stopped: No space left on device; make room" in output and "Traceback" not in output
+        said = status(small / "run")
+        assert (said["state"], said["exit_code"]) == ("failed", 2) and "No space left" in said["message"]
+        for line in (small / "run/metrics.jsonl").read_text().splitlines()[:-1]:
+            json.loads(line)
+    finally:
+        os.system(f"umount -l {small}")
+
+
 # --- more than one node
 
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import pickle
 import random
 import shutil
@@ -151,7 +152,8 @@ OPTION_CASES = [
     ["--val_tokens", 0], ["--milestone_steps", 0], ["--resume", "hub:"], ["--resume", "no/such/dir/anywhere"],
     ["--spike_z", 0], ["--spike_window", 1], ["--max_rewinds", -1], ["--loss_chunk_tokens", 0], ["--profile", 0],
     ["--data", "no/such/dir"], ["--data", ""], ["--data", "/dev/null"], ["--tokenizer", "./nowhere"],
-    ["--init_from", "no/such/model/dir"], ["--vocab_size", 5], ["--vocab_size", 0], ["--batch_tokens", 2**20],
+    ["--init_from", "no/such/model/dir"], ["--vocab_size", 5], ["--vocab_size", 10**12], ["--n_positions", 10**12],
+    ["--vocab_size", 0], ["--batch_tokens", 2**20],
     ["--n_layer", -3], ["--n_layer", "1e3"], ["--n_layer", "99999999999999999999999"], ["--seed", "x"],
     ["--precision", "fp8"], ["--optimizer", "sgd"], ["--trackers", "mlflow"],
     ["--bf16_residual", "--precision", "fp32"],
@@ -596,6 +598,65 @@ def test_a_log_without_curves_is_refused(content, tmp_path):
 )
 def test_what_is_not_there_is_said_not_to_be_there(program, arguments):
     refused(program, arguments)
+
+
+WRONG_KINDS = [
+    ("samples", Path.touch), ("checkpoints", Path.touch), (".lock", Path.mkdir), ("config.yaml", Path.mkdir),
+    ("metrics.jsonl", Path.mkdir), ("status.json", Path.mkdir), ("loss.png", Path.mkdir), ("metrics.jsonl", os.mkfifo),
+    ("checkpoints/latest", Path.mkdir), ("checkpoints/best", Path.mkdir),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, make", WRONG_KINDS)
+def test_what_stands_in_the_way_of_a_run_is_named_before_it_begins(name, make, shards, tmp_path):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    make(path)
+    assert str(path) in refused("train_accelerate", tiny_run.flags(shards, tmp_path / "run", max_steps=1))
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "x" * 300, "/dev/null", "/proc/run"])
+def test_a_place_where_no_run_can_be_is_named(place, shards, tmp_path):
+    (tmp_path / "file").touch()
+    refused("train_accelerate", tiny_run.flags(shards, tmp_path / place, max_steps=1))
+
+
+@pytest.mark.parametrize(
+    "kernel, more", [("flash_attention_2", []), ("flex_attention", []), ("flex_attention", ["--attn_pdrop", "0.1"])]
+)
+def test_a_kernel_that_does_not_work_here_is_named(kernel, more, shards, tmp_path):
+    flags = [*tiny_run.flags(shards, tmp_path / "run"), "--attn_implementation", kernel, *more]
+    assert f"attn_implementation={kernel}" in refused("train_accelerate", flags)
+
+
+def test_a_rewind_without_a_checkpoint_says_so(shards, tmp_path):
+    bad = {"lr": 1e30, "min_lr": 1e30, "warmup_steps": 0, "grad_clip": "none", "on_bad_numbers": "rewind"}
+    code, said = call("train_accelerate", tiny_run.flags(shards, tmp_path / "run", **bad))
+    message = json.loads((tmp_path / "run/status.json").read_text())["message"]
+    assert code == 4 and "there is none to rewind to" in message and "--on_bad_numbers rewind" not in message
+    assert message in said
+
+
+def test_a_device_that_holds_no_numbers_is_refused(run_dir):
+    arguments = ["--model", run_dir, "--device", "meta", "--prompt", "x"]
+    assert "'meta' is not usable" in refused("gpt2repro.commands.generate", arguments)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("kind", ["ours", "another"])
+def test_a_models_directory_does_not_choose_the_attention_kernel(kind, key, run_dir, tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from gpt2repro.models import load_model
+
+    checkpoint = copied(run_dir, tmp_path)
+    if kind == "another":
+        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=64, **size)).save_pretrained(checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {key: "somebody/kernel"}))
+    model, _ = load_model(str(checkpoint), device="cpu", dtype=None)
+    assert model.config._attn_implementation == "sdpa"
 
 
 # --- real processes: the same through the doors that users take

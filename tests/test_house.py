@@ -32,10 +32,11 @@ MAIN = PACKAGE / "__main__.py"
 LIBRARY = sorted({*PACKAGE.rglob("*.py")} - {*COMMAND_FILES, MAIN})
 # What is imported under another name than it is installed under.
 INSTALLED_AS = {"yaml": "pyyaml", "lm_eval": "lm-eval", "PIL": "pillow", "llama_cpp": "llama-cpp-python"}
-# Needed without an import of ours: torch writes through tensorboard, Accelerate through trackio, llama.cpp's converter
-# through gguf;
+# Needed without an import of ours: transformers quantises with bitsandbytes, torch writes through tensorboard,
+# Accelerate through trackio, llama.cpp's converter through gguf;
 # make, pytest and nbclient run the rest.
 NOT_IMPORTED = {
+    "bitsandbytes",
     "gguf",
     "tensorboard",
     "trackio",

@@ -100,8 +100,13 @@ def run(tmp_path, model):
     return Run(tmp_path / "run", model)
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(our_hub, "FIRST_WAIT_SECONDS", 0.01)
+
+
 def uploader_of(run, **options) -> Uploader:
-    return Uploader(REPO, run_dir=run.dir, first_wait_seconds=0.01, **options)
+    return Uploader(REPO, run_dir=run.dir, **options)
 
 
 def test_each_checkpoint_becomes_a_revision_and_main_is_the_best(hub, run):

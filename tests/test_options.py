@@ -1,5 +1,9 @@
 """Options: defaults < YAML < flags, every problem in one message, and a configuration that reads back as itself."""
 
+import errno
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -187,3 +191,68 @@ def test_an_unknown_command_is_named_and_ends_with_exit_code_2(capsys):
     assert run_main(program.main, ["bench", "speed"]) == 2
     assert "gpt2repro bench: unknown command 'speed'" in capsys.readouterr().err
     assert run_main(program.main, []) == 2
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("steps: 1\nsteps: 2", "steps is given twice"),
+        ("steps: 1:30:00", "1:30:00 is no plain number"),
+        ("steps: 010", "010 is no plain number"),
+        ("lr: 1:30.5", "1:30.5 is no plain number"),
+    ],
+)
+def test_what_yaml_would_read_as_something_else_is_refused(line, said, tmp_path):
+    (tmp_path / "preset.yaml").write_text(line)
+    with pytest.raises(InputError, match=said):
+        parse_options(Numbers, ["--config", str(tmp_path / "preset.yaml")], prog="test")
+
+
+@dataclass
+class Numbers:
+    steps: int = 1
+    lr: float = 0.1
+    place: Path = Path("here")
+    text: str = field(default="x", metadata={"may_be_empty": True})
+
+
+def test_a_config_without_an_end_is_refused():
+    with pytest.raises(InputError, match="more than"):
+        parse_options(Numbers, ["--config", "/dev/zero"], prog="test")
+
+
+def test_an_empty_value_is_refused_where_it_can_mean_nothing():
+    with pytest.raises(InputError, match="--place: should not be empty"):
+        parse_options(Numbers, ["--place", "", "--text", ""], prog="test")
+    assert parse_options(Numbers, ["--text", ""], prog="test").text == ""
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device; make room"),
+        (NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "/dev/null/x"), "/dev/null/x: Not a directory"),
+        (MemoryError(), "the memory ran out"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "the memory"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_a_sentence(error, said, capsys):
+    def fails(argv):
+        raise error
+
+    assert run_main(fails, []) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_main(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")), [])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_behind_stdout_is_a_sentence(root):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "gpt2repro", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=root)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: No space left on device; make room and start the same command again"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 
@@ -112,3 +113,39 @@ def test_the_command_writes_the_picture_and_names_what_is_wrong(make_run, tmp_pa
     ):
         assert run_main(plot.main, arguments) == 2
         assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["$x_{$", "_first", "$a$ and $b^$"])
+def test_a_run_may_have_any_name(name, make_run, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    draw_runs([make_run(name)], tmp_path / "a.png")
+    legend = figures[0].axes[0].get_legend()
+    assert len(legend.get_texts()) == 2 and all(
+        text.get_text().startswith((name, f" {name}", name.replace("$", r"\$"))) for text in legend.get_texts()
+    )
+
+
+@pytest.mark.slow
+def test_a_million_lines_cost_seconds_and_little_memory(tmp_path):
+    import resource
+
+    record = {
+        "step": 1,
+        "loss": 3.1,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens_per_second": 5e4,
+        "step_seconds": 0.1,
+        "mfu": 0.4,
+    }
+    with (tmp_path / "metrics.jsonl").open("w") as out:
+        for step in range(1, 1_000_001):
+            out.write(json.dumps(record | {"step": step}) + "\n")
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    draw_runs([tmp_path], tmp_path / "a.png")
+    assert time.process_time() - began < 15
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB

@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+import tiny_run
 
 from gpt2repro.data.shards import MANIFEST, has_split, load_manifest, open_split, verify_dataset, write_shard
 from gpt2repro.files import write_json
@@ -174,6 +175,13 @@ def test_pickled_npy_is_never_loaded(tmp_path):
     np.save(tmp_path / "x_train_0.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match=r"can't be read as .npy"):
         open_split(tmp_path, "train")
+
+
+def test_our_own_data_without_its_manifest_is_not_taken_for_foreign_shards(tmp_path):
+    data = tiny_run.write_tiny_shards(tmp_path / "data")
+    (data / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"has no manifest\.json: it is not finished"):
+        open_split(data, "train")
 
 
 def test_mixed_foreign_formats_are_refused(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from gpt2repro.data import streaming, text, text_io
-from gpt2repro.data.sources import merge_states, open_source, prefetch, skip_ahead
+from gpt2repro.data.ordering import skip_ahead
+from gpt2repro.data.sources import merge_states, open_source, prefetch
 from gpt2repro.data.text import Reading, TextSource, resolve
 from gpt2repro.options import InputError
 

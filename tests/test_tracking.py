@@ -127,6 +127,14 @@ class Faulty:
         raise AssertionError("a dropped tracker is not called again")
 
 
+def test_a_failing_rank_leaves_its_message_without_home_directories(tmp_path):
+    log = run_log(tmp_path, is_main=False)
+    log.status("running", 1)
+    assert not (tmp_path / "status.json").exists()
+    log.failed(1, 1, "rank 1: no /home/me/data")
+    assert json.loads((tmp_path / "status.json").read_text())["message"] == "rank 1: no ~/data"
+
+
 def test_a_tracker_that_raises_is_named_once_and_training_goes_on(tmp_path, monkeypatch, capsys):
     opened = {"tensorboard": Faulty, "wandb": lambda: 1 / 0}
     monkeypatch.setattr(tracking, "_open_tracker", lambda name, *arguments, **named: opened[name]())
@@ -311,3 +319,29 @@ def test_links_from_the_writing_thread_do_not_disturb_the_log(tmp_path):
     thread.join()
     log.close()
     assert steps(tmp_path) == list(range(1, 51))
+
+
+def test_a_resume_says_which_steps_the_log_has_lost(tmp_path, capsys):
+    lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 3, 6, 7, 8)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    run_log(tmp_path, resume_step=9).close()
+    lost = [
+        line.removeprefix("warning: metrics.jsonl has lost the steps ") for line in capsys.readouterr().err.splitlines()
+    ]
+    assert lost == ["1 to 1", "4 to 5", "9 to 9"]
+    (tmp_path / "metrics.jsonl").unlink()
+    run_log(tmp_path, resume_step=3).close()
+    assert "has lost the steps 1 to 3" in capsys.readouterr().err
+    run_log(tmp_path, resume_step=None).close()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_long_log_is_read_thinly_with_all_its_evaluations(tmp_path):
+    with (tmp_path / "metrics.jsonl").open("w") as out:
+        for step in range(1, 10_001):
+            out.write(json.dumps({"step": step, "loss": 1 / step}) + "\n")
+            if step % 997 == 0:
+                out.write(json.dumps({"step": step, "val_loss": 2.0}) + "\n")
+    train, evaluations = read_metrics(tmp_path, at_most=100)
+    assert 90 <= len(train) <= 101 and train[0]["step"] == 1 and train[-1]["step"] > 9_800
+    assert [record["step"] for record in evaluations] == [997 * n for n in range(1, 11)]

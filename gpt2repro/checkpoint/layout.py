@@ -22,27 +22,22 @@ LONGEST_WAIT = timedelta(hours=6)  # for one process' slow work: 19 GB of the 15
 
 def list_steps(directory: str | Path) -> list[tuple[int, Path]]:
     """(step, path) of every step_N in a checkpoints directory, ascending."""
-    found = []
-    if Path(directory).is_dir():
-        for path in Path(directory).iterdir():
-            match = STEP_NAME.fullmatch(path.name)
-            if match and path.is_dir():
-                found.append((int(match[1]), path))
-    return sorted(found)
+    paths = Path(directory).iterdir() if Path(directory).is_dir() else ()
+    matches = ((STEP_NAME.fullmatch(path.name), path) for path in paths)
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
 
 
 def resolve_pointer(directory: str | Path, name: str) -> Path | None:
-    """The step_N that `latest`, `best` or `final` points to, if that exists."""
+    """The step_N that `latest`, `best` or `final` points to, or None if there is no such directory."""
     step = pointed_step(Path(directory), name)
-    if step is None or not step_path(Path(directory), step).is_dir():
-        return None
-    return step_path(Path(directory), step)
+    path = None if step is None else step_path(Path(directory), step)
+    return path if path and path.is_dir() else None
 
 
 def kept_steps(
     steps: list[int], keep_last: int | None, milestone_steps: int | None, *, pointed: set[int | None]
 ) -> set[int]:
-    """Which of the saved `steps` (ascending) stay: the newest `keep_last` (None: all), milestones, pointed ones."""
+    """Which of the saved `steps` (ascending) are kept: the newest `keep_last` (None: all), milestones, pointed ones."""
     if keep_last is None:
         return set(steps)
     milestones = {step for step in steps if milestone_steps and step % milestone_steps == 0}
@@ -60,10 +55,10 @@ def step_path(directory: Path, step: int) -> Path:
 
 
 def set_pointer(directory: Path, name: str, step: int) -> None:
-    """Replace the pointer in one rename, so that a reader sees the old one or the new one."""
+    """Replace the pointer by one rename, so that a reader sees either the old or the new one."""
     aside = directory / f".{name}.tmp-{secrets.token_hex(4)}"
     try:
-        if os.name == "nt":  # a rename there cannot replace a link to a directory
+        if os.name == "nt":  # on Windows a rename cannot replace a link to a directory
             raise OSError
         aside.symlink_to(step_path(directory, step).name, target_is_directory=True)
     except OSError:  # such as a filesystem without links
@@ -110,7 +105,7 @@ def from_all_ranks(value: Any = None) -> list:
 
 
 def from_rank_zero(call: Callable):
-    """`call()` made by rank 0 alone: its result on every rank. Raises: its InputError, on every rank."""
+    """Rank 0 alone makes `call()`; every rank returns its result. Raises: the call's InputError, on every rank."""
     answer: list = [None, None]
     if rank_and_world()[0] == 0:
         try:

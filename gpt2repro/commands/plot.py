@@ -30,5 +30,5 @@ def main(argv: list[str]) -> int:
     try:
         print(draw_runs(list(dict.fromkeys(options.runs)), options.out))
     except OSError as error:
-        raise InputError(f"cannot write {options.out}: {error.strerror}") from None
+        raise InputError(f"cannot write {options.out}: {error.strerror}; choose another --out") from None
     return 0

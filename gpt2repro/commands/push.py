@@ -11,15 +11,15 @@ Each checkpoint of a run becomes a branch `step-N`; the newest one keeps the opt
 from __future__ import annotations
 
 import re
+from configparser import ConfigParser
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import requires, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
 
 from gpt2repro.models import load_for_comparison
-from gpt2repro.options import InputError, parse_options
+from gpt2repro.options import InputError, NotNegativeNumber, Positive, parse_options
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -31,23 +31,23 @@ class Options:
     repo: str
     "USER/NAME of the repository; created where it is missing."
     native: bool = False
-    "Also publish the same weights as a plain gpt2, branch `native`, after comparing its logits with the model's."
+    "Also publish the same weights as a plain gpt2, branch `native`, after a comparison of its logits with the model's."
     space: bool = False
     "Also publish a Space of the same name that shows `gpt2repro demo`."
     public: bool = False
-    "Let everybody see it; only decides about repositories that this call creates."
+    "Let everybody see the repositories that this call creates; those that exist stay as they are."
     revision: str | None = None
     "Publish one model (of a run: the best) as this branch, and nothing else; none: see above."
     license: str = "mit"
     "Licence of the weights, as the Hub spells it."
     language: str | None = None
     "Language of the text as the Hub spells it (en), for the card; none: en where the corpus is known to be English."
-    cost_dollars: Annotated[float, Field(ge=0)] | None = None
+    cost_dollars: NotNegativeNumber | None = None
     "What the training cost, for the card."
-    co2_kg: Annotated[float, Field(ge=0)] | None = None
+    co2_kg: NotNegativeNumber | None = None
     "CO2 equivalents of the training in kg, for the card."
-    timeout_minutes: Annotated[float, Field(gt=0)] = 120
-    "Give up after so long; what has arrived stays, and the same command sends the rest."
+    timeout_minutes: Positive = 120
+    "Give up after so many minutes; the same command then sends what has not arrived."
 
 
 def main(argv: list[str]) -> int:
@@ -68,15 +68,13 @@ def main(argv: list[str]) -> int:
         print(f"{api.endpoint}/{options.repo} ({', '.join(revisions)})")
         if options.space:
             send_space(options)
-    except InputError:
-        raise
     except Exception as error:
         raise InputError(hub.explain(error, options.repo)) from None
     return 0
 
 
 def send_run(run_dir: Path, options: Options, card: dict) -> list[str]:
-    """Every checkpoint of a run, by the same code that sends them during training. Returns the revisions."""
+    """Publish every checkpoint of a run as training does. Returns the revisions."""
     from gpt2repro.checkpoint.layout import list_steps
     from gpt2repro.publishing.hub import Uploader
 
@@ -91,7 +89,7 @@ def send_run(run_dir: Path, options: Options, card: dict) -> list[str]:
 
 
 def send_one(api, model: Path, run_dir: Path | None, options: Options, card: dict) -> list[str]:
-    """One directory as one revision. Its native twin goes first: where the two do not agree, nothing is sent."""
+    """Publish one directory as one revision. The native twin goes first: if it does not agree, nothing is sent."""
     from gpt2repro.publishing import hub
     from gpt2repro.publishing.model_card import card_files
 
@@ -108,7 +106,7 @@ def send_one(api, model: Path, run_dir: Path | None, options: Options, card: dic
 
 
 def send_space(options: Options) -> None:
-    """The demo as a Space of the model's name."""
+    """Publish the demo as a Space of the model's name."""
     from gpt2repro.publishing import hub
 
     api = hub.open_repo(options.repo, private=not options.public, kind="space", space_sdk="gradio")
@@ -119,7 +117,7 @@ def send_space(options: Options) -> None:
 
 
 def space_files(repo: str) -> dict[str, bytes | Path]:
-    """A Gradio Space that runs this very demo: the package itself travels along, the model comes from `repo`."""
+    """The files of a Gradio Space that runs this demo: the package is among them, and the page loads `repo`."""
     from huggingface_hub import SpaceCardData
 
     files: dict[str, bytes | Path] = {
@@ -129,9 +127,9 @@ def space_files(repo: str) -> dict[str, bytes | Path]:
     }
     for name in ("configuration_gpt2repro", "modeling_gpt2repro"):
         files[f"{name}.py"] = Path(__import__(name).__file__)
-    front = SpaceCardData(
-        title=repo.split("/")[-1], sdk="gradio", sdk_version=gradio_version(), app_file="app.py", models=[repo]
-    )
+    # The version that the page was tried with here, else the oldest that it is written for.
+    gradio = version("gradio") if find_spec("gradio") else "6.0.0"
+    front = SpaceCardData(title=repo.split("/")[-1], sdk="gradio", sdk_version=gradio, app_file="app.py", models=[repo])
     link = f"[{repo}](https://huggingface.co/{repo})"
     text = f"---\n{front.to_yaml()}\n---\n\nA page to talk to {link}, made by `gpt2repro push --space`.\n"
     files["README.md"] = text.encode()
@@ -141,26 +139,13 @@ def space_files(repo: str) -> dict[str, bytes | Path]:
 
 
 def space_requirements() -> list[str]:
-    """The requirements of the page with the bounds of setup.cfg, or of the installed package."""
-    from configparser import ConfigParser
-    from importlib.metadata import requires
-
+    """The page's requirements, with the bounds of setup.cfg or, without a checkout, of the installed package."""
     checkout = ConfigParser()
     if checkout.read(PACKAGE.parent / "setup.cfg", encoding="utf-8"):
         lines = checkout["options"]["install_requires"].splitlines()
     else:
         lines = [line for line in requires("gpt2repro") or [] if "extra ==" not in line]
     return [line for line in lines if re.split(r"[^\w-]", line)[0] in SPACE_IMPORTS]
-
-
-def gradio_version() -> str:
-    """The version that the page was tried with here, else the oldest that it is written for."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("gradio")
-    except PackageNotFoundError:
-        return "6.0.0"
 
 
 SPACE_APP = '''"""Started by the Space: the page of `gpt2repro demo` with one model."""

@@ -1,7 +1,7 @@
 """Which window comes at which position: a seeded permutation that is computed, never stored, and ranges to leave out.
 
-Owns integers only. Knows no files, no tokens, no ranks; nothing here touches numpy's or torch's random generators, so
-an order written down today is the same in every later version of either.
+Owns integers only. Knows no files, no tokens, no ranks. Uses neither numpy's nor torch's random generators, so the
+order stays the same in every later version of numpy and torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 FEISTEL_ROUNDS = 8
-SMALLEST_DOMAIN_BITS = 6  # below that a Feistel network reaches only few of the n! orders; cycle walking does the rest
+SMALLEST_DOMAIN_BITS = 6  # a smaller Feistel network reaches only few of the n! orders
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014
 MASK_64 = (1 << 64) - 1
@@ -18,14 +18,10 @@ MASK_64 = (1 << 64) - 1
 def mix64(value):
     """The 64-bit finaliser of splitmix64, a bijection that flips every output bit with probability 1/2.
 
-    Takes a Python int (mixed modulo 2^64) or an array of uint64 (which wraps by itself).
+    Takes a Python int or an array of uint64, and computes modulo 2^64.
     Source: variant 13 of https://zimbry.blogspot.com/2011/09/better-bit-mixing-improving-on.html (David Stafford).
     """
-    if isinstance(value, np.ndarray):
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return value ^ (value >> np.uint64(31))
-    value &= MASK_64
+    value = value & MASK_64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK_64
     return value ^ (value >> 31)
@@ -54,30 +50,21 @@ class Permutation:
         self.n = n
         self._constants = [low_bits, (1 << low_bits) - 1, (1 << high_bits) - 1]
         self._constants += [derive_seed(seed, n, number) for number in range(FEISTEL_ROUNDS)]
-        self._array_constants = [np.uint64(constant) for constant in self._constants]
 
     def __call__(self, index):
         """The image of an int (as an int) or of an array of ints (as an int64 array of the same shape)."""
         if not isinstance(index, np.ndarray):
-            return self._image_of(int(index))
+            return int(self(np.array([index]))[0])
         if index.size and not 0 <= int(index.min()) <= int(index.max()) < self.n:
             raise IndexError(f"indices {index.min()} to {index.max()} are not all in range({self.n})")
-        values = _network(index.astype(np.uint64), *self._array_constants)
+        values = _network(index.astype(np.uint64), *self._constants)
         while (outside := values >= self.n).any():
-            values[outside] = _network(values[outside], *self._array_constants)
+            values[outside] = _network(values[outside], *self._constants)
         return values.astype(np.int64)
 
-    def _image_of(self, index: int) -> int:
-        if not 0 <= index < self.n:
-            raise IndexError(f"index {index} is outside range({self.n})")
-        value = _network(index, *self._constants)
-        while value >= self.n:
-            value = _network(value, *self._constants)
-        return value
 
-
-def _network(values, low_bits, low_mask, high_mask, *round_keys):
-    """One pass of the Feistel network, over an int or an array of uint64."""
+def _network(values: np.ndarray, low_bits: int, low_mask: int, high_mask: int, *round_keys: int) -> np.ndarray:
+    """One pass of the Feistel network, over an array of uint64."""
     low, high = values & low_mask, values >> low_bits
     for even, odd in zip(round_keys[::2], round_keys[1::2], strict=True):
         low = low ^ (mix64(high ^ even) & low_mask)
@@ -86,9 +73,9 @@ def _network(values, low_bits, low_mask, high_mask, *round_keys):
 
 
 def skip_ahead(state: dict, start: int, stop: int) -> dict:
-    """The state with positions [start, stop) left out on purpose, now and on every later resume.
+    """The state with positions [start, stop) left out on purpose, now and after every resume.
 
-    Ranges are kept sorted and merged. A range behind `state["position"]` changes nothing but the record.
+    The ranges are kept sorted and merged. A range before `state["position"]` is recorded and has no other effect.
     """
     if not 0 <= start < stop:
         raise ValueError(f"cannot skip positions [{start}, {stop}): expected 0 <= start < stop")
@@ -104,16 +91,12 @@ def skip_ahead(state: dict, start: int, stop: int) -> dict:
 def next_positions(position: int, skipped: list[list[int]], count: int) -> np.ndarray:
     """The first `count` positions at or after `position` that lie in no skipped range, ascending, int64.
 
-    This is the whole rule of alignment: a batch that meets a skipped range continues behind it. So no batch is ever
-    short and no skipped window is ever seen, whether or not the range begins at a batch's border.
+    This is the whole rule of alignment: a batch that meets a skipped range continues after it. So every batch is full
+    and no skipped window is seen, even if the range begins in the middle of a batch.
     """
     pieces, missing = [], count
-    for start, stop in [*skipped, [None, None]]:
-        if start is None or start > position:
-            free = missing if start is None else min(missing, start - position)
-            pieces.append(np.arange(position, position + free, dtype=np.int64))
-            missing -= free
-            if not missing:
-                break
-        position = max(position, stop)
+    for start, stop in [*skipped, [2**62, 2**62]]:  # the last range lies after all positions
+        free = max(0, min(missing, start - position))
+        pieces.append(np.arange(position, position + free, dtype=np.int64))
+        position, missing = max(position, stop), missing - free
     return np.concatenate(pieces)

@@ -3,7 +3,7 @@
 A data set is a directory:
 
     train_000000.bin, val_000000.bin, …   256 int32 of header (llm.c's: magic, version, token count), then the tokens
-    manifest.json                         what is in it, with a sha256 per shard; written last: where it is, all is
+    manifest.json                         the shards with their sha256; written last, so its data set is complete
     tokenizer/                            the tokenizer that made the tokens (`AutoTokenizer.from_pretrained` loads it)
 
 Tokens are `uint16`, or `uint32` where the vocabulary has more than 65,536 entries. Shards of nanoGPT
@@ -17,12 +17,12 @@ This module knows nothing of text, tokenizers or batches; it never writes anythi
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import tempfile
 import threading
 from bisect import bisect_right
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,10 +48,10 @@ GPT2_VOCAB_SIZE, GPT2_EOT_ID = 50257, 50256
 
 CHECKED = ".sha256.json"  # what was hashed before: name -> size, times, inode and sha256
 HASHING_THREADS, BAR_FROM_BYTES = 8, 2**31
-READ_BYTES = 2**24  # at once
-OPEN_FILES = 128  # of one split; a corpus of 10^12 tokens has 10,000 shards
+READ_BYTES = 2**24  # of one call, at most
+OPEN_FILES = 128  # of one split, at most; a corpus of 10^12 tokens has 10,000 shards
 
-# Tokens per split that are looked at when it is opened (about 0.1 s); what is read later is checked as it is read.
+# Tokens of a split that are checked when it is opened (about 0.1 s); `read` checks all the tokens that it returns.
 CHECKED_TOKENS = 2**26
 
 
@@ -61,10 +61,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes one shard piece by piece; it appears under its name, whole and on the disk, at `close()`.
+    """Writes one shard piece by piece; the file appears under its name at `close()`, complete and on the disk.
 
-    A file made by `np.memmap(mode="w+")` and interrupted is full-sized, full of zeros and loads without complaint. Here
-    the tokens go into `NAME.tmp-<random>`, and only a synced file is renamed.
+    It is a context manager: leaving the block without `close()` deletes what was written.
+
+    Tokens go into `NAME.tmp-<random>`, which is synced and then renamed. (An interrupted `np.memmap(mode="w+")` would
+    leave a file of full size, full of zeros, that loads without complaint.)
     """
 
     def __init__(self, path: str | Path, vocab_size: int):
@@ -76,9 +78,9 @@ class ShardWriter:
             self._file.write(bytes(HEADER_BYTES))
 
     def append(self, tokens: np.ndarray, documents: int = 0, text_bytes: int = 0) -> None:
-        """Add a 1-D array of ids, and to the record how much text it is.
+        """Add a 1-D array of ids; `documents` and `text_bytes` say how much text they are, and are summed.
 
-        Raises: InputError for ids outside the vocabulary, beyond 2^31 - 1 tokens and where the disk is full.
+        Raises: InputError for an id outside the vocabulary, for more than 2^31 - 1 tokens, and for a full disk.
         """
         if len(tokens) and (tokens.max() >= self.vocab_size or tokens.min() < 0):
             raise InputError(
@@ -106,9 +108,12 @@ class ShardWriter:
         record = {"file": self.path.name, "tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
         return {**record, "sha256": digest}
 
-    def abandon(self) -> None:
-        """Throw the unfinished shard away."""
-        with contextlib.suppress(OSError):  # what was not yet written does not fit on the disk
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Delete the shard unless it was finished."""
+        with contextlib.suppress(OSError):  # close() writes the rest of the buffer, which may not fit on the disk
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -125,13 +130,9 @@ class ShardWriter:
 
 def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> dict:
     """Write `tokens` (1-D, ids below `vocab_size`) as one shard, atomically. Returns `ShardWriter.close()`'s record."""
-    writer = ShardWriter(path, vocab_size)
-    try:
+    with ShardWriter(path, vocab_size) as writer:
         writer.append(np.asarray(tokens))
         return writer.close()
-    except InputError:
-        writer.abandon()
-        raise
 
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**62)]
@@ -186,7 +187,7 @@ class _Content(BaseModel):
 
 
 class Manifest(dict):
-    """The content of `manifest.json`, and `sha256`: the one number that names the data set."""
+    """The content of `manifest.json`; `sha256`, the hash of the file, names the data set."""
 
     sha256: str
 
@@ -196,20 +197,15 @@ class Manifest(dict):
 
 
 def load_manifest(directory: str | Path) -> Manifest:
-    """Read `DIR/manifest.json`. Raises: InputError where it is missing, damaged or of another format version."""
+    """Read `DIR/manifest.json`.
+
+    Raises: InputError for a manifest that is missing, damaged or of another format version.
+    """
     path = Path(directory) / MANIFEST
-    try:
-        if not path.is_file() or path.stat().st_size > files.LARGEST_JSON_BYTES:
-            raise OSError
-        raw = path.read_bytes()
-    except OSError:
-        raise InputError(f"{path} does not exist or can't be read: {directory} is no finished data set") from None
-    try:
-        manifest = Manifest(json.loads(raw))
-        known = manifest["format"] == FORMAT
-    except (ValueError, TypeError, KeyError, RecursionError):
-        known = False
-    if not known:
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} does not exist or can't be read: {directory} is no finished data set")
+    manifest = Manifest(files.read_json_if_whole(path) or {})
+    if manifest.get("format") != FORMAT:
         raise InputError(f"{path} is damaged or not a {FORMAT} manifest; prepare the data again")
     if manifest.get("version") != VERSION:
         raise InputError(
@@ -221,16 +217,16 @@ def load_manifest(directory: str | Path) -> Manifest:
         first = error.errors(include_url=False)[0]
         problem = f"{'.'.join(map(str, first['loc']))[:80]}: {first['msg'].removeprefix('Value error, ')}"
         raise InputError(f"{path} is damaged: {problem}; prepare the data again") from None
-    manifest.sha256 = hashlib.sha256(raw).hexdigest()
+    manifest.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return manifest
 
 
 class TokenSplit:
-    """The shards of one split as one long array of tokens.
+    """The shards of one split as one long array of tokens, in O(1) memory.
 
-    `tokens`, `documents`, `bytes` (UTF-8 bytes of the text) are its size; the last two are None for foreign shards.
-    `sha256` names the whole data set. Memory stays O(1). The files are read, not mapped: a mapped file that is cut
-    kills the process (SIGBUS) without a word.
+    `tokens`, `documents` and `bytes` (of the text, in UTF-8) are its size; foreign shards know only the first.
+    `sha256` names the whole data set. The files are read, not mapped: if a mapped file is cut, the process is killed
+    (SIGBUS) without a message.
     """
 
     def __init__(
@@ -248,7 +244,7 @@ class TokenSplit:
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) as a new array, across shard borders.
 
-        Raises: InputError for a file that became shorter or unreadable, and for an id outside the vocabulary.
+        Raises: InputError for a file that has become shorter or unreadable, and for an id outside the vocabulary.
         """
         if not 0 <= start <= start + count <= self.tokens:
             raise IndexError(f"tokens [{start}, {start + count}) lie outside the {self.name} split of {self.tokens}")
@@ -301,8 +297,10 @@ class TokenSplit:
 def open_split(directory: str | Path, split: str) -> TokenSplit:
     """Open "train" or "val" of a data set made here or by nanoGPT, build-nanogpt or llm.c.
 
-    Raises: InputError, before anything is trained on it, for a missing directory or split, a file of the wrong size or
-    with the wrong header, and ids outside the vocabulary. `verify_dataset` is the slow, complete check.
+    This check is quick; `verify_dataset` is the complete one.
+
+    Raises: InputError for a missing directory or split, a file of the wrong size or with the wrong header, and an id
+    outside the vocabulary.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -313,9 +311,10 @@ def open_split(directory: str | Path, split: str) -> TokenSplit:
         )
     if (directory / MANIFEST).exists():
         return _open_own(directory, split)
-    if (directory / "plan.json").exists():
+    if (directory / "plan.json").exists() or (directory / TOKENIZER).exists():  # ours, not somebody's bare shards
         raise InputError(
-            f"{directory} is not finished; run the command that prepares it again, it continues where it was"
+            f"{directory} has no {MANIFEST}: it is not finished; run the command that prepares it again, it continues "
+            "where it was"
         )
     return _open_foreign(directory, split)
 
@@ -329,7 +328,7 @@ def has_split(directory: str | Path, split: str) -> bool:
 
 
 def how_to_prepare(directory: Path) -> str:
-    """The command that makes the data set which a directory, such as a preset's `data`, is named after."""
+    """The command that prepares the data set of this directory, guessed from the directory's name."""
     name = directory.name.lower()
     size = re.search(r"(100|350)b$", name)  # of tokens; the default is sample-10BT
     subset = f" --subset sample-{size[1]}BT" if size else ""
@@ -346,9 +345,11 @@ def how_to_prepare(directory: Path) -> str:
 
 
 def verify_dataset(directory: str | Path, *, remember: bool = False) -> Manifest:
-    """Compare every byte of the shards with the manifest. Raises: InputError naming the first bad file.
+    """Compare every byte of the shards with the manifest.
 
-    remember: don't read again what was read before and has not changed since.
+    remember: as in `digests_of`.
+
+    Raises: InputError naming the first bad file.
     """
     directory, manifest = Path(directory), load_manifest(directory)
     expected = manifest.digests()
@@ -362,18 +363,17 @@ def verify_dataset(directory: str | Path, *, remember: bool = False) -> Manifest
 
 
 def digests_of(directory: Path, names: list[str], *, remember: bool = True) -> dict[str, str]:
-    """File name -> sha256 of files in a directory, hashed by several threads; a bar shows where it takes long.
+    """File name -> sha256 of files in a directory, hashed by several threads; long work shows a bar.
 
-    remember: keep what was found, with size, times and inode, in `.sha256.json` beside the files, or below HF_HOME
-        where nothing can be written there, and hash nothing twice; of several processes one does it.
+    remember: keep each hash with the file's size, times and inode in `.sha256.json` beside the files (below HF_HOME
+        if that directory is read-only). A file is hashed again only after a change; of several processes, one hashes
+        and the others wait.
     """
     from filelock import FileLock
     from huggingface_hub.constants import HF_HOME
     from tqdm import tqdm
 
-    for path in (directory / name for name in names):
-        if not path.is_file():
-            raise InputError(f"{path} is missing, though manifest.json lists it; prepare or download the data again")
+    _refuse_missing(directory / name for name in names)
     key = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
     at_home = not os.access(directory, os.W_OK)
     place = Path(HF_HOME) / "gpt2repro" / "sha256" / f"{key}.json" if at_home else directory / CHECKED
@@ -381,16 +381,16 @@ def digests_of(directory: Path, names: list[str], *, remember: bool = True) -> d
     lock = FileLock(Path(tempfile.gettempdir()) / f"gpt2repro-{user}-{key}.lock")
     with lock if remember else contextlib.nullcontext():
         known = (files.read_json_if_whole(place) if remember else None) or {}
-        facts = {}
-        for name in names:
-            now = (directory / name).stat()
-            facts[name] = [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino]
+        stats = {name: (directory / name).stat() for name in names}
+        facts = {name: [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino] for name, now in stats.items()}
         found = {name: known[name][-1] for name in names if list(known.get(name, ()))[:-1] == facts[name]}
         new = [name for name in names if name not in found]
         total = sum(facts[name][0] for name in new)
         with (
             ThreadPoolExecutor(HASHING_THREADS) as pool,
-            tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=total < BAR_FROM_BYTES) as bar,
+            tqdm(
+                total=total, unit="B", unit_scale=True, desc="checking", disable=total < BAR_FROM_BYTES or None
+            ) as bar,
         ):
             for name, digest in zip(new, pool.map(lambda name: files.sha256_of(directory / name), new), strict=True):
                 found[name] = digest
@@ -406,20 +406,18 @@ def _open_own(directory: Path, split: str) -> TokenSplit:
     manifest = load_manifest(directory)
     content = manifest["splits"].get(split)
     if content is None or not content["tokens"]:
-        have = ", ".join(name for name, other in manifest["splits"].items() if other["tokens"])
-        raise InputError(f"{directory} has no {split} split (it has {have}); prepare it with a larger --val_fraction")
+        others = ", ".join(name for name, other in manifest["splits"].items() if other["tokens"])
+        raise InputError(f"{directory} has no {split} split (it has {others}); prepare it with a larger --val_fraction")
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    paths, counts = [directory / record["file"] for record in content["shards"]], []
-    for path, record in zip(paths, content["shards"], strict=True):
-        if not path.is_file():
-            raise InputError(f"{path} is missing, though manifest.json lists it; prepare or download the data again")
-        found, count = _read_header(path)
-        if found != dtype or count != record["tokens"]:
+    paths, counts = zip(*((directory / record["file"], record["tokens"]) for record in content["shards"]), strict=True)
+    _refuse_missing(paths)
+    for path, count in zip(paths, counts, strict=True):
+        found, tokens = _read_header(path)
+        if (found, tokens) != (dtype, count):
             raise InputError(
-                f"{path} holds {count} {found} tokens, manifest.json says {record['tokens']} {dtype}; "
+                f"{path} holds {tokens} {found} tokens, manifest.json says {count} {dtype}; "
                 "the files do not belong together, prepare the data again"
             )
-        counts.append(count)
     return TokenSplit(
         split, paths, counts, dtype, HEADER_BYTES,
         vocab_size=manifest["tokenizer"]["vocab_size"], eot_id=manifest["tokenizer"]["eot_id"],
@@ -427,14 +425,20 @@ def _open_own(directory: Path, split: str) -> TokenSplit:
     )  # fmt: skip
 
 
+def _refuse_missing(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path} is missing, though manifest.json lists it; prepare or download the data again")
+
+
 def foreign_files(directory: Path, split: str) -> list[Path]:
-    """nanoGPT's `train.bin`, build-nanogpt's `edufineweb_train_000001.npy`, llm.c's `fineweb_train_000001.bin`."""
+    """Shards of others: nanoGPT's `train.bin`, build-nanogpt's `*_train_000001.npy`, llm.c's `*_train_000001.bin`."""
     one = directory / f"{split}.bin"
     if one.exists():
         return [one]
-    # The split is a word of its own, the last one of the two: not "val" in "interval" or "retrieval_train".
+    # The split is the last separate word "train" or "val" in the name; "interval" and "retrieval" do not count.
     words = {path: re.findall(r"(?<![a-z])(?:train|val)(?![a-z])", path.stem.lower()) for path in directory.iterdir()}
-    return sorted(path for path, said in words.items() if path.suffix in (".npy", ".bin") and said[-1:] == [split])
+    return sorted(path for path, found in words.items() if path.suffix in (".npy", ".bin") and found[-1:] == [split])
 
 
 def _open_foreign(directory: Path, split: str) -> TokenSplit:
@@ -454,7 +458,7 @@ def _open_foreign(directory: Path, split: str) -> TokenSplit:
     if len(layouts) > 1:
         listing = ", ".join(f"{path.name}: {dtype} at byte {offset}" for path, (dtype, offset, _) in shapes.items())
         raise InputError(f"the {split} shards of {directory} are of different formats ({listing}); keep one kind")
-    # The name of a data set must be told without reading all of it; `digests_of` reads all of it.
+    # Names and both ends identify the data set quickly; `digests_of` reads every byte.
     dtype, offset = layouts.pop()
     return TokenSplit(
         split, paths, [count for _, _, count in shapes.values()], dtype, offset,
@@ -473,10 +477,8 @@ def _foreign_shape(path: Path) -> tuple[np.dtype, int, int]:
             raise InputError(
                 f"{path} holds {array.dtype} of shape {array.shape}; token shards are 1-D uint16 or uint32"
             )
-        dtype = (
-            np.dtype("<u4") if array.itemsize == 4 else np.dtype("<u2")
-        )  # a negative int32 becomes a large id: refused
-        return dtype, array.offset, len(array)
+        # A negative int32 becomes a large id, which is refused.
+        return np.dtype(f"<u{array.itemsize}"), array.offset, len(array)
     with path.open("rb") as file:
         magic = int.from_bytes(file.read(4), "little")
     if magic in MAGIC:
@@ -498,15 +500,15 @@ def _header(dtype: np.dtype, tokens: int) -> bytes:
 
 
 def _read_header(path: Path) -> tuple[np.dtype, int]:
-    """(dtype, tokens) of a shard with header; the file's size must agree with it."""
-    with path.open("rb") as file:
-        header = np.frombuffer(file.read(HEADER_BYTES), "<i4", count=-1 if path.stat().st_size >= HEADER_BYTES else 0)
-    if not len(header) or int(header[0]) not in MAGIC or int(header[1]) != MAGIC[int(header[0])][0]:
+    """(dtype, tokens) from a shard's header, with which the file's size must agree."""
+    header, size = np.fromfile(path, "<i4", 256).tolist(), path.stat().st_size
+    version, dtype = MAGIC.get(header[0], (0, None)) if len(header) == 256 else (0, None)
+    if dtype is None or header[1] != version:
         raise InputError(
             f"{path} does not begin with a shard's header (magic 20240520 or 20240801): damaged or not a shard"
         )
-    dtype, tokens = MAGIC[int(header[0])][1], int(header[2])
-    expected, size = HEADER_BYTES + tokens * dtype.itemsize, path.stat().st_size
+    tokens = header[2]
+    expected = HEADER_BYTES + tokens * dtype.itemsize
     if size != expected:
         raise InputError(
             f"{path} has {size} bytes but its header promises {tokens} tokens = {expected} bytes: truncated or damaged"

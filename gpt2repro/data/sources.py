@@ -1,13 +1,12 @@
-"""(data, seed, position) -> the global batch, from token shards; and the door to every kind of training data.
+"""(data, seed, position) -> the global batch, from token shards; and `open_data`, which opens any training data.
 
     position p ── epoch p // N, index p % N ──> Permutation keyed by (seed, epoch) ──> window w
     window w   ── tokens [wT, wT + T] of all shards as one stream ──> inputs (T), targets (the same, shifted by one)
     batch      ── `sequences` positions in a row; rank r of W keeps rows [r n, (r + 1) n), n = sequences / W
 
-Nothing is remembered between batches: the state is one position and the ranges skipped on purpose, so a run may
-continue with other processes, micro-batches or workers and still sees the same global batches. Each window comes
-exactly once per epoch; a batch may hold the end of one epoch and the start of the next; only the last
-(tokens - 1) mod T tokens of a corpus are never used.
+The state is one position and the ranges that were skipped on purpose, so a run that continues with another number of
+processes, micro-batches or workers sees the same global batches. Each window comes exactly once per epoch. A batch may
+hold the end of one epoch and the start of the next. Only the last (tokens - 1) mod T tokens of a corpus are never used.
 
 Legend: T seq_len, N windows per epoch = (tokens - 1) // T, W world. Knows no model, no optimizer, no Accelerator.
 """
@@ -22,35 +21,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt2repro.data.ordering import Permutation, derive_seed, next_positions, skip_ahead
-from gpt2repro.data.shards import (
-    MANIFEST,
-    TOKENIZER,
-    digests_of,
-    foreign_files,
-    has_split,
-    open_split,
-    verify_dataset,
-)
+from gpt2repro.data import shards
+from gpt2repro.data.ordering import Permutation, derive_seed, next_positions
 from gpt2repro.data.streaming import open_stream
 from gpt2repro.data.tokenization import fingerprint, gpt2_tokenizer, load_tokenizer
 from gpt2repro.options import InputError
-
-__all__ = [
-    "Permutation", "Prefetch", "ShardSource", "merge_states", "open_data", "open_source", "prefetch", "skip_ahead"
-]  # fmt: skip
 
 SHARD_ORDER_VERSION = 1  # raise it when the same (data, seed, position) would give another window
 
 
 class ShardSource:
-    """Batches from the shards of one split; see the module's drawing.
+    """Batches from the shards of one split; the module's docstring draws them.
 
-    `split` has .tokens, .vocab_size, .sha256 and .read(start, count). `vocab_size` is the model's, where it is known:
-    a smaller one than the data's is refused. The other attributes are for the training loop.
+    `split` has .tokens, .vocab_size, .sha256 and .read(start, count). `vocab_size` is the model's, if it is known; one
+    that is smaller than the data's is refused. `open_source` and `open_data` set the other attributes.
     """
 
-    tokenizer = None  # what made the tokens; set by `open_data`
+    tokenizer = None  # the one that made the tokens
     validation = None  # the split to evaluate on
     directory: Path | None = None  # where the shards lie
     manifest = None  # of a data set made here
@@ -65,11 +52,10 @@ class ShardSource:
         self.split, self.seq_len, self.seed, self.vocab_size = split, seq_len, seed, split.vocab_size
         check_vocabulary(split.vocab_size, vocab_size)
         self.tokens_per_epoch = self.windows * seq_len
-        self._permutations: dict[int, Permutation] = {}
         self._digests: dict[str, str] = {}
 
     def identity(self) -> dict:
-        """What must be the same on resume, because another value would mean another order of windows."""
+        """What must stay the same on resume: another value would give another order of windows."""
         return {
             "kind": "shards",
             "order": SHARD_ORDER_VERSION,
@@ -79,11 +65,11 @@ class ShardSource:
         }
 
     def digests(self) -> dict[str, str]:
-        """File name -> sha256 of foreign shards, for the run's state; a manifest's are in `identity()` already."""
+        """File name -> sha256 of foreign shards, for the run's state. `identity()` covers shards with a manifest."""
         return self._digests
 
     def check_digests(self, saved: dict[str, str]) -> None:
-        """Raises: InputError naming a foreign shard that is not the one it was when the state was saved."""
+        """Raises: InputError naming a foreign shard that has changed since the state was saved."""
         for name, digest in saved.items():
             if self._digests.get(name, digest if self.manifest else None) != digest:
                 raise InputError(
@@ -98,13 +84,9 @@ class ShardSource:
         """Positions -> windows, both int64 of any shape. A batch touches one epoch, or two at their border."""
         epochs, indices = np.divmod(positions, self.windows)
         windows = np.empty_like(indices)
-        present = np.unique(epochs).tolist()
-        for epoch in present:
-            if epoch not in self._permutations:
-                self._permutations = {old: p for old, p in self._permutations.items() if old in present}
-                self._permutations[epoch] = Permutation(self.windows, derive_seed(self.seed, epoch))
+        for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            windows[here] = self._permutations[epoch](indices[here])
+            windows[here] = Permutation(self.windows, derive_seed(self.seed, epoch))(indices[here])
         return windows
 
     def batches(
@@ -112,13 +94,13 @@ class ShardSource:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
         """Endless (x, y, state_after): this rank's rows of each global batch, int64 (sequences / world, T) each.
 
-        Raises: InputError as `check_batch` does; `split.read` raises it for a token outside the vocabulary.
+        Raises: InputError as in `check_batch`, and for a token outside the vocabulary.
         """
         self.check_batch(sequences, world)
         return self._batches(state, rank, sequences // world, sequences)
 
     def check_batch(self, sequences: int, world: int = 1) -> None:
-        """Raises: InputError where `sequences` does not divide among the ranks or an epoch is shorter."""
+        """Raises: InputError if `sequences` does not divide among the ranks, or an epoch is shorter than a batch."""
         if sequences % world:
             raise InputError(f"a batch of {sequences} sequences does not divide among {world} processes")
         if self.windows < sequences:
@@ -131,25 +113,20 @@ class ShardSource:
         position, skipped = state["position"], state["skipped"]
         while True:
             positions = next_positions(position, skipped, sequences)
-            tokens = self._read(self.windows_at(positions[rank * rows : (rank + 1) * rows]))
+            windows = self.windows_at(positions[rank * rows : (rank + 1) * rows]).tolist()
+            read = [self.split.read(window * self.seq_len, self.seq_len + 1) for window in windows]
+            tokens = np.stack(read).astype(np.int64)  # (rows, T + 1): the inputs and the target of the last one
             position = int(positions[-1]) + 1
             state_after = {"position": position, "skipped": skipped}
             yield torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy()), state_after
 
-    def _read(self, windows: np.ndarray) -> np.ndarray:
-        """The tokens of these windows with the target of the last one, (rows, T + 1) int64."""
-        tokens = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
-        for row, window in zip(tokens, windows.tolist(), strict=True):
-            row[:] = self.split.read(window * self.seq_len, self.seq_len + 1)
-        return tokens
 
+class Prefetch(Iterator):
+    """Runs an iterator `depth` items ahead in a thread. `next()` re-raises its error, after the items before it.
 
-class Prefetch:
-    """Runs an iterator `depth` items ahead in a thread. Re-raises its error from `next()`, after the items before it.
-
-    Each item carries its own state_after, so the state that a loop saves is that of the last item it has consumed,
-    whatever is waiting in the queue. `pin_memory` moves tensors of an item to page-locked memory, for copies that
-    do not wait.
+    Each item carries its own state_after, so a loop saves the state of the last item that it has consumed, whatever
+    waits in the queue. `pin_memory` copies the tensors of an item to page-locked memory, so that their copies to the
+    GPU overlap with compute.
     """
 
     def __init__(self, iterator: Iterator, depth: int, *, pin_memory: bool = False):
@@ -167,7 +144,7 @@ class Prefetch:
                 if not self._put((item, None)):
                     return
             self._put((None, StopIteration()))
-        except BaseException as error:  # whatever ends the thread must reach the loop, or it would wait for ever
+        except BaseException as error:  # else the loop would wait for ever
             self._put((None, error))
         finally:
             if hasattr(self._iterator, "close"):
@@ -182,9 +159,6 @@ class Prefetch:
                 continue
         return False
 
-    def __iter__(self):
-        return self
-
     def __next__(self):
         if self._stopped.is_set():
             raise StopIteration
@@ -195,14 +169,14 @@ class Prefetch:
         return item
 
     def ready(self, seconds: float) -> bool:
-        """Whether `next` would answer at once, after waiting for that for at most `seconds`."""
+        """Wait at most `seconds` for the next item; returns whether `next` would answer at once."""
         with self._queue.not_empty:
             return self._queue.not_empty.wait_for(lambda: self._queue.queue or self._stopped.is_set(), seconds)
 
     def close(self) -> None:
-        """Ends the thread and closes the iterator; safe to call twice."""
+        """End the thread and close the iterator. A second call does nothing."""
         self._stopped.set()
-        if hasattr(self._iterator, "cancel"):  # it may wait for a network that is down
+        if hasattr(self._iterator, "cancel"):  # a stream may be waiting for a network that is down
             self._iterator.cancel()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
@@ -212,30 +186,34 @@ prefetch = Prefetch
 
 
 def shards_directory(data: str) -> Path:
-    """Where the shards lie that `--data` names; those of hf://user/name[@revision] are downloaded once."""
+    """The directory of the shards that `--data` names; those of hf://user/name[@revision] are downloaded once."""
     return download_shards(data.removeprefix("hf://")) if data.startswith("hf://") else Path(data)
 
 
 def download_shards(repository: str) -> Path:
-    """A dataset repository of shards, `user/name[@revision]`, as a directory in Hugging Face's cache."""
+    """Download a dataset repository of shards, `user/name[@revision]`, into Hugging Face's cache.
+
+    Raises: InputError for a repository that holds no shards, or cannot be reached.
+    """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = repository.partition("@")
-    where = {"repo_type": "dataset", "revision": revision or None}
+    version = {"repo_type": "dataset", "revision": revision or None}
     try:
-        hf_hub_download(name, MANIFEST, **where)  # before terabytes of something else
-        return Path(snapshot_download(name, **where))
+        hf_hub_download(name, shards.MANIFEST, **version)  # first, so that nothing but shards is ever downloaded
+        return Path(snapshot_download(name, **version))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise InputError(
-                f"the dataset {repository} holds no token shards (no {MANIFEST}); --data stream:{repository} reads text"
+                f"the dataset {repository} holds no token shards (no {shards.MANIFEST}); "
+                f"--data stream:{repository} reads text"
             ) from error
         raise InputError(f"cannot get the dataset {repository} from the Hub: {str(error).splitlines()[0]}") from error
 
 
 def check_vocabulary(data_vocab_size: int, vocab_size: int | None) -> None:
-    """Raises: InputError where the data may hold ids that the model, if its vocabulary is known, does not have."""
+    """Raises: InputError if the data may hold ids outside the model's vocabulary; None stands for an unknown one."""
     if vocab_size is not None and data_vocab_size > vocab_size:
         raise InputError(
             f"the data has a vocabulary of {data_vocab_size}, but the model has vocab_size={vocab_size}; "
@@ -244,15 +222,15 @@ def check_vocabulary(data_vocab_size: int, vocab_size: int | None) -> None:
 
 
 def merge_states(states: list[dict]) -> dict:
-    """One state for all ranks from each rank's own: what a checkpoint holds, and `batches` of any world size takes.
+    """Join the states of all ranks into one, which a checkpoint holds and from which any world size continues.
 
-    The states of shards are all the same; those of a stream hold each rank's own lanes.
+    With shards all ranks have the same state; with a stream each rank's state holds the lanes of that rank.
     """
     position = {state["position"] for state in states}
     assert len(position) == 1, f"the ranks' states are of different steps: positions {sorted(position)}"
     if "lanes" not in states[0]:
         return states[0]
-    return {**states[0], "lanes": {lane: where for state in states for lane, where in state["lanes"].items()}}
+    return {**states[0], "lanes": {lane: cursor for state in states for lane, cursor in state["lanes"].items()}}
 
 
 def open_source(
@@ -267,8 +245,9 @@ def open_source(
 ):
     """The training data that `--data` names: a directory of shards, hf://user/name[@revision] or stream:….
 
-    `tokenizer` (None: GPT-2's) and `stream_options`, which are `streaming.open_stream`'s, are for streams only.
-    Raises: InputError where the data is missing, damaged, of another vocabulary, or shorter than one batch.
+    `tokenizer` (None: GPT-2's) and `stream_options`, which go to `streaming.open_stream`, are for streams only.
+
+    Raises: InputError for data that is missing, damaged, of another vocabulary, or shorter than one batch.
     """
     if data.startswith("stream:"):
         tokenizer = gpt2_tokenizer() if tokenizer is None else tokenizer
@@ -278,16 +257,16 @@ def open_source(
             tokenizer=tokenizer, seq_len=seq_len, seed=seed, sequences=sequences, **stream_options,
         )  # fmt: skip
     directory = shards_directory(data)
-    split = open_split(directory, "train")
+    split = shards.open_split(directory, "train")
     source = ShardSource(split, seq_len=seq_len, seed=seed, vocab_size=vocab_size)
     source.check_batch(sequences)
     source.directory = directory
-    source.validation = open_split(directory, "val") if has_split(directory, "val") else None
-    if (directory / MANIFEST).exists():
-        source.manifest = verify_dataset(directory, remember=True)
+    source.validation = shards.open_split(directory, "val") if shards.has_split(directory, "val") else None
+    if (directory / shards.MANIFEST).exists():
+        source.manifest = shards.verify_dataset(directory, remember=True)
     else:
-        paths = foreign_files(directory, "train") + foreign_files(directory, "val")
-        source._digests = digests_of(directory, [path.name for path in paths])
+        paths = shards.foreign_files(directory, "train") + shards.foreign_files(directory, "val")
+        source._digests = shards.digests_of(directory, [path.name for path in paths])
     return source
 
 
@@ -296,7 +275,7 @@ def open_data(config, sequences: int):
 
     config: has `data`, `val_data`, `tokenizer`, `seq_len`, `seed`, `vocab_size` and the options of streams.
 
-    Raises: InputError where a tokenizer is not the one that made the tokens, and as `open_source` does.
+    Raises: InputError as in `open_source`, and for a tokenizer that did not make the tokens.
     """
     options = {"seq_len": config.seq_len, "seed": config.seed, "sequences": sequences, "vocab_size": config.vocab_size}
     if config.data.startswith("stream:"):
@@ -307,17 +286,17 @@ def open_data(config, sequences: int):
     _check_tokenizer(source.tokenizer, config.tokenizer, source.directory, source.manifest)
     if config.val_data is not None:
         directory = shards_directory(config.val_data)
-        source.validation = open_split(directory, "val")
+        source.validation = shards.open_split(directory, "val")
         check_vocabulary(source.validation.vocab_size, source.vocab_size)
-        if (directory / MANIFEST).exists():
-            manifest = verify_dataset(directory, remember=True)
+        if (directory / shards.MANIFEST).exists():
+            manifest = shards.verify_dataset(directory, remember=True)
             _check_tokenizer(source.tokenizer, f"that of {config.data}", directory, manifest)
     return source
 
 
 def _tokenizer(name: str | None, directory: Path | None):
-    """The tokenizer that made the data: named, or lying beside the shards; foreign shards and streams are GPT-2's."""
-    if name is None and directory is not None and (directory / TOKENIZER).is_dir():
+    """The named tokenizer, else the one beside the shards, else GPT-2's (for foreign shards and streams)."""
+    if name is None and directory is not None and (directory / shards.TOKENIZER).is_dir():
         return load_tokenizer(directory)
     return gpt2_tokenizer() if name in (None, "gpt2") else load_tokenizer(name)
 
@@ -326,7 +305,8 @@ def _check_tokenizer(tokenizer, name: str | None, directory: Path | None, manife
     expected = manifest["tokenizer"].get("sha256") if manifest else None
     if expected and fingerprint(tokenizer) != expected:
         remedy = f"prepare {directory} with it, or choose the one that did" if name else "prepare the data again"
-        beside = directory / TOKENIZER if (directory / TOKENIZER).is_dir() else "of GPT-2 (no other lies there)"
+        beside = directory / shards.TOKENIZER
+        beside = beside if beside.is_dir() else "of GPT-2 (no other lies there)"
         raise InputError(
             f"the tokenizer {name or beside} did not make the tokens of {directory}: its vocabulary, "
             f"merges or special ids are not those that manifest.json names; {remedy}"

@@ -1,29 +1,28 @@
 """Text that is tokenised while the model trains: groups of documents -> token cache -> lanes -> batches.
 
-    group          ── the piece of a source that is read at once (text.py); a worker thread tokenises it into one shard
-                      of the cache (token_cache.py), every document followed by <|endoftext|>
+    group          ── the piece of a source that is read in one go (text.py); a worker thread tokenises it into one
+                      shard of the cache (token_cache.py), every document followed by <|endoftext|>
     unit u         ── epoch u // U: the groups in an order keyed by (seed, epoch), each cut into P parts, U = P groups;
                       the rows of a group are shuffled by (seed, epoch, group) before it is cut
     lane v of V    ── units v, v + V, v + 2V, … : an endless stream of tokens, read in windows of T and one more
     global batch b ── positions [bS, (b + 1) S); position k is the next window of lane k mod V; rank r has S / W rows
 
-The state is, for each lane, the unit, document and token where its next window begins. It does not say where the
-tokens came from: read from the source, from the cache or from another machine's cache they are the same.
+The state holds, for each lane, the unit, document and token where the lane's next window begins. The tokens are the
+same whether they are read from the source, from the cache or from another machine's cache.
 
-**What is guaranteed.** For parquet, jsonl, txt and md, on the Hub or on local disk: a resumed run sees exactly the
-batches that the uninterrupted one would have seen, for any number of processes that divides the batch, in any epoch;
-each rank reads only the groups its lanes touch, and a resumed one only those it needs from then on. For every other
-format, which `datasets` can only iterate: the same batches just as exactly, but a group is a whole file, so the first
-batch waits until V / P files are tokenised. Every document that is trained on comes once per epoch; as documents differ
-in length, lanes do not pass from one epoch to the next at the same position. The source must be the same: a Hub
-dataset is pinned to its commit, a changed local file has another identity. What is refused: a batch that does not
-divide among the ranks, lanes that are not a multiple of the batch (neighbouring windows would meet in one batch), a
-source with fewer documents than lanes, a state of another source.
+**What is guaranteed.** A resumed run sees exactly the batches of the uninterrupted run, in any epoch and for any number
+of processes that divides the batch. Of parquet, jsonl, txt and md, on the Hub or on local disk, each rank reads only
+the groups that its lanes touch, and after a resume only the groups that are still needed. Other formats can only be
+iterated (by `datasets`): a group is a whole file, so the first batch waits until V / P files are tokenised. Every
+training document comes once per epoch; as documents differ in length, lanes change to the next epoch at different
+positions. The source must stay the same: a Hub dataset is pinned to its commit, and a changed local file has another
+identity. Refused are: a batch that does not divide among the ranks, lanes that are not a multiple of the batch
+(neighbouring windows would meet in one batch), a source with fewer documents than lanes, a state of another source.
 
-**The cache.** Groups that passed once stay as token shards under `cache_dir`: a second epoch, a restart or an outage
-of the Hub reads them, not the source. `cache_gib` bounds it. Faults of the network (429, 5xx, time-outs, dropped
-connections, truncated files) are reported and retried with back-off and jitter; meanwhile training goes on as far as
-the groups that were read ahead reach, one unit per lane.
+**The cache.** Every tokenised group stays as a token shard under `cache_dir`; a second epoch, a restart or an outage of
+the Hub reads the shards instead of the source. `cache_gib` bounds the cache. Faults of the network (429, 5xx,
+time-outs, dropped connections, truncated files) are reported and retried with back-off and jitter; meanwhile training
+continues with the groups that were read ahead, one unit per lane.
 
 Legend: T seq_len, S sequences per batch, V lanes, P parts, W world. Knows no model, no optimizer, no Accelerator.
 """
@@ -56,19 +55,19 @@ FEWEST_LANES = 64
 FEWEST_PARTS = 8  # a group feeds at least 8 lanes: with V = 512, only 64 groups are tokenised before the first batch
 GROUP_ORDER, ROW_ORDER = 1, 2  # the two uses of the seed
 
-# A source with at least 20 groups holds out 1 % of them, at most 10 (about 10 million tokens of FineWeb, as much as
-# llm.c validates on); a smaller one holds out every 20th document, so it is read once before the first batch.
+# A source with at least 20 groups holds out 1 % of them, at most 10 (about 10 million tokens of FineWeb, as many as
+# llm.c validates on). A smaller source holds out every 20th document, so all of it is read before the first batch.
 GROUPS_TO_HOLD_OUT_WHOLE, MOST_HELD_OUT, HELD_OUT_ROWS = 20, 10, 20
 
 
 class StreamSource:
-    """Batches from text that is tokenised on the way; the module says how, and what is guaranteed.
+    """Batches from text that is tokenised while the model trains; the module's docstring says how.
 
-    `report` gets a sentence about every fault and wait. `workers` threads tokenise, each about 3 million tokens per
-    second with GPT-2's vocabulary (tiktoken releases the interpreter's lock).
+    `report` is called with a sentence about every fault and wait. `workers` threads tokenise, each about 3 million
+    tokens per second with GPT-2's vocabulary (tiktoken releases the interpreter's lock).
     """
 
-    tokens_per_epoch = None  # known only when everything has been read
+    tokens_per_epoch = None  # unknown until everything has been read
     directory = manifest = None  # no shards of its own
 
     def __init__(
@@ -101,7 +100,7 @@ class StreamSource:
         self.validation = self._open_validation()
 
     def identity(self) -> dict:
-        """What must be the same on resume, because another value would mean other batches."""
+        """What must stay the same on resume: another value would give other batches."""
         return {
             "kind": "stream",
             "order": STREAM_ORDER_VERSION,
@@ -116,7 +115,7 @@ class StreamSource:
         }
 
     def digests(self) -> dict[str, str]:
-        """No shards whose content `identity()` does not name."""
+        """Empty: `identity()` names the content completely."""
         return {}
 
     def check_digests(self, saved: dict[str, str]) -> None:
@@ -126,7 +125,7 @@ class StreamSource:
         return {"position": 0, "skipped": [], "lanes": {}}
 
     def check_batch(self, sequences: int, world: int = 1) -> None:
-        """Raises: InputError where a batch does not divide among the ranks, or the lanes are no multiple of it."""
+        """Raises: InputError if a batch does not divide among the ranks, or the lanes are no multiple of the batch."""
         if sequences % world:
             raise InputError(f"a batch of {sequences} sequences does not divide among {world} processes")
         if self.lanes % sequences:
@@ -140,10 +139,10 @@ class StreamSource:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
         """Endless (x, y, state_after): this rank's rows of each global batch, int64 (sequences / world, T) each.
 
-        `state` must hold all lanes, `state_after` holds those of this rank: `merge_states` joins the ranks' states
-        into one that any world size continues from. A batch that touches a skipped range is left out whole.
+        `state` must hold all lanes; `state_after` holds the lanes of this rank. `merge_states` joins the states of all
+        ranks into one from which any world size continues. A batch that touches a skipped range is left out completely.
 
-        Raises: InputError as `check_batch` does, for text that cannot be read, and when the source stays unreachable.
+        Raises: InputError as in `check_batch`, for text that cannot be read, and if the source stays out of reach.
         """
         self.check_batch(sequences, world)
         places = state["lanes"].values()
@@ -166,19 +165,23 @@ class StreamSource:
                 tokens = np.empty((len(rows), self.seq_len + 1), dtype=np.int64)
                 for row, lane in zip(tokens, ((position + r) % self.lanes for r in rows), strict=True):
                     lanes[lane] = self._fill(row, lanes[lane], units)
+                # A skipped batch is read as well: only its tokens tell where the next one begins.
                 left_out = any(a < position + sequences and position < b for a, b in skipped)
                 position += sequences
                 if not left_out:
-                    after = {str(lane): list(where) for lane, where in lanes.items()}
+                    after = {str(lane): list(cursor) for lane, cursor in lanes.items()}
                     state_after = {"position": position, "skipped": skipped, "lanes": after}
                     yield torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy()), state_after
 
-    def _fill(self, row: np.ndarray, where: tuple[int, int, int], units: _Units) -> tuple[int, int, int]:
-        """Fills row (T + 1) from (unit, document, token) on; returns where its last token is: the next one's first."""
-        unit, document, token = where
+    def _fill(self, row: np.ndarray, cursor: tuple[int, int, int], units: _Units) -> tuple[int, int, int]:
+        """Fill `row` (T + 1) from the cursor (unit, document, token) on. Returns the cursor of the row's last token.
+
+        The lane's next row begins with that token.
+        """
+        unit, document, token = cursor
         filled = empty_units = 0
         while True:
-            tokens, spans = units[unit]
+            tokens, spans = units.unit(unit)
             empty_units = 0 if len(spans) else empty_units + 1
             for index in range(document, len(spans)):
                 start, stop = spans[index]
@@ -193,9 +196,9 @@ class StreamSource:
             unit, document, token = unit + self.lanes, 0, 0
 
     def _unit_location(self, unit: int) -> tuple[int, int, int]:
-        """(epoch, group, part) of a unit; P neighbouring units, and so lanes, share a group.
+        """(epoch, group, part) of a unit; P neighbouring units, and so P neighbouring lanes, share a group.
 
-        The parts rotate, or a lane would have the same one of every group, and none where a group has few documents.
+        The parts rotate. Otherwise a lane would read the same part of every group, which is empty in small groups.
         """
         epoch, index = divmod(unit, self.units)
         place, part = divmod(index, self.parts)
@@ -203,7 +206,7 @@ class StreamSource:
         return epoch, self._train_groups[order(place)], (part + place + epoch) % self.parts
 
     def unit_documents(self, unit: int, ends: np.ndarray) -> np.ndarray:
-        """The documents of a unit, shuffled: (start, stop) in its group's tokens, whose documents end at `ends`."""
+        """(start, stop) of each document of a unit, shuffled; `ends` are the ends of all documents of its group."""
         epoch, group, part = self.unit_location(unit)
         spans = np.stack([np.append(0, ends[:-1])[: len(ends)], ends], axis=1)
         if not self._held_out_groups:
@@ -214,7 +217,7 @@ class StreamSource:
         return spans[Permutation(len(spans), derive_seed(self.seed, ROW_ORDER, epoch, group))(np.arange(first, last))]
 
     def _open_validation(self) -> TokenSplit | None:
-        """The documents that are never trained on, as a split; None where the source is too small to spare any."""
+        """The held-out documents as a split, or None if they are shorter than one window."""
         path = self.cache.directory / "validation.bin"
         found = read_json_if_whole(path.with_suffix(".json"))
         if found is None or not path.exists():
@@ -244,18 +247,15 @@ class StreamSource:
 
 
 def _held_out(row):
-    """Whether a small source, which holds out no whole groups, keeps this row (or these) of a group for validation."""
+    """Whether a small source holds out this row of a group; `row` is an int or an array of ints."""
     return row % HELD_OUT_ROWS == HELD_OUT_ROWS - 1
 
 
-class StreamBatches:
-    """The iterator that `StreamSource.batches` gives; `cancel` ends, from any thread, its wait for the source."""
+class StreamBatches(Iterator):
+    """The iterator that `StreamSource.batches` returns. Any thread may call `cancel` to end a wait for the source."""
 
     def __init__(self, generator: Iterator, stop: threading.Event):
         self._generator, self._stop = generator, stop
-
-    def __iter__(self):
-        return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor, dict]:
         return next(self._generator)
@@ -268,11 +268,11 @@ class StreamBatches:
 
 
 class _Units:
-    """The tokens of units, tokenised ahead by worker threads; those used last stay open."""
+    """The tokens of units, tokenised ahead by worker threads; the units and groups used last stay open."""
 
     def __init__(self, stream: StreamSource, *, open_units: int, stop: threading.Event):
         self._stream, self._most, self._stop = stream, open_units, stop
-        self._units: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()  # what [unit] gives
+        self.unit = functools.lru_cache(maxsize=open_units)(self._unit)
         self._groups: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()  # tokens, ends of the documents
         self._pending: dict[int, Future] = {}
         self._pool = ThreadPoolExecutor(stream.workers, thread_name_prefix="tokenise")
@@ -285,20 +285,15 @@ class _Units:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def expect(self, units: list[int]) -> None:
-        """Start with these units, one per lane, and then with each lane's next one."""
+        """Request the groups of these units, one per lane, and then those of each lane's next unit."""
         for unit in [*units, *(unit + self._stream.lanes for unit in units)]:
             self._request(self._stream.unit_location(unit)[1])
 
-    def __getitem__(self, unit: int) -> tuple[np.ndarray, np.ndarray]:
+    def _unit(self, unit: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens of the unit's group, (start, stop) of the unit's documents in reading order)."""
-        if unit not in self._units:
-            self._request(self._stream.unit_location(unit + self._stream.lanes)[1])
-            tokens, ends = self._group(self._stream.unit_location(unit)[1])
-            self._units[unit] = tokens, self._stream.unit_documents(unit, ends)
-            if len(self._units) > self._most:
-                self._units.popitem(last=False)
-        self._units.move_to_end(unit)
-        return self._units[unit]
+        self._request(self._stream.unit_location(unit + self._stream.lanes)[1])
+        tokens, ends = self._group(self._stream.unit_location(unit)[1])
+        return tokens, self._stream.unit_documents(unit, ends)
 
     def _group(self, group: int) -> tuple[np.ndarray, np.ndarray]:
         if group not in self._groups:
@@ -323,10 +318,10 @@ def default_lanes(sequences: int) -> int:
 def open_stream(
     spec: str, *, sequences: int, text_column="text", lanes=None, cache_dir=None, report=text_io.say, **options
 ) -> StreamSource:
-    """The stream of `ID[:config][@revision]`, a path, a directory or a glob; the options are `StreamSource`'s.
+    """The stream of `ID[:config][@revision]`, a path, a directory or a glob; `options` go to `StreamSource`.
 
-    The groups of a Hub dataset are remembered beside the cache: while the Hub is out of reach, the stream of its last
-    known commit is opened and reads what is cached.
+    The groups of a Hub dataset are remembered beside the cache. While the Hub is out of reach, a stream of the last
+    known commit is opened, which reads the cache.
     """
     if cache_dir is None:
         from huggingface_hub.constants import HF_HOME
@@ -359,5 +354,5 @@ def _resolve_or_remember(spec: str, text_column: str, cache_dir: Path, report) -
 
     source = text_io.retrying(resolve_now, f"hf://datasets/{spec}", report=report)
     make_directory(cache_dir)
-    write_json(remembered, source.facts())
+    write_json(remembered, vars(source))
     return source

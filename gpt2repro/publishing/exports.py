@@ -20,20 +20,31 @@ from pathlib import Path
 from gpt2repro.files import read_json, sha256_of
 from gpt2repro.options import InputError
 
-# What belongs to a model's directory; anything else there is somebody's own.
+# The names of a model's files; any other file in a model's directory is private.
 MODEL_FILE = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|average)\.json"
     r"|(merges|vocab)\.txt|(tokenizer|spiece)\.model|chat_template\.jinja|LICENSE(\.md|\.txt)?"
     r"|(configuration|modeling)_gpt2repro\.py"
 )
+# llama.cpp's converter recognises a tokenizer by the ids of one text, so it does not know an own vocabulary, even one
+# with GPT-2's rules. This program starts the converter and names those rules (llama.cpp of 2026: `conversion/`).
+AS_GPT2 = """
+import pathlib, runpy, sys
+sys.argv = sys.argv[1:]
+here = pathlib.Path(sys.argv[0]).resolve().parent
+sys.path[:0] = [str(here), str(here / "gguf-py")]
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 NATIVE_TOLERANCE = 1e-4  # |logit difference| in fp32; the two classes do the same sums in another order
 
 
 def export_native(source: str | Path, target: str | Path) -> Path:
     """A directory of ours -> one of type `gpt2` that needs no remote code: same weights file, rewritten config.json.
 
-    `n_ctx` is not read by transformers any more, but by llm.cpp-like converters (llama.cpp).
+    transformers no longer reads `n_ctx`, but converters such as llama.cpp's do.
 
     Raises: InputError where `source` is no model of ours or `target` is not empty.
     """
@@ -54,7 +65,7 @@ def export_native(source: str | Path, target: str | Path) -> Path:
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy on another filesystem and on one without hard links."""
+    """Hard-link a file; copy it to another filesystem, or to one without hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -64,19 +75,15 @@ def link(source: Path, target: Path) -> None:
 def check_native(directory: str | Path, model) -> float:
     """Largest |logit difference| between the native directory in plain transformers and our `model` (fp32, CPU).
 
-    Raises: InputError where they do not compute the same: then nothing should be published.
+    Raises: InputError where they do not compute the same; then nothing may be published.
     """
     import torch
     from transformers import GPT2LMHeadModel
 
     native, report = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     problems = [f"{kind}: {sorted(map(str, names))[:3]}" for kind, names in report.items() if names]
-    T, V = min(64, model.config.n_positions), model.config.vocab_size
-    ids = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected, found = model.eval()(ids).logits, native.eval()(ids).logits
-    difference = float((expected - found).abs().max())
-    if problems or not difference <= NATIVE_TOLERANCE * max(1.0, float(expected.abs().max())):
+    difference, largest = difference_of(model, lambda ids: native.eval()(ids).logits, (2, 64))
+    if problems or not difference <= NATIVE_TOLERANCE * max(1.0, largest):
         detail = "; ".join(problems) or f"logits differ by {difference:.2e}"
         raise InputError(f"the native export does not compute what the model computes ({detail}); it is not used")
     return difference
@@ -85,22 +92,29 @@ def check_native(directory: str | Path, model) -> float:
 def compare(model, logits: Callable, tolerance: float) -> float:
     """Largest |logit difference| between our `model` (fp32, CPU) and a converted one, on one row of random ids.
 
-    Raises: InputError where it is more than `tolerance`, or not a number.
+    Raises: InputError where the difference is more than `tolerance`, or not a number.
     """
-    import torch
-
-    T, V = min(32, model.config.n_positions), model.config.vocab_size
-    ids = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        difference = float((model.eval()(ids).logits[0] - torch.as_tensor(logits(ids))).abs().max())
+    difference, _ = difference_of(model, logits, (1, 32))
     if not difference <= tolerance:
         raise InputError(f"the result computes something else: logits differ by {difference:.2e}; nothing is written")
     return difference
 
 
+def difference_of(model, logits: Callable, shape: tuple[int, int]) -> tuple[float, float]:
+    """(largest |difference| between `model`'s logits and `logits(ids)`, largest |logit|) on random ids of `shape`."""
+    import torch
+
+    rows, length = shape
+    size = (rows, min(length, model.config.n_positions))
+    ids = torch.randint(model.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model.eval()(ids).logits
+        return float((expected - torch.as_tensor(logits(ids))).abs().max()), float(expected.abs().max())
+
+
 @contextlib.contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory that appears under `out`, whole, when the block ends.
+    """A temporary directory that becomes `out` when the block ends without an error.
 
     Raises: InputError where it cannot be written.
     """
@@ -121,7 +135,7 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def to_onnx(native: Path, out: Path) -> tuple[str, Callable]:
-    """model.onnx for any batch and length, beside the tokenizer."""
+    """Write model.onnx for any batch and length, beside the tokenizer; returns the converter's name and its logits."""
     import torch
     from transformers import GPT2LMHeadModel
 
@@ -130,24 +144,17 @@ def to_onnx(native: Path, out: Path) -> tuple[str, Callable]:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise _missing(error, "export") from None
+        raise _missing(error) from None
 
-    class Logits(torch.nn.Module):
-        def __init__(self, plain):
-            super().__init__()
-            self.plain = plain
-
-        def forward(self, input_ids):  # (B, T) -> (B, T, V)
-            return self.plain(input_ids, use_cache=False).logits
-
-    plain = GPT2LMHeadModel.from_pretrained(native, dtype=torch.float32, attn_implementation="eager").eval()
+    how = {"dtype": torch.float32, "attn_implementation": "eager", "use_cache": False}
+    plain = GPT2LMHeadModel.from_pretrained(native, **how).eval()
     batch, time = torch.export.Dim("batch"), torch.export.Dim("time", max=plain.config.n_positions)
     torch.onnx.export(
-        Logits(plain).eval(),
+        plain,
         (torch.zeros(2, min(8, plain.config.n_positions), dtype=torch.long),),
         out / "model.onnx",
         input_names=["input_ids"],
-        output_names=["logits"],
+        output_names=["logits"],  # (B, T, V)
         dynamic_shapes={"input_ids": {0: batch, 1: time}},
         dynamo=True,
         verbose=False,
@@ -160,19 +167,17 @@ def to_onnx(native: Path, out: Path) -> tuple[str, Callable]:
 
 
 def to_ct2(native: Path, out: Path) -> tuple[str, Callable]:
-    """A directory of CTranslate2 in fp32, beside the tokenizer."""
+    """Write CTranslate2's files in fp32, beside the tokenizer; returns as `to_onnx` does."""
     import numpy as np
 
     try:
         import ctranslate2
     except ImportError as error:
-        raise _missing(error, "export") from None
-    _need_tokenizer(native)
-    files = [
-        path.name for path in native.iterdir() if "token" in path.name or path.name in ("vocab.json", "merges.txt")
-    ]
+        raise _missing(error) from None
+    need_tokenizer(native)
+    files = [path.name for path in native.iterdir() if re.search(r"token|^vocab\.json$|^merges\.txt$", path.name)]
     converter = ctranslate2.converters.TransformersConverter(str(native), copy_files=files)
-    with tempfile.TemporaryDirectory(dir=native.parent) as work:
+    with tempfile.TemporaryDirectory(dir=native.parent) as work:  # it would first empty `out`
         for path in Path(converter.convert(work, force=True)).iterdir():
             path.rename(out / path.name)
     generator = ctranslate2.Generator(str(out), device="cpu", compute_type="float32")
@@ -181,16 +186,21 @@ def to_ct2(native: Path, out: Path) -> tuple[str, Callable]:
 
 
 def to_gguf(native: Path, out: Path, converter: Path) -> tuple[str, Callable | None]:
-    """model.gguf in fp32 by llama.cpp's own convert_hf_to_gguf.py; run, where llama-cpp-python is installed."""
-    _need_tokenizer(native)
+    """Write model.gguf in fp32 by llama.cpp's convert_hf_to_gguf.py; no logits where llama-cpp-python is missing."""
+    need_tokenizer(native)
     gguf = out / "model.gguf"
-    command = [sys.executable, str(converter), str(native), "--outfile", str(gguf), "--outtype", "f32"]
+    start = ["-c", AS_GPT2] if _splits_as_gpt2(native) else []
+    command = [sys.executable, *start, str(converter), str(native), "--outfile", str(gguf), "--outtype", "f32"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode or not gguf.is_file():
         reason = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
         hint = "; its packages come with pip install 'gpt2repro[gguf]'" if "ModuleNotFoundError" in reason else ""
         raise InputError(f"{converter} refused the model: {reason}{hint}")
-    name = f"{converter.name} (sha256 {sha256_of(converter)[:12]}), gguf {_gguf_version(converter)}"
+    # The version of the package that the converter imports: in llama.cpp's tree its own one.
+    own = converter.parent / "gguf-py" / "pyproject.toml"
+    found = re.search(r'^version\s*=\s*"(.+?)"', own.read_text(), re.MULTILINE) if own.is_file() else None
+    gguf_version = found[1] if found else version("gguf")
+    name = f"{converter.name} (sha256 {sha256_of(converter)[:12]}), gguf {gguf_version}"
     try:
         import llama_cpp
     except ImportError:
@@ -205,17 +215,18 @@ def to_gguf(native: Path, out: Path, converter: Path) -> tuple[str, Callable | N
     return name, logits
 
 
-def _gguf_version(converter: Path) -> str:
-    """Of the package that the converter takes: its own, where it stands in llama.cpp's tree."""
-    own = converter.parent / "gguf-py" / "pyproject.toml"
-    found = re.search(r'^version\s*=\s*"(.+?)"', own.read_text(), re.MULTILINE) if own.is_file() else None
-    return found[1] if found else version("gguf")
+def _splits_as_gpt2(native: Path) -> bool:
+    """Whether the tokenizer is byte-level BPE with GPT-2's own pre-tokenisation, as `prepare-text` makes it."""
+    tokenizer = read_json(native / "tokenizer.json")
+    rules = tokenizer.get("pre_tokenizer") or {}
+    plain = rules.get("type") == "ByteLevel" and rules.get("use_regex", True) and not rules.get("add_prefix_space")
+    return bool(plain and tokenizer.get("normalizer") is None and tokenizer["model"].get("type") == "BPE")
 
 
-def _missing(error: ImportError, extra: str) -> InputError:
-    return InputError(f"this format needs {error.name}: pip install 'gpt2repro[{extra}]'")
+def _missing(error: ImportError) -> InputError:
+    return InputError(f"this format needs {error.name}: pip install 'gpt2repro[export]'")
 
 
-def _need_tokenizer(native: Path) -> None:
+def need_tokenizer(native: Path) -> None:
     if not (native / "tokenizer.json").is_file():
         raise InputError("this format holds the tokenizer, and the model has none (tokenizer.json); try gpt2 or onnx")

@@ -8,8 +8,8 @@
 * The optimizer's state lies in the newest `step-N` only; `fetch_checkpoint` finds it there.
 * Repositories are private unless asked for. The token comes from HF_TOKEN or the cached login and is never printed.
 
-Large files travel by Xet where the client has it, else by git LFS. Owns the network's errors: what leaves this module
-is an InputError or a sentence. Models come in as arguments; knows no training loop.
+Large files travel by Xet where the client has it, else by git LFS. Owns the network's errors: `explain` puts each into
+a sentence. Models come in as arguments; knows no training loop.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gpt2repro.checkpoint.layout import STEP_NAME, from_rank_zero, list_steps, resolve_pointer
@@ -40,27 +41,20 @@ from gpt2repro.redaction import scrub
 CHECKSUMS, TRAINER_STATE, STATE = "checksums.json", "trainer_state", "trainer_state/state.json"
 STEP_BRANCH = re.compile(r"step-(\d+)")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-KEPT_BY_THE_HUB = (".gitattributes",)
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 300.0  # between attempts; doubled each time, with jitter
-FETCH_ATTEMPTS = 5  # whoever resumes is waiting: a broken line is mended, a Hub that is down is reported
-FINAL_STATUS = {400, 401, 402, 403, 404, 413, 422}  # asking again will not change the answer
+
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 300.0  # between attempts: doubled each time, with jitter
+FETCH_ATTEMPTS = 5  # enough for a broken connection; a user waits, so a Hub that is down is reported soon
+FINAL_STATUS = {400, 401, 402, 403, 404, 413, 422}  # another attempt would get the same answer
 
 
 # --- one repository --------------------------------------------------------------------------------------------------
 
 
-def open_repo(repo: str, *, private: bool = True, kind: str = "model", **create):
-    """The client, after making sure that somebody is logged in and that the repository is there to be written.
+def open_repo(repo: str, *, private: bool, kind: str = "model", **create):
+    """The client, after a check that somebody is logged in; it creates the repository where that is missing.
 
-    Raises: InputError where the name, the login or the permission is wrong, or the Hub cannot be reached.
+    Raises: InputError for a name that is not USER/NAME, and the client's own errors: see `explain`.
     """
-    try:
-        return _connect(repo, private=private, kind=kind, **create)
-    except Exception as error:
-        raise InputError(explain(error, repo)) from None
-
-
-def _connect(repo: str, *, private: bool, kind: str = "model", **create):
     from huggingface_hub import HfApi
 
     if not REPO_ID.fullmatch(repo):
@@ -76,9 +70,9 @@ def _connect(repo: str, *, private: bool, kind: str = "model", **create):
 
 
 def publish(api, repo: str, files: dict[str, Path | bytes], *, revision: str, message: str, kind: str = "model") -> str:
-    """Make `revision` (a branch, created where missing) consist of `files`: one commit. Returns the commit's id.
+    """Make the branch `revision`, created where missing, consist of `files` by one commit. Returns the commit's id.
 
-    What is there already is not sent again, so a repeated call costs little.
+    The client sends no file again that the Hub has, so a repeated call costs little.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -89,18 +83,19 @@ def publish(api, repo: str, files: dict[str, Path | bytes], *, revision: str, me
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(content) if isinstance(content, Path) else content)
         for name, content in sorted(files.items())
     ]
-    operations += [CommitOperationDelete(name) for name in sorted(present - set(files) - set(KEPT_BY_THE_HUB))]
+    operations += [CommitOperationDelete(name) for name in sorted(present - set(files) - {".gitattributes"})]
     # create_commit, not upload_folder: with Xet the latter makes several commits, and a reader could meet half a model.
     return api.create_commit(repo, operations, commit_message=message, revision=revision, repo_type=kind).oid
 
 
 def checkpoint_files(directory: str | Path) -> dict[str, Path | bytes]:
-    """Path in the repository -> file, of a checkpoint or any other model's directory, verified before it is named.
+    """Path in the repository -> file, of a checkpoint or any other model's directory; the files are verified first.
 
-    Of a checkpoint: what checksums.json names; else: what MODEL_FILE knows. Whatever else lies there stays at home.
-    A state.json from before states were scrubbed is scrubbed here, and its checksum follows.
+    A checkpoint's files are those that checksums.json names; another directory's are those that MODEL_FILE matches.
+    No other file is published. A state.json that was written before states were scrubbed is scrubbed here, and its
+    checksum is corrected.
 
-    Raises: InputError for damage, and for links: nobody chose to publish what they point to.
+    Raises: InputError for damage, and for links: nobody chose to publish the files that links point to.
     """
     directory = Path(directory)
     refuse_links(directory)
@@ -119,12 +114,12 @@ def checkpoint_files(directory: str | Path) -> dict[str, Path | bytes]:
 
 
 def weights_only(files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """Without the trainer's state, and without the checksums, which cover it; the Hub has its own."""
+    """`files` without the trainer's state and without the checksums, which cover that state; the Hub has its own."""
     return {name: file for name, file in files.items() if name != CHECKSUMS and not name.startswith(TRAINER_STATE)}
 
 
 def refuse_links(directory: Path) -> None:
-    """Raises InputError where `directory` is a link or holds one."""
+    """Raises: InputError where `directory` is a link or holds one."""
     for path in (directory, *sorted(directory.rglob("*"))):
         if path.is_symlink():
             raise InputError(
@@ -162,7 +157,6 @@ def explain(error: BaseException, repo: str) -> str:
     refused = f"{hub} refuses this ({status}): the token may not write to {repo}, or its plan does not include it"
     known = {
         "LocalTokenNotFoundError": login,
-        "NoTokenError": login,
         "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it to reach the Hub",
         401: f"{hub} does not accept the token (401): run `hf auth login` with one that may write to {repo}",
         402: refused,
@@ -170,8 +164,8 @@ def explain(error: BaseException, repo: str) -> str:
         404: f"{hub} has no {repo} (404), or the token may not see it",
         429: f"{hub} asks to slow down (429) while writing to {repo}",
     }
-    if kind in known or status in known:
-        return known.get(kind) or known[status]
+    if sentence := known.get(kind) or known.get(status):
+        return sentence
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} was deleted while it was being sent"
     reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:400]
@@ -181,8 +175,8 @@ def explain(error: BaseException, repo: str) -> str:
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether trying again is pointless: a refusal, or a mistake of ours; not a busy Hub or a broken line."""
-    names = ("InputError", "LocalTokenNotFoundError", "NoTokenError", "OfflineModeIsEnabled", "HFValidationError")
+    """Whether another attempt is pointless: true for a refusal or our mistake, false for a fault of the network."""
+    names = ("InputError", "LocalTokenNotFoundError", "OfflineModeIsEnabled", "HFValidationError")
     return type(error).__name__ in names or _status(error) in FINAL_STATUS
 
 
@@ -199,18 +193,18 @@ def _status(error: BaseException | None) -> int | None:
 
 
 class Uploader:
-    """Publishes a run's checkpoints from a thread of its own. Nothing it meets is ever raised into the training.
+    """Publishes a run's checkpoints from a thread of its own; only the constructor raises errors into the training.
 
         uploader = Uploader("user/name", run_dir=run_dir)        # InputError here, before the first step
         uploader.checkpoint(path)                                # returns at once; the files may be deleted afterwards
         missing = uploader.close(timeout=600)                    # sentences about what did not arrive
 
-    A checkpoint that waits lies in `run_dir/uploads` as hard links. One that a fault or the end of the process leaves
-    there is sent by the next Uploader of the same run: the same training command, or `gpt2repro push`. A damaged one
-    stays there too, is named, and holds up none of the others.
+    A checkpoint waits in `run_dir/uploads` as hard links. If a fault or the end of the process leaves a checkpoint
+    there, the next Uploader of the same run sends it: that of the same training command, or of `gpt2repro push`. A
+    damaged checkpoint stays there too; the uploader names it and sends the others.
 
-    `comparable` loads a checkpoint with our class in fp32 on the CPU; given it, `close` publishes the native twin of
-    `main` as well. `card` holds further arguments of `card_files`.
+    `comparable` loads a checkpoint with our class in fp32 on the CPU; with it `close` also publishes the native twin
+    of `main`. `card` holds further arguments of `card_files`.
     """
 
     def __init__(
@@ -222,26 +216,26 @@ class Uploader:
         card: dict | None = None,
         comparable: Callable[[Path], object] | None = None,
         quiet: bool = True,
-        first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ):
         from huggingface_hub.utils import disable_progress_bars, logging
 
         self.repo, self.run_dir, self.private = repo, Path(run_dir), private
+        self.uploads = self.run_dir / "uploads"
         self.published: list[str] = []  # revisions that arrived, in order
-        self._card, self._comparable = dict(card or {}), comparable
-        self._first_wait = first_wait_seconds
+        self._cards = partial(card_files, repo=repo, run_dir=self.run_dir, **(card or {}))
+        self._comparable = comparable
         self._said: set[str] = set()
-        self._errors: dict[str, str] = {}  # name of what waits -> why it has not arrived
-        self._refused: set[str] = set()  # what waits and will not be sent, since it is damaged or a link
+        self._errors: dict[str, str] = {}  # name of what has not arrived -> the reason
+        self._refused: set[str] = set()  # names in the queue that are not sent: damaged checkpoints and links
         self._verified: dict[tuple[str, int], dict] = {}  # (name, inode) -> files, so that each is hashed once
         self._wake = threading.Condition()
         self._closing_at: float | None = None  # the deadline, once close() was called
-        logging.set_verbosity_error()  # its warnings are about attempts that fail; this class says what comes of them
+        logging.set_verbosity_error()  # its warnings are about single attempts; this class reports their outcome
         if quiet:
-            disable_progress_bars()  # they would run through the training's own
+            disable_progress_bars()  # they would disturb the training's own bar
         self.api = None
         try:
-            self.api = _connect(repo, private=private)
+            self._connected()
         except Exception as error:
             if is_final(error):
                 raise InputError(explain(error, repo)) from None
@@ -253,12 +247,8 @@ class Uploader:
         self._thread = threading.Thread(target=self._work, name="hub-uploader", daemon=True)
         self._thread.start()
 
-    @property
-    def uploads(self) -> Path:
-        return self.run_dir / "uploads"
-
     def checkpoint(self, path: str | Path) -> None:
-        """Queue a written checkpoint. Called by the main process only, from whichever thread."""
+        """Queue a written checkpoint. Only the main process calls it, from any thread."""
         path = Path(path)
         try:
             _link_tree(path, self.uploads / path.name)
@@ -278,21 +268,21 @@ class Uploader:
         native = self._closing_at is not None and self._comparable is not None
         return [path.name for path in self._queue()] + ["branch native"] * native
 
-    def close(self, timeout: float | None = None, *, stop: Callable[[], bool] = lambda: False) -> list[str]:
-        """Finish what waits, for at most `timeout` seconds; returns one sentence per checkpoint that did not arrive.
+    def close(self, timeout: float, *, stop: Callable[[], bool] = lambda: False) -> list[str]:
+        """Send what waits, for at most `timeout` seconds; returns one sentence per checkpoint that did not arrive.
 
-        `stop` is called about five times a second: True ends the wait at once. The queue stays for the next start.
+        `close` calls `stop` about five times a second and ends at once when `stop` returns True. What was not sent
+        stays in the queue for the next start.
         """
         with self._wake:
-            self._closing_at = time.monotonic() + (timeout if timeout is not None else float("inf"))
+            self._closing_at = time.monotonic() + timeout
             if timeout == 0:
-                self._comparable = None  # nobody waits for the native twin
+                self._comparable = None  # no time for the native twin
             self._wake.notify()
         while self._thread.is_alive() and (left := self._closing_at - time.monotonic()) > 0 and not stop():
             self._thread.join(min(0.2, left))
-        waiting = self.waiting()
-        missing = [f"{name} is not on the Hub: {self._errors.get(name, 'still being sent')}" for name in waiting]
-        missing += [f"{name} is not on the Hub: {why}" for name, why in self._errors.items() if name not in waiting]
+        reasons = dict.fromkeys(self.waiting(), "still being sent") | self._errors
+        missing = [f"{name} is not on the Hub: {reason}" for name, reason in reasons.items()]
         with self._wake:
             self._closing_at = time.monotonic()
             self._wake.notify()
@@ -302,8 +292,8 @@ class Uploader:
         return missing
 
     def _work(self) -> None:
-        """The thread: send what waits; after a fault try again, each time later, after a refusal wait for news."""
-        wait = self._first_wait
+        """The thread: send what waits; after a fault try again, each time later; after a refusal wait for news."""
+        wait = FIRST_WAIT_SECONDS
         while True:
             with self._wake:
                 while not self._news and self._closing_at is None:
@@ -313,7 +303,7 @@ class Uploader:
             with self._wake:
                 closing = self._closing_at is not None
                 if error is None:
-                    wait = self._first_wait
+                    wait = FIRST_WAIT_SECONDS
                     if closing and not self._queue():
                         return
                 elif is_final(error):
@@ -327,7 +317,7 @@ class Uploader:
                     wait, self._news = min(2 * wait, LONGEST_WAIT_SECONDS), True
 
     def _send_what_waits(self) -> Exception | None:
-        """Oldest first, up to the first fault: the others would fare alike, and the newest has to come last."""
+        """Send the oldest first, so that the newest comes last; stop at the first fault: the next would meet it too."""
         name = ""
         try:
             ready = {}
@@ -362,7 +352,7 @@ class Uploader:
 
     def _connected(self):
         if self.api is None:
-            self.api = _connect(self.repo, private=self.private)
+            self.api = open_repo(self.repo, private=self.private)
         return self.api
 
     def _best(self) -> Path | None:
@@ -371,7 +361,7 @@ class Uploader:
         return resolve_pointer(checkpoints, "best") or resolve_pointer(checkpoints, "latest")
 
     def _publish(self, staged: Path, files: dict[str, Path | bytes], *, newest: bool) -> None:
-        """One checkpoint: its branch, then `main`, then room where the optimizer's state has become old."""
+        """Publish one checkpoint: its branch, then `main`; then delete older optimizer states."""
         api = self._connected()
         step = int(STEP_NAME.fullmatch(staged.name)[1])
         branch, inode = f"step-{step}", staged.stat().st_ino
@@ -400,14 +390,11 @@ class Uploader:
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
-    def _cards(self, directory: Path, *, native: bool = False) -> dict[str, bytes]:
-        return card_files(directory, repo=self.repo, run_dir=self.run_dir, native=native, **self._card)
-
     def _strip_older(self, newest: str, commit: str) -> None:
-        """Take the optimizer's state out of this run's older branches, and its files out of the Hub's storage.
+        """Delete the optimizer's state from this run's older branches, and its files from the Hub's storage.
 
-        `uploads/optimizer_states.json` names the branches that this run has published with it, and the commits. A
-        branch that has moved on since, or that another run of the same repository has made, is left alone.
+        `uploads/optimizer_states.json` names the branches that this run has published with an optimizer's state, and
+        their commits. A branch that has another commit now, or that another run has made, stays as it is.
         """
         from huggingface_hub import CommitOperationDelete
         from huggingface_hub.errors import EntryNotFoundError
@@ -451,18 +438,14 @@ class Uploader:
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """A copy of a directory that costs no space where the filesystem has hard links; appears by one rename.
+    """Copy a directory by hard links, where the filesystem has them; the copy appears by one rename.
 
-    Raises: InputError for links.
+    Raises: InputError for symbolic links.
     """
     refuse_links(source)
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            place = aside / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            link(path, place)
+    shutil.copytree(source, aside, copy_function=link)
     target.unlink() if target.is_symlink() else shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
 
@@ -473,8 +456,8 @@ def _link_tree(source: Path, target: Path) -> None:
 def fetch_checkpoint(name: str, into: str | Path) -> Path:
     """`hub:user/name[@revision]` -> a local directory with model, optimizer and data state, ready to be resumed from.
 
-    Without a revision the newest one that holds the optimizer's state is taken. In a distributed run every rank calls
-    it; rank 0 downloads.
+    Without a revision it takes the newest one that holds the optimizer's state. In a distributed run every rank calls
+    it, and rank 0 downloads.
 
     Raises: InputError where there is no such repository or revision, or it holds weights only.
     """
@@ -495,17 +478,17 @@ def _fetch_checkpoint(name: str, into: Path) -> Path:
         wanted = [revision] if revision else [steps[step] for step in sorted(steps, reverse=True)] + ["main"]
         for candidate in wanted:
             commit = commits.get(candidate, candidate)
-            if api.file_exists(repo, f"{TRAINER_STATE}/state.json", revision=commit):
+            if api.file_exists(repo, STATE, revision=commit):
                 break
         else:
             known = ", ".join(steps[step] for step in sorted(steps)) or "none"
-            where = f"revision {revision} of {repo}" if revision else repo
+            asked = f"revision {revision} of {repo}" if revision else repo
             raise InputError(
-                f"{where} holds no optimizer state to resume from (steps there: {known}; only the newest keeps it). "
+                f"{asked} holds no optimizer state to resume from (steps there: {known}; only the newest keeps it). "
                 f"To begin a new run from its weights: --init_from {repo}"
             )
         place = into / f"{repo.replace('/', '--')}-{commit[:12]}"
-        if (place / "checksums.json").is_file():  # an earlier start of this command fetched it
+        if (place / CHECKSUMS).is_file():  # an earlier start of this command fetched it
             with contextlib.suppress(InputError):
                 verify_checkpoint(place)
                 return place
@@ -518,8 +501,6 @@ def _fetch_checkpoint(name: str, into: Path) -> Path:
                 if is_final(error) or attempt == FETCH_ATTEMPTS:
                     raise
                 time.sleep(FIRST_WAIT_SECONDS * attempt)
-    except InputError:
-        raise
     except Exception as error:
         raise InputError(explain(error, f"{repo}@{revision}" if revision else repo)) from None
     shutil.rmtree(place / ".cache", ignore_errors=True)  # the download's own notes, which are no checkpoint's
@@ -529,15 +510,16 @@ def _fetch_checkpoint(name: str, into: Path) -> Path:
 # --- the same weights as a plain gpt2 --------------------------------------------------------------------------------
 
 
-def publish_native(api, repo: str, source: Path, model, cards: Callable[..., dict[str, bytes]]) -> float:
-    """Export `source`, compare the result with `model`, publish it as branch `native`; returns the largest difference.
+def publish_native(api, repo: str, source: Path, model, cards: Callable[..., dict[str, bytes]]) -> None:
+    """Export `source`, compare the result with `model`, publish it as branch `native`.
 
-    `cards(source, native=True)` gives the files that describe it. Raises: InputError where the two do not agree.
+    `cards(source, native=True)` gives the files that describe the model.
+
+    Raises: InputError where the two do not agree.
     """
     checkpoint_files(source)  # verifies it
     with tempfile.TemporaryDirectory() as work:
         directory = export_native(source, Path(work) / "native")
-        difference = check_native(directory, model)
+        check_native(directory, model)
         files = checkpoint_files(directory) | cards(source, native=True)
         publish(api, repo, files, revision="native", message="The same weights as a plain gpt2")
-    return difference

@@ -3,8 +3,8 @@
     ckpt.pt | model_19072.pt | gpt2_124M.bin  --read_*-->  Imported(config, tensors, notes)
 
 Knows the foreign formats, and no model class: the command builds the model and looks whether it predicts anything.
-Nothing in a file is executed: pickles are read with `weights_only=True`, and in place of build-nanogpt's own class of
-configurations there is a stand-in that only holds numbers.
+Nothing in a file is executed: pickles are read with `weights_only=True`, and a class that only holds numbers replaces
+build-nanogpt's own configuration class.
 
 Sources: nanoGPT `train.py` and `model.py`; build-nanogpt `train_gpt2.py`, whose format ShallowU/Reproduce-GPT2-124M
 keeps; llm.c `train_gpt2.py` (`write_model`) and `train_gpt2.cu` (`gpt2_write_to_checkpoint`).
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +27,11 @@ from gpt2repro.options import InputError
 GPT2_VOCAB_SIZE = 50257
 # nn.Linear keeps (out, in), GPT-2's Conv1D (in, out): https://github.com/karpathy/nanoGPT/blob/master/model.py
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
 
+PICKLES = {  # format -> (the file that it writes, the key of the model's sizes, its activation)
+    "nanogpt": ("nanoGPT's ckpt.pt", "model_args", "gelu"),  # GELU with erf
+    "build-nanogpt": ("build-nanogpt's model_NNNNN.pt", "config", "gelu_new"),  # GELU with tanh
+}
 LLMC_MAGIC = 20240326
 LLMC_OTHER_MAGICS = {
     20240327: "a debug or optimizer state",
@@ -43,7 +47,7 @@ LLMC_HEADER_BYTES = 256 * 4
 
 @dataclass
 class Imported:
-    """A GPT-2 in transformers' names and layout. `notes` say what was not simply copied."""
+    """A GPT-2 in transformers' names and layout; `notes` name every change beyond a copy."""
 
     config: dict
     tensors: dict[str, torch.Tensor]
@@ -51,7 +55,7 @@ class Imported:
 
 
 class _Numbers:
-    """Stands in for a checkpoint's own GPTConfig: holds the attributes that the pickle sets, runs nothing."""
+    """Replaces a checkpoint's own GPTConfig: holds the attributes that the pickle sets, runs nothing."""
 
 
 def read_checkpoint(kind: str, path: str | Path) -> Imported:
@@ -62,19 +66,22 @@ def read_checkpoint(kind: str, path: str | Path) -> Imported:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"--input {path}: no such file")
-    return {"nanogpt": read_nanogpt, "build-nanogpt": read_build_nanogpt, "llm.c": read_llmc}[kind](path)
+    return read_llmc(path) if kind == "llm.c" else read_pickle(path, *PICKLES[kind])
 
 
-def read_nanogpt(path: Path) -> Imported:
-    """nanoGPT's `ckpt.pt`: GELU with erf, biases optional, vocabulary padded to 50304 or a character set's."""
-    checkpoint = _load_pickle(path, "nanoGPT's ckpt.pt has 'model' and 'model_args'", ("model", "model_args"))
-    return _from_linear_layout(path, checkpoint["model"], _plain_dict(path, checkpoint["model_args"]), "gelu")
-
-
-def read_build_nanogpt(path: Path) -> Imported:
-    """build-nanogpt's and ShallowU's `log/model_NNNNN.pt`: GELU with tanh, `_orig_mod.` names, vocabulary 50304."""
-    checkpoint = _load_pickle(path, "build-nanogpt's model_NNNNN.pt has 'model' and 'config'", ("model", "config"))
-    imported = _from_linear_layout(path, checkpoint["model"], _plain_dict(path, checkpoint["config"]), "gelu_new")
+def read_pickle(path: Path, file: str, sizes_key: str, activation: str) -> Imported:
+    """A file of torch.save by nanoGPT (biases optional), build-nanogpt or ShallowU; the vocabulary may be padded."""
+    checkpoint = _load_pickle(path)
+    if not isinstance(checkpoint, dict) or not {"model", sizes_key} <= checkpoint.keys():
+        keys = f"a dict with {sorted(map(str, checkpoint))}" if isinstance(checkpoint, dict) else ""
+        raise InputError(f"{path}: {file} has 'model' and '{sizes_key}', found {keys or type(checkpoint).__name__}")
+    state, sizes = checkpoint["model"], checkpoint[sizes_key]
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: 'model' should be a state dict, found {type(state).__name__}")
+    sizes = vars(sizes) if isinstance(sizes, _Numbers) else sizes
+    if not isinstance(sizes, dict):
+        raise InputError(f"{path}: expected the model's sizes in a dict or a GPTConfig, found {type(sizes).__name__}")
+    imported = _from_linear_layout(path, state, sizes, activation)
     if isinstance(checkpoint.get("step"), int) and checkpoint.get("val_loss") is not None:
         imported.notes.append(f"the file says: step {checkpoint['step']}, val_loss {float(checkpoint['val_loss']):.4f}")
     return imported
@@ -140,8 +147,8 @@ class _DataOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain data is read")
 
 
-def _load_pickle(path: Path, expected: str, keys: tuple[str, ...]) -> dict:
-    """The dict in a file of torch.save, without executing anything. Raises: InputError."""
+def _load_pickle(path: Path):
+    """The object in a file of torch.save; nothing of the file is executed. Raises: InputError."""
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # not a zip file, or a damaged one: torch.load says it better
@@ -151,20 +158,12 @@ def _load_pickle(path: Path, expected: str, keys: tuple[str, ...]) -> dict:
         raise _would_run(path, refused)
     try:
         with torch.serialization.safe_globals([(_Numbers, name) for name in configs]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # unpickling a damaged or hostile file can raise anything
         if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # a file from before torch 1.6
             raise _would_run(path, [refused[1]]) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path} is not a readable PyTorch checkpoint: {reason}") from None
-    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in keys):
-        found = (
-            f"a dict with {sorted(map(str, checkpoint))}" if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        )
-        raise InputError(f"{path}: {expected}, found {found}")
-    if not isinstance(checkpoint["model"], dict):
-        raise InputError(f"{path}: 'model' should be a state dict, found {type(checkpoint['model']).__name__}")
-    return checkpoint
 
 
 def _would_run(path: Path, names: list[str]) -> InputError:
@@ -172,18 +171,6 @@ def _would_run(path: Path, names: list[str]) -> InputError:
         f"{path} would run {', '.join(names)} while being unpickled, so it is not read; a GPT checkpoint names nothing "
         "but its GPTConfig"
     )
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _plain_dict(path: Path, config: object) -> dict:
-    values = config if isinstance(config, dict) else vars(config) if isinstance(config, _Numbers) else None
-    if values is None:
-        raise InputError(f"{path}: expected the model's sizes in a dict or a GPTConfig, found {type(config).__name__}")
-    return values
 
 
 def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -> Imported:
@@ -196,18 +183,20 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
     T, V, L, H, C = (sizes[name] for name in names)
     if len(state) < L:
         raise InputError(f"{path} has {len(state)} tensors, too few for its n_layer={L}")
-    state = {_unwrapped(str(name)): tensor for name, tensor in state.items()}
+    # torch.compile and DistributedDataParallel put these words before each name.
+    state = {re.sub(r"^(_orig_mod\.|module\.)+", "", str(name)): tensor for name, tensor in state.items()}
     state = {name: tensor for name, tensor in state.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
 
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
-            kind = "meta" if getattr(value, "is_meta", False) else getattr(value, "layout", type(value).__name__)
-            raise InputError(f"{path}: {name} is not a tensor of floating-point numbers but {kind}: save it dense")
-        if value.dtype not in DTYPES or value.dim() == 0:
-            raise InputError(
-                f"{path}: {name} is not a tensor of floating-point numbers that can be read but {value.dtype} of shape "
-                f"{tuple(value.shape)}: save it as fp32, bf16 or fp16"
-            )
+        found = type(value).__name__
+        if isinstance(value, torch.Tensor):
+            if value.layout == torch.strided and not value.is_meta and value.dtype in DTYPES and value.dim() > 0:
+                continue
+            found = f"{value.dtype} of shape {tuple(value.shape)} and layout {value.layout} on {value.device}"
+        raise InputError(
+            f"{path}: {name} is not a tensor of floating-point numbers that can be read but {found}: save it dense, as "
+            "fp32, bf16 or fp16"
+        )
 
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head.double(), state.get("transformer.wte.weight", head).double()):
@@ -254,7 +243,7 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
 
 
 def _block_shapes(C: int) -> dict[str, tuple[int, ...]]:
-    """One layer of nanoGPT's family and of llm.c, which multiply by (out, in) matrices."""
+    """Names and shapes of one layer of nanoGPT's family and of llm.c, whose matrices are (out, in)."""
     return {
         "ln_1.weight": (C,), "ln_1.bias": (C,),
         "attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
@@ -263,12 +252,6 @@ def _block_shapes(C: int) -> dict[str, tuple[int, ...]]:
         "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,),
         "mlp.c_proj.weight": (C, 4 * C), "mlp.c_proj.bias": (C,),
     }  # fmt: skip
-
-
-def _unwrapped(name: str) -> str:
-    while name.startswith(WRAPPERS):
-        name = name.partition(".")[2]
-    return name
 
 
 def _and_more(names: list[str]) -> str:

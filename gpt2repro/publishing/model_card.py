@@ -1,4 +1,4 @@
-"""The README.md of a published model, made from what the run wrote down; what was not written down is not claimed.
+"""The README.md of a published model, made from the files of its run; it claims nothing that those files do not say.
 
     checkpoint/{config.json, trainer_state/state.json}   run/{config.yaml, metrics.jsonl, loss.png, samples/}
         --card_files-->  README.md (card.md, filled in), .eval_results/*.yaml and, from a run,
@@ -11,6 +11,7 @@ Source: https://huggingface.co/docs/hub/model-cards (metadata), huggingface_hub'
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -22,21 +23,21 @@ import yaml
 from gpt2repro.checkpoint.tensors import open_tensors
 from gpt2repro.files import read_json_if_whole, step_in_name
 from gpt2repro.redaction import scrub
-from gpt2repro.training.metrics_log import read_metrics
+from gpt2repro.training.metrics_log import read_metrics, whole_lines
 
 SAMPLE_CHARACTERS = 4000  # a card shows what the model writes, it is no archive
+LINES_AT_ONCE = 10_000  # of a log that is scrubbed
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What is known to be English, by Hub id or by the name of our own corpora.
 ENGLISH = {"HuggingFaceFW/fineweb", "HuggingFaceFW/fineweb-edu", "Skylion007/openwebtext", "python-docs", "shakespeare"}
 
-# Evaluation record's key -> (metric type as the Hub knows it, what it is called in the card, benchmark)
-BENCHMARKS = {
+BENCHMARKS = {  # task -> (Hub id, title)
     "hellaswag": ("Rowan/hellaswag", "HellaSwag"),
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
     "piqa": ("ybisk/piqa", "PIQA"),
     "winogrande": ("allenai/winogrande", "WinoGrande"),
 }
-METRICS = {
+METRICS = {  # key in the evaluation's record -> (metric type on the Hub, name in the card, task)
     "val_loss": ("loss", "validation loss (nats per token)", None),
     "perplexity": ("perplexity", "perplexity (per token)", None),
     "bits_per_byte": ("bits_per_byte", "bits per byte", None),
@@ -79,7 +80,7 @@ def card_files(
 ) -> dict[str, bytes]:
     """Path in the repository -> content: README.md, results and, from a run, its curve, options and log to this step.
 
-    `native`: for the branch whose files are a plain `gpt2`. `language` as the Hub spells it (en).
+    `native` is for the branch whose files are a plain `gpt2`; `language` is spelled as on the Hub (en).
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -89,13 +90,10 @@ def card_files(
     hub_data = _hub_dataset(facts)
     if language is None and {hub_data, (facts.manifest.get("source") or {}).get("corpus")} & ENGLISH:
         language = "en"
-    init_from = str(facts.options.get("init_from") or "")
+    init_from, name = str(facts.options.get("init_from") or ""), repo.split("/")[-1]
     base, _, _ = init_from.partition("@")
-    extra = {}
-    if co2_kg is not None:
-        emissions = {"emissions": 1000 * co2_kg, "training_type": "pre-training", "source": "stated by the publisher"}
-        hardware = {"hardware_used": _hardware(facts)} if _hardware(facts) else {}
-        extra["co2_eq_emissions"] = emissions | hardware  # the Hub wants grams
+    emissions = {"training_type": "pre-training", "source": "stated by the publisher"}
+    emissions |= {"hardware_used": _hardware(facts)} if _hardware(facts) else {}
     metadata = ModelCardData(
         language=language,
         license=license,
@@ -104,9 +102,9 @@ def card_files(
         tags=["gpt2", "gpt2repro"],
         datasets=[hub_data] if hub_data else None,
         base_model=base if DATASET_ID.fullmatch(base) and not Path(init_from).exists() else None,
-        model_name=repo.split("/")[-1],
+        model_name=name,
         eval_results=[result for result, _ in results] or None,
-        **extra,
+        co2_eq_emissions=None if co2_kg is None else {"emissions": 1000 * co2_kg, **emissions},  # the Hub wants grams
     )
     sizes, weights = facts.model, directory / "model.safetensors"
     shape = f"{sizes.get('n_layer')} layers, {sizes.get('n_head')} heads, width {sizes.get('n_embd')}, "
@@ -121,7 +119,7 @@ def card_files(
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("card.md")),
-        name=repo.split("/")[-1],
+        name=name,
         repo=repo,
         native=native,
         init_from=init_from,
@@ -134,6 +132,7 @@ def card_files(
         has_picture=has_picture,
         samples=_samples(facts),
         training=_training(facts, cost_dollars, co2_kg),
+        conformance=(read_json_if_whole((run_dir or directory) / "conformance.json") or {}).get("rows", []),
         command=facts.environment.get("command"),
         options=options,
         data=_data(facts),
@@ -149,7 +148,7 @@ def card_files(
 
 
 def collect(directory: Path, run_dir: Path | None) -> Facts:
-    """Everything that the checkpoint and its run say about it."""
+    """All facts that the checkpoint and its run state."""
     facts = Facts(model=(read_json_if_whole(directory / "config.json") or {}))
     header = read_json_if_whole(directory / "trainer_state" / "state.json") or {}
     state = scrub(header.get("state") or {})
@@ -163,7 +162,7 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
         facts.options = scrub(options)
         facts.manifest = read_json_if_whole(Path(str(options.get("data", ""))) / "manifest.json") or {}
     if _is_file(run_dir / "metrics.jsonl"):
-        _, evaluations = read_metrics(run_dir)
+        _, evaluations = read_metrics(run_dir, at_most=1)
         facts.evaluation = next((r for r in reversed(evaluations) if r["step"] == facts.step), {})
     samples = sorted((run_dir / "samples").glob("step_*.md"), key=step_in_name)
     samples = [path for path in samples if _is_file(path) and (facts.step is None or step_in_name(path) <= facts.step)]
@@ -201,11 +200,9 @@ def eval_results(facts: Facts) -> list[tuple]:
 
 
 def _result_files(facts: Facts, results: list) -> dict[str, bytes]:
-    """The same results as `.eval_results/*.yaml`, one file per dataset of the Hub; none with an older library."""
-    try:
-        from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-    except ImportError:
-        return {}
+    """The same results as `.eval_results/*.yaml`, one file per dataset of the Hub."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
     entries: dict[str, list] = {}
     for result, _ in results:
         if DATASET_ID.fullmatch(result.dataset_type):
@@ -213,13 +210,13 @@ def _result_files(facts: Facts, results: list) -> dict[str, bytes]:
             entry = EvalResultEntry(result.dataset_type, result.metric_type, result.metric_value, notes=notes)
             entries.setdefault(result.dataset_type.split("/")[-1], []).append(entry)
     return {
-        f".eval_results/{name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(some), sort_keys=False).encode()
-        for name, some in entries.items()
+        f".eval_results/{name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(found), sort_keys=False).encode()
+        for name, found in entries.items()
     }
 
 
 def _samples(facts: Facts) -> str:
-    """samples/step_N.md with each prompt of the options set apart from its continuation, and lower headings."""
+    """The text of samples/step_N.md with each prompt apart from its continuation, and with lower headings."""
     text = facts.samples.strip()
     if len(text) > SAMPLE_CHARACTERS:
         text = text[:SAMPLE_CHARACTERS].rsplit("\n", 1)[0] + "\n\n    […]"
@@ -308,12 +305,7 @@ def _count_parameters(weights: Path) -> int:
 
 def _log_until(path: Path, step: int | None) -> bytes:
     """metrics.jsonl up to and including `step`, scrubbed: a run goes on while its checkpoint is being published."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record_step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):  # a torn last line
-            continue
-        if step is None or record_step <= step:
-            kept.append(f"{line}\n")
-    return scrub("".join(kept)).encode()
+    kept, lines = bytearray(), (line for line, record in whole_lines(path) if step is None or record["step"] <= step)
+    while part := "".join(itertools.islice(lines, LINES_AT_ONCE)):
+        kept += scrub(part).encode()
+    return bytes(kept)

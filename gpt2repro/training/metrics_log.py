@@ -1,4 +1,4 @@
-"""metrics.jsonl, read back and cut back: one JSON object a line, of which a killed process leaves at worst half a line.
+"""metrics.jsonl, read and cut: one JSON object a line; a killed process leaves at worst half of its last line.
 
 Knows no metric by name but `step`, `loss` and `val_loss`.
 """
@@ -10,29 +10,52 @@ from pathlib import Path
 from gpt2repro.files import atomic_file, step_in_name
 
 
-def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
-    """(training records, evaluation records) of a run, in the order they were logged; a torn last line is left out."""
-    path = Path(run_dir) / "metrics.jsonl"
-    records = [record for _, record in _whole_lines(path)] if path.is_file() else []
+def read_metrics(run_dir: str | Path, *, at_most: int | None = None) -> tuple[list[dict], list[dict]]:
+    """(training records, evaluation records) of a run, in the order they were logged; a torn last line is left out.
+
+    `at_most` so many training records, spread evenly, are enough for a picture: a million lines then take a second.
+    """
+    path, every = Path(run_dir) / "metrics.jsonl", 1
+    if not path.is_file():
+        return [], []
+    if at_most is not None:
+        with path.open("rb") as lines:
+            every = 1 + sum(1 for _ in lines) // at_most
+    records = [record for _, record in whole_lines(path, every)]
     return [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
 
 
-def cut_metrics(path: Path, last_step: int | None) -> None:
-    """Keep the records up to and including `last_step` (None: none). Atomic; never the whole file in memory."""
-    if not path.exists():
-        return
-    with atomic_file(path) as out:
-        if last_step is not None:
-            out.writelines(line for line, record in _whole_lines(path) if record["step"] <= last_step)
+def cut_metrics(path: Path, last_step: int | None) -> list[tuple[int, int]]:
+    """Keep the records up to and including `last_step` (None: none). Atomic; never the whole file in memory.
+
+    Returns the steps (first, last) of the training that the log has lost.
+    """
+    lost, expected = [], 1
+    if path.exists():
+        with atomic_file(path) as out:
+            for line, record in whole_lines(path) if last_step is not None else ():
+                if record["step"] > last_step:
+                    continue
+                out.write(line)
+                if "loss" in record:
+                    if record["step"] > expected:
+                        lost.append((expected, record["step"] - 1))
+                    expected = max(expected, record["step"] + 1)
     for sample in (path.parent / "samples").glob("step_*.md"):
         if last_step is None or step_in_name(sample) > last_step:
             sample.unlink()
+    return [*lost, (expected, last_step)] if last_step is not None and expected <= last_step else lost
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """(line, record) of every line that was written whole; a process killed while writing leaves half of the last."""
+def whole_lines(path: Path, every: int = 1) -> Iterator[tuple[str, dict]]:
+    """(line, record) of every line that was written whole; a process killed while writing leaves half of the last.
+
+    With `every` only those whose number is a multiple of it, and all evaluations.
+    """
     with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
-        for line in lines:
+        for number, line in enumerate(lines):
+            if number % every and '"val_loss"' not in line:
+                continue
             try:
                 record = json.loads(line)
             except ValueError:

@@ -1,4 +1,4 @@
-"""A run's directory while the run trains in it: lock, log, checkpoints, health, status; opened and closed as one.
+"""A training run around its steps: lock, log, checkpoints, health, status; opened and closed together.
 
     with Run(config, accelerator, model, optimizer, source, fetch=fetch_checkpoint) as run:
         … one step …            run.state.step += 1
@@ -6,7 +6,7 @@
         run.evaluate(); run.save()                  metrics, samples; a checkpoint, written by a thread
     return run.exit_code
 
-It owns what outlives a step. Knows neither how a step is made nor which data or model it is made with.
+Owns the run's directory and state. Knows neither how a step is made nor which data or model it uses.
 """
 
 import contextlib
@@ -15,16 +15,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from gpt2repro.checkpoint.layout import from_all_ranks
+from gpt2repro.checkpoint.layout import POINTERS, from_all_ranks
 from gpt2repro.checkpoint.reader import find_checkpoint
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.sources import merge_states, prefetch
-from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name, write_json
+from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name
 from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, to_yaml
 from gpt2repro.training import console
@@ -36,36 +37,33 @@ from gpt2repro.training.planning import doubts, micro_batch_of_run
 from gpt2repro.training.plotting import draw_runs
 from gpt2repro.training.reference import Referee
 from gpt2repro.training.state import Best, RunState, find_resume, load_run_state
-from gpt2repro.training.stopping import (
-    EXIT_BAD_NUMBERS,
-    EXIT_DONE,
-    EXIT_STOPPED,
-    StopSignal,
-    lost_a_process,
-    said_to_the_user,
-)  # fmt: skip
+from gpt2repro.training.stopping import StopSignal, lost_a_process, said_to_the_user
 from gpt2repro.training.tracking import RunLog
 
 BATCHES_AHEAD = 4  # made in a thread while the device computes
-UPLOAD_SECONDS_AT_EXIT = 1800  # how long a finished run waits for uploads; a stopped one leaves them to the next start
+# Seconds that a finished run waits for uploads. A stopped run does not wait; the next start sends them.
+UPLOAD_SECONDS_AT_EXIT = 1800
+EXIT_DONE, EXIT_STOPPED, EXIT_BAD_NUMBERS = 0, 3, 4
 
 
 class Run:
-    """See the module. Every rank opens one; only the main one writes files.
+    """A context manager, used as the module shows. Every rank opens a Run; only the main rank writes files.
 
-    `state` changes from step to step, `fetch(place, directory)` brings a checkpoint from the Hub, `uploader` (None: no
-    uploads) is set by whoever opens the run.
+    `compiled` is how the model was (model, block, off), `fetch(place, directory)` brings a checkpoint from the Hub.
+    `state` changes from step to step. `uploader` (None: no uploads) is set by whoever opens the run.
 
     Raises: InputError where another process trains in the directory, or its checkpoints belong to another run.
     """
 
-    def __init__(self, config, accelerator, model, optimizer, source, *, fetch: Callable[[str, Path], Path]):
+    def __init__(
+        self, config, accelerator, model, optimizer, source, *, compiled: str, fetch: Callable[[str, Path], Path]
+    ):
         self.config, self.accelerator, self.source = config, accelerator, source
         self.model, self.optimizer = model, optimizer
         self.plain_model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.uploader = None
         self.exit_code: int | None = None
-        self._fetch = fetch
+        self._fetch, self._compiled = fetch, compiled
         self._at_exit = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
@@ -90,6 +88,14 @@ class Run:
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
+            if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
+                self.identity["reduction"] = {
+                    "kind": "fixed",
+                    "micro_batch_size": config.micro_batch_size,
+                    "compile": self._compiled,
+                    "precision": self.accelerator.mixed_precision,
+                    "threads": torch.get_num_threads(),
+                }
             checkpoint = find_resume(config.run_dir, config.resume, fetch=self._fetch, is_main=is_main)
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
@@ -98,6 +104,7 @@ class Run:
                 if config.cooldown_from is not None and self.state.parent is None:
                     digest = sha256_of(checkpoint / "checksums.json")
                     self.state.parent = {"checkpoint": str(checkpoint), "step": self.state.step, "sha256": digest}
+                    self.state.best = self.state.run_ids = None  # the branch is a run of its own
             self.state.digests = self.source.digests()
             if config.micro_batch_size is None:
                 kept = self.state.micro_batch_size
@@ -131,7 +138,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        """Let go of everything; whatever ended the run early also ends up in status.json, since launchers hide codes.
+        """Close everything; an error also goes into status.json, since launchers hide exit codes.
 
         Raises: InputError in place of an error that a sentence explains better than a traceback.
         """
@@ -145,14 +152,11 @@ class Run:
                     self.log.status("failed", self.state.step, 1, message)
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 raise SystemExit(1) from None
-            sentence = error if isinstance(error, InputError) else said_to_the_user(error)
-            code = 1 if sentence is None else 2
+            sentence = said_to_the_user(error)
             message = f"{type(error).__name__}: {error}" if sentence is None else str(sentence)
-            if not self.accelerator.is_main_process:  # the main one will only notice that somebody is gone
+            if not self.accelerator.is_main_process:  # the main rank only learns that a process has gone
                 message = f"rank {self.accelerator.process_index}: {message}"
-                content = {"state": "failed", "step": self.state.step, "exit_code": code, "message": message}
-                write_json(self.config.run_dir / "status.json", content)
-            self.log.status("failed", self.state.step, code, message)
+            self.log.failed(self.state.step, 1 if sentence is None else 2, message)
             if sentence is not None and sentence is not error:
                 raise sentence from error
 
@@ -166,7 +170,7 @@ class Run:
         return made_ahead
 
     def record(self, steps: list[dict]) -> Verdict | None:
-        """Log, judge and show what the meter has read; returns the verdict where steps were bad."""
+        """Log, judge and show the steps that the meter has read; returns the verdict where steps were bad."""
         if not steps:
             return None
         for step in steps:
@@ -195,9 +199,10 @@ class Run:
         return record
 
     def save(self, val_loss: float = math.inf) -> None:
-        """Start writing a checkpoint of this step; `val_loss`, if it was measured, decides whether it is the best."""
+        """Start writing a checkpoint of this step, which becomes `best` if `val_loss` is the lowest so far."""
         state, scaler = self.state, self.accelerator.scaler
-        if val_loss < (state.best["val_loss"] if state.best else math.inf):  # NaN compares false: it is never the best
+        # NaN compares false, so a diverged model never becomes `best`.
+        if val_loss < (state.best["val_loss"] if state.best else math.inf):
             state.best = Best(step=state.step, val_loss=val_loss)
         state.run_ids, state.micro_batch_size = self.log.run_ids, self.config.micro_batch_size
         state.scaler = scaler.state_dict() if scaler is not None else None
@@ -217,24 +222,24 @@ class Run:
             self.writer.point("best", state.step)
 
     def rewind(self, verdict: Verdict) -> bool:
-        """Back to the newest checkpoint before the bad steps, their windows passed over; False if there is none."""
-        self.writer.wait()  # first: a save that is under way may be the one to return to, and prunes older ones
+        """Return to the newest checkpoint before the bad steps and skip their data; False without a checkpoint."""
+        self.writer.wait()  # first: the save that is under way may be that checkpoint, and it deletes older ones
         checkpoint = find_checkpoint(self.config.run_dir, all_ranks=True, at_most=verdict.first_step - 1)
         if checkpoint is None:
             return False
         self._restore(checkpoint, rewinding=True)
         self.state.source = skip_ahead(self.state.source, verdict.start, verdict.stop)
         self.log.rewind(self.state.step)
-        # At the first step of the new way: a resume from before it meets the bad steps again and logs them itself.
+        # Logged at the first new step: a resume from an earlier step makes the bad steps again and logs them again.
         self.log.log(verdict.record() | {"step": self.state.step + 1})
         self._console.back_to(self.state.step)
         return True
 
     def finish(self, verdict: Verdict | None, stop: StopSignal) -> None:
-        """The end of the run, or of this process' part in it: last checkpoint, uploads, status and exit code.
+        """End the run, or this process' part of it: last checkpoint, uploads, status and exit code.
 
-        `verdict` says why the numbers ended it. A signal ends the wait for uploads; what waits is sent by the next
-        start or by `gpt2repro push`.
+        `verdict` is given where bad numbers ended the run. A signal ends the wait for uploads; the next start or
+        `gpt2repro push` sends the rest.
         """
         config, state, done = self.config, self.state, self.state.step == self.config.max_steps
         if verdict is None and not done:
@@ -246,15 +251,16 @@ class Run:
         missing: list[str] = []
         if self.uploader is not None:
             waiting = ", ".join(self.uploader.waiting())
-            self.log.status(
-                "running", state.step, message=f"training has ended; uploading {waiting}" if waiting else ""
-            )
+            message = f"training has ended; uploading {waiting}" if waiting else ""
+            self.log.status("running", state.step, message=message)
             seconds = UPLOAD_SECONDS_AT_EXIT if done else 0
             missing = self.uploader.close(timeout=seconds, stop=lambda: stop.received)
         if verdict is not None:
-            advice = {"rewind": "no rewind is left or possible: lower the lr"}.get(
-                config.on_bad_numbers, "try a lower lr, or --on_bad_numbers rewind"
+            advice = (
+                "try a lower lr" if config.on_bad_numbers == "rewind" else "try a lower lr, or --on_bad_numbers rewind"
             )
+            if verdict.action == "rewind":
+                advice = "there is none to rewind to: lower the lr, or --save_steps"
             message = f"{bad_steps(verdict)}; the checkpoints before are kept; {advice}"
             self._end(EXIT_BAD_NUMBERS, "failed", message, file=sys.stderr)
         elif not done:
@@ -271,7 +277,7 @@ class Run:
         self.log.status(state, self.state.step, code, message)
 
     def _restore(self, checkpoint: Path, *, rewinding: bool = False) -> None:
-        """Put everything back to what it was when `checkpoint` was saved; those of later steps are abandoned."""
+        """Restore everything that `checkpoint` holds, and discard the checkpoints of later steps."""
         self.state = load_run_state(checkpoint, self.identity)
         restore(checkpoint, self.model, self.optimizer)
         if self.state.scaler is not None and self.accelerator.scaler is not None:
@@ -282,7 +288,7 @@ class Run:
             self.writer.point("best", self.state.best["step"])
 
     def _written(self, checkpoint: Path) -> None:
-        """What follows a checkpoint; called by the thread that wrote it, so that the loop does not wait for it."""
+        """Draw, upload and log a written checkpoint, in the thread that wrote it: the loop does not wait."""
         self._draw()
         step, place = step_in_name(checkpoint), str(checkpoint)
         if self.uploader is not None:
@@ -291,7 +297,7 @@ class Run:
         self.log.checkpoint_link(step, place)
 
     def _draw(self) -> None:
-        """Refresh the run's picture; no picture is a reason to end a run."""
+        """Draw the run's picture again; a failure is printed and does not end the run."""
         try:
             draw_runs([self.config.run_dir], self.config.run_dir / "loss.png")
         except Exception as error:
@@ -299,8 +305,17 @@ class Run:
 
 
 def lock_run(run_dir: Path) -> FileLock:
-    """A lock that dies with its process. Raises: InputError where another process already trains this run."""
+    """A lock that ends with its process. Raises: InputError where another process already trains this run."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    kinds = dict.fromkeys(("checkpoints", "samples"), Path.is_dir)
+    kinds |= dict.fromkeys((".lock", "config.yaml", "metrics.jsonl", "status.json", "loss.png"), Path.is_file)
+    kinds |= {f"checkpoints/{name}": lambda path: path.is_symlink() or path.is_file() for name in POINTERS}
+    for name, fits in kinds.items():
+        if (run_dir / name).exists() and not fits(run_dir / name):
+            what = "directory" if fits is Path.is_dir else "file"
+            raise InputError(
+                f"{run_dir / name} is no {what}, as a run needs; move it away, or choose another --run_dir"
+            )
     lock = FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=0)

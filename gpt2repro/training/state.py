@@ -1,6 +1,6 @@
-"""What a run carries from step to step, and finds again in its checkpoints; checked before anything is done with it.
+"""The state that a run keeps from step to step and stores in its checkpoints; a loaded state is checked before its use.
 
-Knows no optimizer and no file: tensors are the checkpoint room's.
+Knows no optimizer and no file format: the checkpoint room owns the tensors.
 """
 
 import shutil
@@ -32,16 +32,17 @@ class Best(TypedDict):
 
 
 class Identity(TypedDict):
-    """What makes a run this run: with another value, the rest of it would be another run."""
+    """The settings that identify a run: with another value, its remaining steps would belong to another run."""
 
     data: dict[str, Any]
     batch_tokens: int
     optimizer: str
     architecture: dict[str, Any]
+    reduction: NotRequired[dict[str, Any]]  # what decides the bits of `--reduction fixed`, absent for `fast`
 
 
 class Source(TypedDict):
-    """Where the data stands: windows consumed, ranges skipped on purpose, and for streams each lane's place."""
+    """The position in the data: windows consumed, ranges skipped on purpose, and for streams each lane's place."""
 
     position: Count
     skipped: list[Range]
@@ -61,7 +62,7 @@ class Health(TypedDict):
 
 
 class RunState(BaseModel):
-    """The one object that changes from step to step; `model_dump()` is what a checkpoint keeps of it."""
+    """The one object that changes from step to step; a checkpoint keeps its `model_dump()`."""
 
     model_config = ConfigDict(strict=True)
 
@@ -98,7 +99,7 @@ def load_run_state(checkpoint: Path, identity: Identity) -> RunState:
 
 
 def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path) -> None:
-    """Raises InputError where an option changed that would make the rest of the run another run.
+    """Raises: InputError where an option changed that would make the rest of the run another run.
 
     Free to change on resume: processes, micro_batch_size, precision, workers, trackers, intervals; max_steps, lr and
     the rest of the schedule change lr(step) from here on. Not free: the data and its order (data, seed, seq_len,
@@ -106,11 +107,12 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path) -> None
     """
     saved, now = scrub(saved), scrub(now)  # a checkpoint is written without home directories
     pairs = {name: (saved[name], now[name]) for name in ("batch_tokens", "optimizer")}
-    for part in ("architecture", "data"):
-        names = sorted({*saved[part], *now[part]})
-        if part == "data" and saved[part].get("revision") is None:
+    for part in ("architecture", "data", "reduction"):
+        old, new = saved.get(part, {}), now.get(part, {})
+        names = sorted({*old, *new})
+        if part == "data" and old.get("revision") is None:
             names = [name for name in names if name != "source"]  # local files may lie elsewhere: their sha256 decides
-        pairs |= {f"{part}: {name}": (saved[part].get(name), now[part].get(name)) for name in names}
+        pairs |= {f"{part}: {name}": (old.get(name), new.get(name)) for name in names}
     changed = [f"{name} was {before} and is now {after}" for name, (before, after) in pairs.items() if before != after]
     if changed:
         raise InputError(
@@ -144,8 +146,8 @@ def cooled_down(config):
 def find_resume(run_dir: Path, resume: str, *, fetch: Callable[[str, Path], Path], is_main: bool) -> Path | None:
     """The checkpoint that `--resume` means, None for a new run. Every rank calls it; `fetch` gets one from the Hub.
 
-    A run that was started from elsewhere and interrupted continues from its own checkpoints: the same command again.
-    Naming an earlier checkpoint of the run itself goes back to it and abandons the later ones.
+    A run that started from another run's checkpoint and was interrupted continues from its own checkpoints, by the same
+    command. With an earlier checkpoint of the run itself, it goes back to that step and abandons the later ones.
     """
     own = find_checkpoint(run_dir, all_ranks=True)
     if resume == "auto":
