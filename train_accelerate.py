@@ -325,7 +325,7 @@ def train(config: TrainConfig) -> int:
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
     meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)  # nothing else: the module's first lines say why
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
     if config.bf16_residual:
@@ -344,7 +344,7 @@ def train(config: TrainConfig) -> int:
             where = {"run_dir": config.run_dir, "private": not config.hub_public}
             run.uploader = Uploader(config.push_to_hub, **where, comparable=load_for_comparison)
         batches, verdict, failed, evaluated = run.batches(), None, False, {}
-        model.train()
+        model.train()  # dropout is on; every evaluation turns it off and on again
 
         # An untrained model should score ln(V): the cheapest test of data, labels and initialisation there is.
         if run.state.step == 0:
@@ -386,7 +386,7 @@ def train(config: TrainConfig) -> int:
                     micro_loss = model(
                         input_ids=x[rows],
                         shift_labels=y[rows],
-                        use_cache=False,
+                        use_cache=False,  # no keys and values are kept: nothing is decoded
                         output_logits=False,
                         num_items_in_batch=divisor,
                         **forward_options,
@@ -394,7 +394,7 @@ def train(config: TrainConfig) -> int:
                     accelerator.backward(micro_loss)
                 loss += micro_loss.detach()  # stays on the device: no step waits for a number
                 if fixed is not None:
-                    fixed.keep(micro_loss)
+                    fixed.keep(micro_loss)  # with its gradients, in the place that its number has in the batch
             if fixed is not None:
                 loss = fixed.finish()
 
@@ -408,7 +408,7 @@ def train(config: TrainConfig) -> int:
                 step_unless_bad(optimizer, fine, accelerator.scaler)
             else:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)  # the next backward writes instead of adding to zeros
             profiler.step()
             state.step += 1
             meter.add(
@@ -416,13 +416,13 @@ def train(config: TrainConfig) -> int:
             )
 
             # Log. The numbers of many steps come from the device in one transfer; bad ones are found before any save.
-            is_last = state.step == config.max_steps
+            is_last = state.step == config.max_steps  # always evaluated and saved, whatever the intervals
             saving = state.step % config.save_steps == 0 or is_last
             evaluating = state.step % config.eval_steps == 0 or saving  # unevaluated, it could not become `best`
             if state.step % config.log_steps == 0 or evaluating:
                 verdict = run.record(meter.read())
                 if verdict is not None and verdict.action == "rewind" and run.rewind(verdict):
-                    batches.close()
+                    batches.close()  # they were read ahead on the way that is given up
                     batches = run.batches()
                     continue
                 if verdict is not None and verdict.action != "skip":
