@@ -528,11 +528,11 @@ def a_change(what: str, act: Callable[[Base, Path], object], code: int | None = 
     return make
 
 
-def too_little_memory(program: str, argv: list[str]):
+def too_little_memory(program: str, argv: list[str], mib: int):
     def make(chance, base, at) -> Case:
         def limit(child: int) -> None:
             used = int(Path(f"/proc/{child}/statm").read_text().split()[0]) * 4096
-            resource.prlimit(child, resource.RLIMIT_AS, (used + (600 << 20),) * 2)
+            resource.prlimit(child, resource.RLIMIT_AS, (used + (mib << 20),) * 2)
 
         return Case(
             program, [*simplest(base, at)[program], *argv], must_refuse=True, meanwhile=limit, damage="ulimit -v"
@@ -604,6 +604,10 @@ def to_directory(path: Path) -> None:
     path.mkdir()
 
 
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # while somebody writes into it
+
+
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -623,12 +627,12 @@ FAULTS = [
     a_change("a shard is cut", lambda at, small: truncate(at / "data/train_000000.bin")),
     a_change("the status becomes a directory", lambda at, small: to_directory(small / "run/status.json")),
     a_change("the disk is filled", lambda at, small: fill(small)),
-    a_change("the run is removed", lambda at, small: shutil.rmtree(small / "run")),
+    a_change("the run is removed", lambda at, small: remove(small / "run")),
     a_change("the log is removed", lambda at, small: (small / "run/metrics.jsonl").unlink(), 3),
     a_change("the data are removed", lambda at, small: shutil.rmtree(at / "data"), 3),
-    a_change("the checkpoints are removed", lambda at, small: shutil.rmtree(small / "run/checkpoints"), save_steps=50),
-        too_little_memory(TRAIN, ["--n_embd", "2048", "--n_layer", "4"]),
-    too_little_memory(f"{COMMANDS}.generate", ["--num_samples", "60000", "--batch_size", "60000"]),
+    a_change("the checkpoints are removed", lambda at, small: remove(small / "run/checkpoints"), 3, save_steps=50),
+        too_little_memory(TRAIN, ["--n_embd", "2048", "--n_layer", "4"], 600),
+    too_little_memory(f"{COMMANDS}.generate", ["--num_samples", "60000", "--batch_size", "60000"], 100),
     *(a_kind(name, Path.mkdir) for name in FILES),
     *(a_kind(name, Path.touch) for name in ("samples", "checkpoints")),
     *(a_kind(name, Path.mkdir, data=True) for name in ("manifest.json", "train_000000.bin")),

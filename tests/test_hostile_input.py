@@ -600,6 +600,23 @@ def test_what_is_not_there_is_said_not_to_be_there(program, arguments):
     refused(program, arguments)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("program", ["generate", "export", "perplexity"])
+def test_a_flipped_bit_in_what_is_loaded_is_refused_by_every_command(program, name, run_dir, tmp_path):
+    checkpoint = copied(run_dir, tmp_path)
+    content = bytearray((checkpoint / name).read_bytes())
+    at = content.rindex(b"z") if name == "tokenizer.json" else len(content) - 1
+    content[at] ^= 2
+    (checkpoint / name).write_bytes(content)
+    (tmp_path / "text.txt").write_text("the lazy dog")
+    more = {
+        "generate": ["--prompt", "x"],
+        "export": ["--out", tmp_path / "out"],
+        "perplexity": ["--data", tmp_path / "text.txt"],
+    }
+    assert name in refused(f"gpt2repro.commands.{program}", ["--model", checkpoint, *more[program]])
+
+
 WRONG_KINDS = [
     ("samples", Path.touch), ("checkpoints", Path.touch), (".lock", Path.mkdir), ("config.yaml", Path.mkdir),
     ("metrics.jsonl", Path.mkdir), ("status.json", Path.mkdir), ("loss.png", Path.mkdir), ("metrics.jsonl", os.mkfifo),
@@ -653,6 +670,7 @@ def test_a_models_directory_does_not_choose_the_attention_kernel(kind, key, run_
     if kind == "another":
         size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
         GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=64, **size)).save_pretrained(checkpoint)
+        (checkpoint / "checksums.json").unlink()
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {key: "somebody/kernel"}))
     model, _ = load_model(str(checkpoint), device="cpu", dtype=None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import open_tensors
-from gpt2repro.files import is_plain_name, read_json, sha256_of
+from gpt2repro.files import is_plain_name, read_json, read_json_if_whole, sha256_of
 from gpt2repro.options import InputError
 
 MODEL_TYPES = ("gpt2repro", "gpt2")
@@ -76,6 +76,13 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
         if path is None:
             raise InputError(f"{model} holds neither a model (config.json) nor a run's checkpoints")
     check_model_directory(path, any_architecture=any_architecture)
+    # What is about to be loaded, and no more: the optimizer's files are several times as large.
+    checksums = read_json_if_whole(path / "checksums.json") or {}
+    for name in {"model.safetensors", "tokenizer.json"} & checksums.keys():
+        record = checksums[name]
+        whole = (path / name).is_file() and isinstance(record, dict) and sha256_of(path / name) == record.get("sha256")
+        if not whole:
+            raise InputError(f"{path}: {name} is not what was written (its sha256 differs)")
     return str(path)
 
 
