@@ -82,7 +82,9 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
         record = checksums[name]
         whole = (path / name).is_file() and isinstance(record, dict) and sha256_of(path / name) == record.get("sha256")
         if not whole:
-            raise InputError(f"{path}: {name} is not what was written (its sha256 differs)")
+            raise InputError(
+                f"{path}: {name} is not what was written (its sha256 differs); if you changed it, remove checksums.json"
+            )
     return str(path)
 
 
