@@ -2,7 +2,7 @@
 #
 #   make quickstart   text that ships with Python -> a small GPT-2 that writes, in minutes, on a CPU or a GPU
 #   make install      .venv with the project (editable) and its command `gpt2repro`
-#   make test         the tests, under 8 minutes on two cores
+#   make test         the tests, about 10 minutes on two cores
 #   make test-all     also kill campaigns, browser and notebooks, under 40
 #   make test-oldest  the model pair on the oldest transformers that setup.cfg admits
 #   make test-gpu-image  the model pair, FSDP2 and a short run on the versions of a bare GPU image (5 GB: by hand)

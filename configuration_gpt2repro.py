@@ -1,8 +1,8 @@
 """The numbers that define a GPT-2: one half of the Hub pair, copied into every checkpoint.
 
 Knows transformers and nothing else: no data, no training, no other file of this project.
-Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3; the field names are
-those of transformers' `GPT2Config`, so a `config.json` of type `gpt2` is understood as it is.
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. The field names are
+those of transformers' `GPT2Config`, so a `config.json` of type `gpt2` is read without changes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of GPT-2's own activation
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of GPT-2's activation
 ERF_GELU = ("gelu",)
 
-# What transformers' GPT-2 can be configured to do and this architecture does not: field -> the only value understood.
+# Options of transformers' GPT-2 that this architecture does not have: field -> the only accepted value.
 FIXED_BY_THE_ARCHITECTURE = {
     "add_cross_attention": False,
     "scale_attn_weights": True,
@@ -32,11 +32,10 @@ AUTO_MAP = {
 class GPT2ReproConfig(PreTrainedConfig):
     """Architecture of one GPT-2; the defaults are the 124M model (124,439,808 parameters).
 
-    Dropout defaults to 0, as every published reproduction trains on web text in a single epoch; OpenAI's own files
-    say 0.1 and keep it when loaded.
+    Dropout defaults to 0, since every published reproduction trains on web text in a single epoch. OpenAI's own files
+    say 0.1, which is kept when they are loaded.
 
-    Raises:
-        ValueError: an impossible size, or an option of transformers' GPT-2 that this architecture does not implement.
+    Raises: ValueError for an impossible size, and for an option of transformers' GPT-2 that this architecture lacks.
     """
 
     model_type = "gpt2repro"
@@ -97,7 +96,7 @@ class GPT2ReproConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config.json; one of type `gpt2` becomes one of ours, without the fields that only other heads use."""
+        """Read a config.json. Type `gpt2` becomes `gpt2repro`, without the fields that only other heads use."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") == "gpt2":
             unused = ("architectures", "task_specific_params", "n_ctx", "reorder_and_upcast_attn")

@@ -19,15 +19,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from gpt2repro.files import check_outputs, write_output
 from gpt2repro.models import ModelOptions
-from gpt2repro.options import InputError, parse_options, run_main
+from gpt2repro.options import AtLeastOne, InputError, parse_options, run_main
 
-AtLeastOne = Annotated[int, Field(ge=1)]
 SIZES = ("124M", "350M", "774M", "1558M")
 
 
@@ -65,7 +62,7 @@ def main(argv: list[str]) -> int:
     except InputError:
         if int(os.environ.get("RANK", 0)) == 0:
             raise
-        return 2  # the first process has said it
+        return 2  # the first process prints the message
 
 
 def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
@@ -103,14 +100,9 @@ def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
         rows = task.predictions(prepared, scores)
         lines += [json.dumps({"task": task.name, **row} if len(tasks) > 1 else row) for row in rows]
         record = {"task": task.name, "data": data, "split": split, "examples": len(rows)}
-        record |= {
-            "results": task.summary(rows),
-            "protocols": {name: protocol.name for name, protocol in task.protocols.items()},
-            "published": task.published,
-            "near_ties": task.near_ties(rows),
-            "truncated": prepared.truncated,
-            "seconds": round(time.perf_counter() - start, 2),
-        }
+        record |= {"results": task.summary(rows), "published": task.published, "near_ties": task.near_ties(rows)}
+        record["protocols"] = {name: protocol.name for name, protocol in task.protocols.items()}
+        record |= {"truncated": prepared.truncated, "seconds": round(time.perf_counter() - start, 2)}
         records.append(record)
         if rank == 0:
             print(report(options, task, record), end="\n\n" if len(records) < len(tasks) else "\n")

@@ -1,10 +1,10 @@
 """GPT-2 written out: embeddings, pre-norm blocks of attention and MLP, a head tied to the embeddings, the loss.
 
-The other half of the Hub pair: copied into every checkpoint and loaded from there by `AutoModelForCausalLM`. It owns
-forward, initialisation and loss, and knows no data, no training loop and no other file of this project.
+The other half of the Hub pair: it is copied into every checkpoint, and `AutoModelForCausalLM` loads it from there. It
+owns forward, initialisation and loss, and knows no data, no training loop and no other file of this project.
 
 State-dict names and the (in, out) weight layout (`Conv1D`) are those of transformers' GPT-2, so OpenAI's weights load
-as they are and an export to type `gpt2` only rewrites config.json.
+without changes, and an export to type `gpt2` only rewrites config.json.
 
 Shapes: B batch, T time, S cached time + T, C n_embd, H heads, D head size (C / H), V vocabulary.
 Sources: Radford et al. 2019 (section 2.3), https://github.com/openai/gpt-2 (src/model.py), Press & Wolf 2017 (tying).
@@ -38,10 +38,10 @@ try:  # inside a checkpoint: transformers imports the pair as a package of its o
 except ImportError:  # in this repository: a top-level module
     from configuration_gpt2repro import TANH_GELU, GPT2ReproConfig
 
-# Tensor cores want the head's output dimension to be a multiple of 64 (50257 -> 50304); llm.c and nanoGPT pad alike.
+# Tensor cores are fast if the head's output dimension is a multiple of 64 (50257 -> 50304), as in llm.c and nanoGPT.
 VOCAB_MULTIPLE = 64
-# transformers 5.24 renamed `past_key_values`, the keys and values of earlier tokens, to `cache`; there both names are
-# understood. Before, `cache` was continuous batching's paged one: it passes through to the attention function.
+# transformers 5.24 renamed `past_key_values` (the keys and values of earlier tokens) to `cache` and accepts both names.
+# In earlier versions `cache` is the paged cache of continuous batching, which is passed on to the attention function.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
@@ -55,7 +55,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention spelled out: the one implementation that can show its weights (`output_attentions=True`)."""
+    """Attention written out: the only implementation that can return its weights (`output_attentions=True`)."""
     scores = query @ key.transpose(-1, -2) * scaling  # (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -98,9 +98,9 @@ class GPT2ReproAttention(nn.Module):
             part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
             for part in self.c_attn(hidden_states).split(C, dim=-1)
         )
-        if past_key_values is not None:  # a paged one reads and notes in `kwargs` where each request's tokens are
+        if past_key_values is not None:  # a paged cache finds the places of each request's tokens in `kwargs`
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
-        # transformers looks for this very call to learn that set_attn_implementation() has an effect
+        # transformers searches the source for this call to learn that set_attn_implementation() has an effect
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -134,7 +134,7 @@ class GPT2ReproMLP(nn.Module):
 
 
 class GPT2ReproBlock(GradientCheckpointingLayer):
-    """x + attention(ln(x)), then x + mlp(ln(x)): GPT-2 moved the layer norms to the inputs of each part."""
+    """x + attention(ln(x)), then x + mlp(ln(x)): GPT-2 moved the layer norms to the inputs of both parts."""
 
     def __init__(self, config: GPT2ReproConfig, layer_idx: int):
         super().__init__()
@@ -151,15 +151,15 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
 class PaddedHead(nn.Linear):
     """`nn.Linear` that multiplies by a multiple of 64 columns; see `GPT2ReproForCausalLM.pad_head`.
 
-    Every caller gets the V columns of `nn.Linear`. Only the loss asks for the padded ones, since it can mask them
-    without a copy: a slice of V = 50257 columns has rows that start at odd addresses, so each is read in small pieces.
+    Every caller gets the V columns of `nn.Linear`. Only the loss asks for the padded columns, which it masks. A slice
+    of V = 50257 columns would be slower: its rows start at odd addresses, so they are read in small pieces.
     """
 
     def forward(self, hidden_states: torch.Tensor, padded: bool = False) -> torch.Tensor:
         """(…, C) -> (…, V), or (…, V rounded up to 64) with `padded=True`."""
         vocab_size = self.weight.shape[0]  # `out_features` stays behind when the tied embeddings are resized
         padding = -vocab_size % VOCAB_MULTIPLE
-        ordinary = type(self.weight) in (nn.Parameter, torch.Tensor)  # a quantised one knows nothing but its own matmul
+        ordinary = type(self.weight) in (nn.Parameter, torch.Tensor)  # a quantised weight has only its own matmul
         if not padding or not ordinary:
             return super().forward(hidden_states)
         logits = F.linear(hidden_states, F.pad(self.weight, (0, 0, 0, padding)))
@@ -167,7 +167,7 @@ class PaddedHead(nn.Linear):
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know about both models below."""
+    """What transformers needs to know about the two models below."""
 
     config_class = GPT2ReproConfig
     base_model_prefix = "transformer"
@@ -238,14 +238,13 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """(B, T) ids -> (B, T, C) hidden states, after the final layer norm.
 
-        `residual_dtype=torch.bfloat16` keeps the residual stream in bf16 under autocast, where it would be fp32.
+        `residual_dtype=torch.bfloat16` keeps the residual stream in bf16 under autocast, which would keep it in fp32.
 
-        Given `position_ids` that start again within a row mark documents packed into it, which then don't see each
-        other; such a row may be longer than n_positions. Without them attention crosses documents, as in GPT-2's
-        training, and cached and new tokens together must fit into n_positions.
+        `position_ids` that start again within a row mark packed documents, which do not see each other; such a row may
+        be longer than n_positions. Without `position_ids` attention crosses documents, as in GPT-2's training, and
+        cached and new tokens together must fit into n_positions.
 
-        Raises:
-            ValueError: both or neither of input_ids and inputs_embeds; a token behind the last position.
+        Raises: ValueError for both or neither of input_ids and inputs_embeds, and for a token after the last position.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -254,8 +253,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         past_key_values = kwargs.pop(CACHE, past_key_values)
         plain = attention_mask is None and position_ids is None and past_key_values is None
         if plain and self.config._attn_implementation == "sdpa":
-            # Training: nothing but the triangle, which SDPA's flash kernels know as is_causal. Under torch.compile
-            # create_causal_mask writes it out, since there it can't look whether any tokens are masked.
+            # In training the mask is only the triangle, which SDPA's flash kernels know as is_causal. Under
+            # torch.compile create_causal_mask would write the triangle out, since it cannot look for masked tokens.
             causal_mask = None
         else:
             causal_mask = create_causal_mask(
@@ -270,7 +269,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         else:
             self._refuse_positions_past_the_end(position_ids, past_key_values)
         if use_cache and past_key_values is None:
-            # Behind the mask: create_causal_mask looks for packed documents only where there is no cache.
+            # After the mask is made, since create_causal_mask looks for packed documents only without a cache.
             past_key_values = DynamicCache(config=self.config)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         if residual_dtype is not None:
@@ -290,7 +289,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
     def _positions(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
-        """Position of each new token: its index among the tokens that are not padding. (B, T) or (1, T)"""
+        """Position of each new token, (B, T) or (1, T): its index among the tokens that are not padding."""
         T = inputs_embeds.shape[1]
         if attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
@@ -305,15 +304,16 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         return (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
 
     def _refuse_positions_past_the_end(self, position_ids: torch.Tensor, past_key_values: Cache | None) -> None:
-        """Raises ValueError for a position that does not exist, where to look at them costs nothing.
+        """Raises: ValueError for a position that does not exist, if the check costs nothing.
 
-        Looking breaks a traced graph, and on a GPU it waits for all that was queued. So there it happens only in a
-        decode that has cached more tokens than there are positions, where the kernel's own error kills the process.
+        Reading the positions breaks a traced graph, and on a GPU it waits for all queued kernels. On a GPU the check is
+        therefore made only in a decode that has cached more tokens than there are positions: there the kernel's own
+        error would kill the process.
         """
         if is_tracing(position_ids):
             return
         n_positions = self.config.n_positions
-        # other caches may know their length on the device only
+        # other caches may hold their length on the device only
         past_the_end = isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() >= n_positions
         if not past_the_end and position_ids.device.type != "cpu":
             return
@@ -336,15 +336,16 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
         if config.n_positions < 1024:
-            # Where nobody says a length, transformers' pipeline writes 256 tokens behind the prompt. In a context
-            # shorter than GPT-2's own that ends behind the last position.
+            # Without a given length transformers' pipeline writes 256 tokens after the prompt, which would pass the
+            # last position of a short context.
             self.generation_config.max_length = config.n_positions
 
     def pad_head(self) -> None:
         """Let the head compute a multiple of 64 columns, for the tensor cores of a GPU.
 
-        What is stored and what callers get stay the same. Not done by itself: quantisers, adapters and other programs
-        look for an ordinary `nn.Linear`. One that was exchanged already (LoRA, int8) is left alone.
+        The stored weights and the logits that callers get stay the same. The constructor does not call this, because
+        quantisers, adapters and other programs expect an ordinary `nn.Linear`. A head that was replaced (LoRA, int8)
+        stays as it is.
         """
         if type(self.lm_head) is nn.Linear:
             self.lm_head.__class__ = PaddedHead
@@ -367,17 +368,16 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """(B, T) ids -> (B, T, V) logits and, given `labels` or `shift_labels`, the loss in nats per token (fp32).
 
-        `shift_labels` (B, T) are targets that are shifted already; -100 is ignored. They win over `labels`, beside
-        which sequence parallelism passes them. They stay out of the signature, since `Trainer` expects in its batches
-        whatever parameter has "label" in its name.
+        `shift_labels` (B, T) are targets that are already shifted; -100 is ignored. They win over `labels`, since
+        sequence parallelism passes both. They are not in the signature, because `Trainer` expects every parameter with
+        "label" in its name in its batches.
 
-        The loss is a mean over the targets, or their sum divided by `num_items_in_batch` (the tokens of a whole
-        optimizer step, where several micro-batches make one). Training passes `output_logits=False`: only the loss
-        leaves the graph, and with `loss_chunk_tokens` no more than that many rows of logits exist at a time (they are
-        computed again in backward: memory for time).
+        The loss is a mean over the targets, or their sum divided by `num_items_in_batch` (the tokens of an optimizer
+        step of several micro-batches). Training passes `output_logits=False`: only the loss leaves the graph. With
+        `loss_chunk_tokens` at most that many rows of logits exist at a time; backward computes them again, which trades
+        time for memory.
 
-        Raises:
-            ValueError: labels together with logits_to_keep; no loss and no logits asked for.
+        Raises: ValueError for labels together with logits_to_keep, and if neither loss nor logits are asked for.
         """
         targets = kwargs.pop("shift_labels", None)
         if targets is None and labels is not None:
@@ -419,10 +419,10 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         targets: torch.Tensor,  # (B, T)
         loss_chunk_tokens: int | None,
     ) -> torch.Tensor:
-        """Summed cross-entropy, from logits where they exist already, else from hidden states.
+        """Summed cross-entropy, from the logits if there are any, else from the hidden states.
 
         The head is called as a module and outside `cross_entropy`: FSDP2 gathers its weight in a hook of that call,
-        LoRA and quantisers put a module of their own there, and a compiled cross-entropy must not trace any of them.
+        LoRA and quantisers replace the module, and a compiled cross-entropy must trace none of these.
         """
 
         def from_hidden_states(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -442,9 +442,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
-        """Sum over (N,) targets of (N, V) logits, in fp32 at least; -100 counts for nothing.
+        """Sum over (N,) targets of (N, V) logits, at least in fp32; targets of -100 are ignored.
 
-        Of padded logits only the first `vocab_size` columns are real: the others are masked, not cut off.
+        Only the first `vocab_size` columns of padded logits are real; the others are masked, not cut off.
         """
         if vocab_size is not None and vocab_size < logits.shape[-1]:
             padding = torch.arange(logits.shape[-1], device=logits.device) >= vocab_size

@@ -7,23 +7,23 @@
     python prepare_fineweb.py --tokens 100_000_000 --out data/taste                     # the first 100M tokens
     python train_accelerate.py --config 124M --data data/fineweb-edu-10B
 
-Interrupted at any moment, the same command continues where it was; finished units are never tokenised again, and the
-result is byte for byte that of an uninterrupted run. Once all is done it says so and does nothing.
+After an interruption at any moment the same command continues: finished units are never tokenised again, and the
+result is byte for byte that of an uninterrupted run. When all is done, the command says so and does nothing.
 
-Many machines: give each the same command with `--num_nodes N --node_index I`. With a common --out the last one to
+Many machines: give each the same command with `--num_nodes N --node_index I`. With a common --out the last machine to
 finish writes the manifest. With separate disks, copy all directories into one (no two nodes write the same file name)
-and run the command once more there with `--num_nodes 1`; it finds every unit finished and writes the manifest. Either
-way the data set is the one that a single machine makes. As a Slurm array:
+and run the command there once more with `--num_nodes 1`; it finds every unit finished and writes the manifest. Both
+ways make the data set that a single machine makes. As a Slurm array:
 
     sbatch --array=0-15 --cpus-per-task=32 --wrap \\
         'python prepare_fineweb.py --out /shared/fineweb --num_nodes 16 --node_index $SLURM_ARRAY_TASK_ID'
 
-Beyond a static split, `--executor datatrove` runs the same units as tasks of datatrove's local executor (its Slurm and
-Ray executors take the same `gpt2repro.data.datatrove_task.PreparePart`).
+`--executor datatrove` runs the same units as tasks of datatrove's local executor (its Slurm and Ray executors take the
+same `gpt2repro.data.datatrove_task.PreparePart`).
 
-Needs: cores, network and 2 bytes of disk per token; memory of about 0.2 GB per core. `gpt2repro bench tokenize` tells
-the tokens per second of a machine: 10B tokens are 10^10 / that many seconds. 1T tokens (2 TB, 10,000 shards) is the
-same command on some dozens of machines; it has not been run at that size.
+Needs: cores, network, 2 bytes of disk per token, and about 0.2 GB of memory per core. `gpt2repro bench tokenize`
+measures the tokens per second of a machine; 10B tokens take 10^10 divided by this number of seconds. 1T tokens (2 TB,
+10,000 shards) need the same command on dozens of machines; it has not been run at that size.
 """
 
 import shutil
@@ -37,7 +37,7 @@ from gpt2repro.data.preparation import check_place, prepare
 from gpt2repro.data.text import find_text
 from gpt2repro.data.tokenization import Encoder, gpt2_tokenizer, load_tokenizer
 from gpt2repro.data.upload import check_push, push_dataset
-from gpt2repro.options import InputError, parse_options, run_main
+from gpt2repro.options import AtLeastOne, InputError, NotNegative, parse_options, run_main
 
 
 @dataclass
@@ -58,15 +58,15 @@ class Options:
     "Use gigatoken (pip install 'gpt2repro[fast-tokenizer]') where it gives tiktoken's ids; checked at the start."
     val: str = "first-shard"
     "The first shard is for validation, as in build-nanogpt; or a fraction of the documents, chosen by hash."
-    tokens: Annotated[int, Field(gt=0)] | None = None
+    tokens: AtLeastOne | None = None
     "Stop with the shard that reaches so many tokens; none: everything."
     shard_tokens: Annotated[int, Field(gt=0, lt=2**31)] = 100_000_000
     "About how many tokens go into one shard."
-    workers: Annotated[int, Field(gt=0)] | None = None
+    workers: AtLeastOne | None = None
     "Tokenising processes; none: one per core."
-    num_nodes: Annotated[int, Field(gt=0)] = 1
+    num_nodes: AtLeastOne = 1
     "Machines that share the work."
-    node_index: Annotated[int, Field(ge=0)] = 0
+    node_index: NotNegative = 0
     "This machine, from 0."
     executor: Literal["processes", "datatrove"] = "processes"
     "The own process pool, or datatrove's local executor with --workers tasks at a time."
@@ -114,11 +114,11 @@ def main(argv: list[str]) -> int:
 
 
 def prepare_part(options: Options):
-    """This node's share of the work. Returns the manifest once every node's is done, else None."""
+    """Do this node's share of the work. Returns the manifest if all nodes are done, else None."""
     tokenizer = gpt2_tokenizer() if options.tokenizer == "gpt2" else load_tokenizer(options.tokenizer)
     copies = options.out / "source" if options.verify_source else None
-    which = {"config": options.subset, "revision": options.revision, "copies": copies}
-    files = find_text([options.dataset], text_column=options.text_column, **which)
+    origin = {"config": options.subset, "revision": options.revision, "copies": copies}
+    files = find_text([options.dataset], text_column=options.text_column, **origin)
     shard_tokens = min(options.shard_tokens, options.tokens or options.shard_tokens)
     units = files.units(shard_tokens)
     first_shard = options.val == "first-shard"
@@ -136,7 +136,7 @@ def prepare_part(options: Options):
         settings={"text_column": options.text_column, "val": options.val, "shard_tokens": options.shard_tokens},
         val_fraction=0.0 if first_shard else float(options.val),
         workers=options.workers, encoder=Encoder(tokenizer, fast=options.fast_tokenizer), token_limit=options.tokens,
-        node=(options.node_index, options.num_nodes), overwrite=options.overwrite, where=files.where,
+        node=(options.node_index, options.num_nodes), overwrite=options.overwrite, place=files.place,
     )  # fmt: skip
     files.reading.tell()
     if manifest is not None:

@@ -95,8 +95,8 @@ class TrainConfig:
     "Tokens per optimizer step over all processes; gradient accumulation follows from it."
     seq_len: AtLeastOne = 1024
     "Tokens per sequence; at most n_positions."
-    micro_batch_size: AtLeastOne = 16
-    "Sequences per process and forward pass. Halve it when memory runs out: the result stays the same."
+    micro_batch_size: AtLeastOne | None = None
+    "Sequences per process and forward pass; none: what the card's memory holds, 16 on a CPU. No part of the result."
 
     # --- streams (data = stream:…)
     text_column: str = "text"
@@ -219,16 +219,14 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """What the options' types cannot say, found before anything is loaded."""
         world = int(os.environ.get("WORLD_SIZE", 1))
-        per_pass = self.micro_batch_size * self.seq_len * world
+        sequences = self.micro_batch_size or 1  # none: the choice will divide the batch
+        per_pass = sequences * self.seq_len * world
         nearest = max(1, round(self.batch_tokens / per_pass)) * per_pass
-        leaves = max(1, self.batch_tokens // (self.micro_batch_size * self.seq_len))
+        leaves = max(1, self.batch_tokens // (sequences * self.seq_len))
         parameters = 12 * self.n_layer * self.n_embd**2 + ((self.vocab_size or 0) + self.n_positions) * self.n_embd
         fresh = self.init_from is None  # else the given model's sizes win
         checks = [
-            (
-                parameters > LARGEST_MODEL,
-                f"n_layer, n_embd, vocab_size and n_positions would make {parameters:.2g} parameters",
-            ),
+            (parameters > LARGEST_MODEL, f"n_layer, n_embd, vocab_size, n_positions make {parameters:.2g} parameters"),
             (fresh and self.n_embd % self.n_head, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"),
             (
                 fresh and self.seq_len > self.n_positions,
@@ -239,6 +237,7 @@ class TrainConfig:
                 f"reduction=fixed needs powers of two, not {leaves} micro-batches in the batch and {world} processes; "
                 "change batch_tokens or micro_batch_size",
             ),
+            (self.reduction == "fixed" and self.micro_batch_size is None, "reduction=fixed needs micro_batch_size"),
             (self.cooldown_from is not None and self.cooldown_steps is None, "cooldown_from needs cooldown_steps"),
             (
                 self.schedule == "wsd" and (self.cooldown_steps or 0) > self.max_steps and self.cooldown_from is None,
@@ -247,7 +246,7 @@ class TrainConfig:
             (self.min_lr > self.lr, f"min_lr={self.min_lr} is above lr={self.lr}"),
             (
                 self.batch_tokens % per_pass,
-                f"batch_tokens={self.batch_tokens} is not a multiple of {per_pass} ({self.micro_batch_size} sequences "
+                f"batch_tokens={self.batch_tokens} is not a multiple of {per_pass} ({sequences} sequences "
                 f"x {self.seq_len} tokens x {world} processes); try {nearest}, or another micro_batch_size",
             ),
             (
@@ -261,16 +260,16 @@ class TrainConfig:
 
 def main(argv: list[str]) -> int:
     """Options, then the plan or the run."""
-    # OpenMP's threads turn in circles while they wait, which starves others on a busy CPU; if they sleep at once, they
-    # wake up late. The quickstart on two cores, alone and beside two busy processes: 10,400 and 2,300 tokens/s with
-    # OpenMP's default, 7,700 and 5,500 with none, 10,000 and 4,500 with a thousand turns. It is read with torch.
+    # OpenMP's threads spin while they wait, which slows others on a busy CPU; threads that sleep at once wake up late.
+    # The quickstart on two cores, alone and beside two busy processes: 10,400 and 2,300 tokens/s with OpenMP's default,
+    # 7,700 and 5,500 without spinning, 10,000 and 4,500 with 1000 turns. The import of torch reads the variable.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     is_first = int(os.environ.get("RANK", 0)) == 0
     try:
         config = parse_options(TrainConfig, argv, prog="train_accelerate.py", description=__doc__ + CONFIGS)
     except InputError:
-        if is_first:  # the other processes have nothing to add
+        if is_first:  # the other processes would print the same
             raise
         return 2
     if config.cooldown_from is not None:
@@ -326,9 +325,7 @@ def train(config: TrainConfig) -> int:
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
     meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
-    profiled_steps = config.profile if accelerator.is_main_process else None
-    logits_shape = (config.micro_batch_size * config.seq_len, model.config.vocab_size)  # of one micro-batch
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)  # nothing else: the module's first lines say why
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
     if config.bf16_residual:
@@ -337,13 +334,17 @@ def train(config: TrainConfig) -> int:
     with (
         Run(config, accelerator, model, optimizer, source, compiled=compiled, fetch=fetch_checkpoint) as run,
         StopSignal(world) as stop,
-        profiling(config.run_dir / "profile", profiled_steps, logits=logits_shape) as profiler,
+        profiling(
+            config.run_dir / "profile",
+            config.profile if accelerator.is_main_process else None,
+            logits=(config.micro_batch_size * config.seq_len, run.plain_model.config.vocab_size),
+        ) as profiler,
     ):
         if config.push_to_hub is not None and accelerator.is_main_process:
             where = {"run_dir": config.run_dir, "private": not config.hub_public}
             run.uploader = Uploader(config.push_to_hub, **where, comparable=load_for_comparison)
         batches, verdict, failed, evaluated = run.batches(), None, False, {}
-        model.train()
+        model.train()  # dropout is on; every evaluation turns it off and on again
 
         # An untrained model should score ln(V): the cheapest test of data, labels and initialisation there is.
         if run.state.step == 0:
@@ -365,7 +366,6 @@ def train(config: TrainConfig) -> int:
                 break
             x, y, state.source = batch
             x, y = (part.to(device, non_blocking=device.type == "cuda") for part in (x, y))  # `prefetch` pinned them
-
             # Dropout's masks depend on (seed, step, rank) alone, whatever evaluation or a restart drew in between; with
             # a fixed reduction on the micro-batch's number in the global batch, whoever computes it.
             torch.manual_seed(step_seed(config.seed, state.step, rank))
@@ -386,7 +386,7 @@ def train(config: TrainConfig) -> int:
                     micro_loss = model(
                         input_ids=x[rows],
                         shift_labels=y[rows],
-                        use_cache=False,
+                        use_cache=False,  # no keys and values are kept: nothing is decoded
                         output_logits=False,
                         num_items_in_batch=divisor,
                         **forward_options,
@@ -394,7 +394,7 @@ def train(config: TrainConfig) -> int:
                     accelerator.backward(micro_loss)
                 loss += micro_loss.detach()  # stays on the device: no step waits for a number
                 if fixed is not None:
-                    fixed.keep(micro_loss)
+                    fixed.keep(micro_loss)  # with its gradients, in the place that its number has in the batch
             if fixed is not None:
                 loss = fixed.finish()
 
@@ -408,21 +408,21 @@ def train(config: TrainConfig) -> int:
                 step_unless_bad(optimizer, fine, accelerator.scaler)
             else:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)  # the next backward writes instead of adding to zeros
             profiler.step()
             state.step += 1
             meter.add(
                 step=state.step, lr=lr, loss=loss, grad_norm=grad_norm, positions=[start, state.source["position"]]
             )
 
-            # Log. The numbers of many steps come from the device in one transfer; bad ones are met before any save.
-            is_last = state.step == config.max_steps
+            # Log. The numbers of many steps come from the device in one transfer; bad ones are found before any save.
+            is_last = state.step == config.max_steps  # always evaluated and saved, whatever the intervals
             saving = state.step % config.save_steps == 0 or is_last
             evaluating = state.step % config.eval_steps == 0 or saving  # unevaluated, it could not become `best`
             if state.step % config.log_steps == 0 or evaluating:
                 verdict = run.record(meter.read())
                 if verdict is not None and verdict.action == "rewind" and run.rewind(verdict):
-                    batches.close()
+                    batches.close()  # they were read ahead on the way that is given up
                     batches = run.batches()
                     continue
                 if verdict is not None and verdict.action != "skip":
@@ -436,8 +436,8 @@ def train(config: TrainConfig) -> int:
                 if saving:
                     run.save(evaluated.get("val_loss", math.inf))
 
-        # The end: of the run, or of this process' part in it. Steps that nobody has looked at yet are judged first; to
-        # rewind is left to the next start, which meets the bad steps again.
+        # The end of the run, or of this process' part in it. First the steps since the last reading are judged. A
+        # rewind is left to the next start, which makes the bad steps again.
         if not failed:
             verdict = run.record(meter.read())
             failed = verdict is not None and verdict.action == "stop"

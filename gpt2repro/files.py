@@ -1,4 +1,4 @@
-"""Files on a disk: hashed, written so that a reader meets the old content or the new, and read with suspicion.
+"""Files on a disk: hashed, written so that a reader sees either the old or the new content, and read with limits.
 
 Owns bytes, JSON and JSON lines. Knows no format of this project; text and tokens have their own modules in `data/`.
 """
@@ -15,21 +15,21 @@ from typing import IO, Any
 
 from gpt2repro.options import InputError
 
-LARGEST_JSON_BYTES = 64 << 20  # ours are a few kB; a hostile one must not fill the memory
+LARGEST_JSON_BYTES = 64 << 20  # ours have a few kB; a hostile file must not fill the memory
 LARGEST_LINE_BYTES = 16 << 20
 
 
 def sha256_of(path: str | Path) -> str:
-    """The file's sha256 in hexadecimal; memory does not grow with the file."""
+    """The file's sha256 in hexadecimal, in O(1) memory."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):  # a block this size is hashed without the interpreter's lock
+        while block := file.read(1 << 20):  # hashlib releases the interpreter's lock for such blocks
             digest.update(block)
     return digest.hexdigest()
 
 
 def sha256_of_ends(paths: Iterable[str | Path]) -> str:
-    """Tells files apart without reading all of them: by their names, sizes and both ends, in this order."""
+    """One sha256 of the names, sizes and both ends of files, in this order: it identifies them without reading all."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
         size = path.stat().st_size
@@ -41,7 +41,7 @@ def sha256_of_ends(paths: Iterable[str | Path]) -> str:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name from outside is relative, stays inside, and means the same on every system."""
+    """Whether a name from outside is relative, stays inside its directory, and means the same on every system."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and ".." not in parts and not set(name) & set("\\:\0")
 
@@ -55,13 +55,13 @@ def step_in_name(path: Path) -> int:
 
 
 def name_aside(path: Path) -> Path:
-    """A temporary name of its own for every writer, on whichever machine: two must not write into each other."""
+    """A temporary name beside `path`, different for every writer on every machine."""
     return path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """A file that appears under `path`, whole and on the disk, when the block ends; after an error nothing is left."""
+    """A file that appears under `path`, whole and on the disk, when the block ends; an error leaves no file."""
     path = Path(path)
     aside = name_aside(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
@@ -83,7 +83,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def check_outputs(*paths: Path | None) -> None:
-    """Before the work: see that a result can be written to each path. Raises: InputError."""
+    """Check, before the work, that a result can be written to each path. Raises: InputError if not."""
     given = [Path(os.path.abspath(path)) for path in paths if path is not None]
     for path in given:
         if given.count(path) > 1:
@@ -95,7 +95,7 @@ def check_outputs(*paths: Path | None) -> None:
 
 
 def write_output(path: Path, text: str, mode: str = "w") -> None:
-    """Write a result to a place that a user named. Raises: InputError where that is impossible."""
+    """Write a result to a path that a user named. Raises: InputError if that is impossible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open(mode, encoding="utf-8") as file:
@@ -105,14 +105,14 @@ def write_output(path: Path, text: str, mode: str = "w") -> None:
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Give a finished, synced file its name, and make the renaming itself durable."""
+    """Rename a finished, synced file to its name, and sync the rename."""
     os.replace(aside, path)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring renames inside a folder to the disk."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are journalled
+    """Sync the renames inside a folder to the disk."""
+    if os.name == "posix":  # Windows cannot open a folder, and journals renames
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -124,7 +124,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises: InputError where it is missing, too large, damaged or no object."""
+    """The object in a JSON file. Raises: InputError for a file that is missing, too large, damaged or no object."""
     if not path.is_file():
         raise InputError(f"{path} is missing")
     if path.stat().st_size > LARGEST_JSON_BYTES:
@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_json_if_whole(path: Path) -> dict | None:
-    """The same, but None for whatever can't be read."""
+    """The object in a JSON file, or None if it cannot be read."""
     try:
         return read_json(path)
     except (InputError, OSError):
@@ -151,13 +151,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
     Lines end at a newline only: U+2028 and U+0085 may stand inside a JSON string.
 
-    Raises: InputError naming file and line for what is no JSON, no UTF-8, too deep or longer than 16 MiB.
+    Raises: InputError naming file and line, for a line that is no JSON, no UTF-8, too deep or longer than 16 MiB.
     """
     with path.open("rb") as file:
-        for number in range(1, 2**62):
-            line = file.readline(LARGEST_LINE_BYTES + 1)
-            if not line:
-                return
+        for number, line in enumerate(iter(lambda: file.readline(LARGEST_LINE_BYTES + 1), b""), start=1):
             if len(line) > LARGEST_LINE_BYTES:
                 raise InputError(f"{path}, line {number}: longer than {LARGEST_LINE_BYTES} bytes")
             if line.strip():

@@ -1,8 +1,7 @@
-"""The one door from this library to the Hub pair: build a model, load one, compile it, choose device and precision.
+"""The only module of this library that imports the Hub pair: builds, loads and compiles models, picks device and dtype.
 
-It decides which code a name may run: directories and Hub repos of type `gpt2repro` and `gpt2` are loaded with this
-checkout's own class, everything else with transformers' classes. Code that comes with a Hub repo is executed only when
-the person who starts the program says so.
+It decides which code a model's name may run. Models of type `gpt2repro` and `gpt2` are loaded with this checkout's own
+class, all others with transformers' classes. The code of a Hub repo runs only with `--trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ class ModelOptions:
     "Run the Python code that a Hub repo of another architecture brings along."
 
     def load(self, *, device: str | None = None):
-        """(model, tokenizer, device) of these options; `device` is one that a launcher has chosen."""
+        """(model, tokenizer, device) of these options; a `device` that a launcher has chosen wins over the option."""
         chosen = pick_device(device or self.device)
         dtype = pick_dtype(chosen, self.dtype)
         return *load_model(self.model, device=chosen, dtype=dtype, trust_remote_code=self.trust_remote_code), chosen
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or the best one here: CUDA, then MPS, then the CPU. Raises: InputError for an absent one."""
+    """The named device, or the best one here: CUDA, then MPS, then the CPU. Raises: InputError if it is absent."""
     import torch
 
     if name is None:
@@ -57,7 +56,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
-    """The named precision, or bf16 where it is fast (CUDA); without bf16 units half precision is ten times slower."""
+    """The named precision, else bf16 on CUDA and fp32 elsewhere, where bf16 may be ten times slower."""
     import torch
 
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,9 +64,9 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
 
 
 def architecture_of(name: str) -> dict:
-    """The sizes in a model's config.json, by the names of ARCHITECTURE; `name` as in `load_model`, no weights are read.
+    """The sizes in a model's config.json, by the names of ARCHITECTURE; `name` as in `load_model`. Reads no weights.
 
-    Raises: InputError where there is no GPT-2 of that name.
+    Raises: InputError if there is no GPT-2 of that name.
     """
     from configuration_gpt2repro import GPT2ReproConfig
     from gpt2repro.checkpoint.reader import resolve_model
@@ -84,8 +83,8 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
 
     `name` is a run, a checkpoint directory or a Hub id; `dtype=None` keeps the stored precision.
 
-    Raises: InputError, in one sentence, for what does not exist, cannot be reached, is damaged, is not a causal
-    language model, or would need remote code that was not allowed.
+    Raises: InputError for a model that does not exist, cannot be reached, is damaged, is not a causal language model,
+    or needs remote code that was not allowed.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -140,9 +139,9 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
 
 
 def plain_twin(model):
-    """The GPT-2 (ours or transformers') that `model` was before anybody edited it, without memory for its weights.
+    """The GPT-2 (ours or transformers') of the same configuration on the meta device: `model` before any edit.
 
-    None where `model` is of any other class, subclasses included.
+    None if `model` is of any other class, also of a subclass.
     """
     import copy
 
@@ -156,12 +155,12 @@ def plain_twin(model):
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config)).eval()
     if hasattr(twin, "pad_head") and type(model.lm_head) is not type(twin.lm_head):
-        twin.pad_head()  # a head that `pad_head` has changed computes the same
+        twin.pad_head()  # `pad_head` changes the class of a head, not what it computes
     return twin
 
 
 def load_for_comparison(name: str | Path):
-    """A model of ours in fp32 on the CPU, without a tokenizer: what its native twin has to agree with."""
+    """A model of ours in fp32 on the CPU, without a tokenizer: the reference for its native export."""
     import torch
 
     from gpt2repro.checkpoint.reader import resolve_model
@@ -176,11 +175,11 @@ def load_for_comparison(name: str | Path):
 
 
 def build_model(config, vocab_size: int, tokenizer):
-    """A training run's model with its first weights, random or those of `init_from`, on the CPU: alike on all machines.
+    """A training run's model on the CPU, with random weights (the same on all machines) or those of `init_from`.
 
-    `config` is a TrainConfig, `vocab_size` the data's.
+    `config` is a TrainConfig; `vocab_size` is that of the data.
 
-    Raises: InputError where `init_from` is no GPT-2 or too small for the data.
+    Raises: InputError if `init_from` is no GPT-2, or too small for the data.
     """
     import torch
 
@@ -209,7 +208,7 @@ def build_model(config, vocab_size: int, tokenizer):
 
 
 def _first_weights(config, vocab_size: int, tokenizer):
-    """The model that `init_from` names, with the run's dropout."""
+    """The model that `init_from` names, with the run's dropout. Raises: InputError as in `build_model`."""
     import torch
 
     from gpt2repro.checkpoint.reader import resolve_model
@@ -235,9 +234,9 @@ def _first_weights(config, vocab_size: int, tokenizer):
         raise InputError(f"seq_len={config.seq_len} is longer than n_positions={model.config.n_positions} of init_from")
     try:
         own = load_tokenizer(resolve_model(config.init_from))
-    except InputError:  # weights alone, such as a bare export: nothing to compare with
+    except InputError:  # a model without a tokenizer, such as a bare export: nothing to compare with
         return model
-    # Vocabulary, merges and special ids, never bytes of files: OpenAI's own are the same tokenizer as our rebuilt one.
+    # Fingerprints, not bytes of files: OpenAI's own files and our rebuilt ones are the same tokenizer.
     if fingerprint(own) != fingerprint(tokenizer):
         raise InputError(
             f"init_from={config.init_from} has another tokenizer than data={config.data}, so its weights would see "
@@ -249,16 +248,17 @@ def _first_weights(config, vocab_size: int, tokenizer):
 def compile_model(model, how: str, device_type: str, world: int, *, sharded: bool = False) -> str:
     """torch.compile in place, before `prepare`: state-dict keys stay clean and autocast ends up inside the graph.
 
-    Returns what `how` (auto, model, block, off) came to.
+    Returns the mode that was used: "model", "block" or "off"; `how` may also be "auto".
 
-    "model" traces forward and loss as one graph. Under DDP torch splits its backward at the borders of the gradient
-    buckets, so the exchange can overlap with computing; FSDP2's hooks cannot be traced, so there it is refused.
+    "model" traces forward and loss as one graph. Under DDP torch splits the backward pass at the borders of the
+    gradient buckets, so communication overlaps with compute. FSDP2's hooks cannot be traced, so "model" is refused
+    there.
 
-    "block" makes a graph of every block and one of the cross-entropy; the head between them stays a module that is
-    called, since FSDP2 gathers its weight in a hook. It is the default of several processes until a GPU has compared.
+    "block" makes one graph of every block and one of the cross-entropy. The head between them is called as a module,
+    since FSDP2 gathers its weight in a hook. "block" is the default of several processes until both are compared on
+    GPUs.
 
-    Raises:
-        InputError: "model" with sharded weights.
+    Raises: InputError for "model" with sharded weights.
     """
     import torch
 
@@ -275,11 +275,11 @@ def compile_model(model, how: str, device_type: str, world: int, *, sharded: boo
             )
         model.compile(fullgraph=True, dynamic=False)
     elif how == "block":
-        # Torch would split the graph of a block whose gradients do not fit into one bucket of DDP (25 MB; a block of
-        # 124M has 28), and lose what it has fused. Blocks are small enough to overlap as they are.
+        # Torch splits the graph of a block whose gradients do not fit into one bucket of DDP (25 MB; a block of 124M
+        # has 28 MB), and the split undoes fusions. Whole blocks are small enough to overlap with communication.
         torch._dynamo.config.optimize_ddp = False
         for block in model.transformer.h:
             block.compile(fullgraph=True, dynamic=False)
-        # Uncompiled, it would write the logits out in fp32, twice: 26 GB at 64 x 1024 tokens.
+        # Uncompiled, the cross-entropy writes the logits in fp32 twice: 26 GB at 64 x 1024 tokens.
         model.cross_entropy = torch.compile(model.cross_entropy, fullgraph=True, dynamic=False)
     return how

@@ -1,6 +1,6 @@
 """One flat dataclass per program -> defaults < `--config` YAML < flags.
 
-Owns how options are written, read, checked and explained. Knows no field by name.
+Owns how options are written, read, checked and explained. Knows no program's fields.
 
     @dataclass
     class Options:
@@ -8,7 +8,7 @@ Owns how options are written, read, checked and explained. Knows no field by nam
         "What `--help` says about the field: a string literal right under it."
         runs: list[str] = field(default_factory=list, metadata={"positional": True})
         out: Path | None = field(default=None, metadata={"config": False})  # cannot stand in a YAML file
-        def problems(self) -> list[str]: ...                              # optional: what a type cannot say
+        def problems(self) -> list[str]: ...                              # optional: what types cannot check
 
     def main(argv: list[str]) -> int:
         options = parse_options(Options, argv, prog="gpt2repro plot", description=__doc__)
@@ -58,11 +58,11 @@ T = TypeVar("T")
 
 
 class InputError(Exception):
-    """Bad input. The message is a sentence for the user; the process ends with exit code 2 and no traceback."""
+    """Bad input. The message is one sentence for the user; the process ends with exit code 2 and no traceback."""
 
 
 def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: str | None = None) -> T:
-    """Read `argv` (and the YAML file it names) into an instance of the dataclass `cls`.
+    """Read `argv`, and the YAML file that it names, into an instance of the dataclass `cls`.
 
     Raises: InputError naming every problem at once: unknown options, missing and mistyped values, `cls.problems()`.
     """
@@ -80,9 +80,7 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     problems += [f"unknown option {name}{_nearest(name, fields, '--')}" for name in strangers]
     if values and positional:
         given[positional] = values
-    elif (
-        values and not strangers
-    ):  # after an unknown option a lone word is most likely its value: one message is enough
+    elif values and not strangers:  # after an unknown option the word is most likely the option's value
         problems.append(f"unexpected argument {' '.join(map(repr, values))} (options are written --name value)")
 
     raw: dict[str, tuple[Any, str]] = {}  # field -> value as written, and where it was written
@@ -119,7 +117,7 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     if not missing and not any(_default(fields[name]) is dataclasses.MISSING for name in wrong):
         options = cls(**checked)
         if hasattr(options, "problems"):
-            # A mistyped field stands at its default here, so what is said about that field would be about the default.
+            # A mistyped field has its default here, so a problem that names this field would be one of the default.
             problems += [text for text in options.problems() if not any(name in text for name in wrong)]
     if problems:
         many = f"{len(problems)} problems with the options:\n  - " if len(problems) > 1 else ""
@@ -128,14 +126,14 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved configuration as YAML that is itself a valid `--config`."""
+    """The resolved configuration as YAML, which is a valid `--config`."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata.get("config", True)}
     plain = {name: _plain(value) for name, value in values.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Call `main(argv)` and turn its outcome into an exit code: 2 for what a sentence explains, 130 for Ctrl-C."""
+    """Call `main(argv)` and return an exit code: 2 for bad input and for faults of the machine, 130 for Ctrl-C."""
     atexit.register(gc.freeze)  # an ending interpreter searches torch's objects for garbage: 0.9 s of a processor
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # generated text must not end a program on a console that is not UTF-8
@@ -161,7 +159,7 @@ def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None
 
 
 def sentence_for(error: BaseException) -> InputError | None:
-    """What to say to the user about bad input, and about what is the machine's: files, disks, memory; else None."""
+    """The message for bad input and for faults of files, disks and memory, as an InputError; None for other errors."""
     if isinstance(error, InputError):
         return error
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
@@ -184,16 +182,16 @@ def preset_names() -> list[str]:
 
 
 def _presets_for(fields: dict) -> list[str]:
-    """The packaged presets that set nothing but `fields`: those made for this program."""
+    """The packaged presets for this program: they set nothing but `fields`."""
     contents = {name: yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")) for name in preset_names()}
     return [name for name, content in contents.items() if content.keys() <= fields.keys()]
 
 
-_NO_VALUE = object()  # a flag that stands alone although it takes a value
+_NO_VALUE = object()  # of a flag that needs a value and has none
 
 
 def _parser(cls, fields, kinds, positional, prog, description, explaining: bool) -> argparse.ArgumentParser:
-    """An argparse parser that only splits and explains; values stay text until pydantic has seen all of them."""
+    """An argparse parser that only splits and explains; values stay text, which pydantic converts afterwards."""
     words = f" {positional.upper()}…" if positional else ""
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -269,7 +267,7 @@ def _read_yaml(config: str) -> dict:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without what surprises: a key that is given twice, 1:30:00 for 5400 and 010 for 8."""
+    """Reads YAML and refuses its surprises: a key that is given twice, 1:30:00 (5400 to YAML) and 010 (8)."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -295,26 +293,22 @@ def _convert(value: Any, kind: Any) -> Any:
     try:
         return TypeAdapter(kind, config=VALIDATION).validate_python(value)
     except ValidationError as error:
-        said = [e["msg"].removeprefix("Input ").removeprefix("Value error, ") for e in error.errors(include_url=False)]
-        raise ValueError(" or ".join(dict.fromkeys(said))) from None
+        texts = [e["msg"].removeprefix("Input ").removeprefix("Value error, ") for e in error.errors(include_url=False)]
+        raise ValueError(" or ".join(dict.fromkeys(texts))) from None
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the string literal that stands under it, for `cls` and its bases."""
+    """Field name -> the string literal below the field, for `cls` and its bases."""
     docs: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
-        except (OSError, TypeError, SyntaxError):  # a built-in, or no source at hand: help without texts
+        except (OSError, TypeError, SyntaxError):  # a built-in class, or one without source: help has no texts
             continue
         for statement, below in itertools.pairwise(body):
             if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
                 continue
-            if (
-                isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-                and isinstance(below.value.value, str)
-            ):
+            if isinstance(below, ast.Expr) and isinstance(getattr(below.value, "value", None), str):
                 docs[statement.target.id] = " ".join(below.value.value.split())
     return docs
 
@@ -359,6 +353,6 @@ def _plain_text(value: Any) -> str:
 
 
 def _nearest(name: str, known: Any, prefix: str) -> str:
-    """`; did you mean --batch_tokens?`, where something is near enough."""
+    """`; did you mean --batch_tokens?`, or nothing if no known name is similar."""
     found = difflib.get_close_matches(name.lstrip("-").split("=")[0].replace("-", "_"), list(known), n=1)
     return f"; did you mean {prefix}{found[0]}?" if found else ""

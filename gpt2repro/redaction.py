@@ -1,6 +1,6 @@
-"""Secrets and home directories taken out of what leaves the machine: logs, trackers, checkpoints, model cards.
+"""Removes secrets and home directories from what leaves the machine: logs, trackers, checkpoints, model cards.
 
-The one scrubber of the project. Knows no file and no format; imports nothing of ours.
+The only scrubber of the project. Knows no file and no format; imports nothing of this project.
 """
 
 import os
@@ -25,8 +25,9 @@ HOMES = r"/home/[\w.@+-]+|/Users/[\w.@+-]+|/root|[A-Za-z]:\\+Users\\+[\w.@+-]+"
 def scrub(value: Any, name: str = "") -> Any:
     """`value` without secrets, and with home directories written as `~`.
 
-    A secret is known by its field's name, by its look, or as the value of an environment variable with such a name.
-    Dicts and lists are gone through; what is neither text nor a path stays as it is. Scrubbing twice changes nothing.
+    A secret is recognised by its field's name, by its form, or as the value of an environment variable with such a
+    name. Dicts and lists are scrubbed item by item; other values than text and paths stay as they are. Scrubbing twice
+    changes nothing.
     """
     if isinstance(value, dict):
         return {key: scrub(item, str(key)) for key, item in value.items()}
@@ -39,9 +40,9 @@ def scrub(value: Any, name: str = "") -> Any:
     if value and SECRET_NAME.search(name):
         return HIDDEN
     for variable, secret in os.environ.items():
-        # By value: W&B's older keys are bare hexadecimal, like a commit's id.
+        # By value, since W&B's older keys look like a commit's id (hexadecimal).
         if SECRET_NAME.search(variable) and len(secret) >= 8:
             value = value.replace(secret, HIDDEN)
-    here = os.path.expanduser("~")  # of whatever kind: /data/me, a service account's
+    here = os.path.expanduser("~")  # this user's home may be anywhere, such as /data/me
     homes = f"{HOMES}|{re.escape(here)}" if len(Path(here).parts) > 1 else HOMES
     return re.sub(rf"(?<![\w.~-])(?:{homes})(?![\w.-])", "~", SECRET_TEXT.sub(HIDDEN, value))

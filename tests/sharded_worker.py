@@ -1,5 +1,8 @@
 """What each of two gloo processes does in the tests of sharded checkpoints; started by test_checkpoint.py."""
 
+import time
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -7,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.checkpoint import writer as writing
+from gpt2repro.checkpoint.layout import from_all_ranks, from_rank_zero
 from gpt2repro.checkpoint.reader import find_checkpoint
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter, SaveError
@@ -81,3 +85,18 @@ def work(rank: int, world: int, folder, tiny: dict, out) -> None:
 
 def full_disk(*args, **kwargs):
     raise OSError(28, "No space left on device")
+
+
+def wait_for_a_slow_rank(rank: int, folder) -> None:
+    """One of two processes, of which the first twice takes longer than the default group's timeout."""
+    begun = dist.FileStore(str(folder / "begun"), 2)
+    begun.set(str(rank), "yes")
+    begun.wait(["0", "1"])  # starting may take longer as well
+    place = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2, timeout=timedelta(seconds=5))
+    assert from_rank_zero(lambda: time.sleep(8) or "verified") == "verified"
+    if rank == 0:
+        time.sleep(8)
+    assert find_checkpoint(folder / "nothing", all_ranks=True) is None
+    assert from_all_ranks(rank) == [0, 1]
+    dist.destroy_process_group()

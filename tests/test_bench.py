@@ -110,10 +110,10 @@ def test_what_does_not_fit_into_the_minutes_is_dropped_and_named(tmp_path):
 def test_a_place_that_cannot_hold_the_record_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / f"train-{harness.host_kind()}.json").mkdir()
-    for out, why in ((tmp_path / "file", "no directory to write to"), (tmp_path, "is a directory")):
-        with pytest.raises(InputError, match=why):
+    for out in (tmp_path / "file", tmp_path):
+        with pytest.raises(InputError, match=r"cannot write .*; choose another place"):
             Record("train", [], CommonOptions(out=out))
-    with pytest.raises(InputError, match="no directory to write to"):
+    with pytest.raises(InputError, match="cannot write /dev/null/x"):
         hellaswag.main(["--out", "/dev/null/x"])
 
 
@@ -173,7 +173,8 @@ def test_table_says_not_run_where_no_record_comes_from_a_gpu():
     assert "not run" not in table.render([made_up_record(gpu="NVIDIA H200")])
 
 
-TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 97, "n_positions": 64}
+SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 97}
+TINY = {**SMALL, "n_positions": 64}
 
 
 def test_every_candidate_of_the_training_benchmark_has_the_references_loss_and_gradients():
@@ -217,7 +218,7 @@ def test_step_in_two_passes_changes_the_weights_as_one_pass_does(name):
 
 
 def test_a_training_record_of_a_small_model_has_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setitem(train.SIZES, "small", (2, 2, 32, 97))
+    monkeypatch.setitem(train.SIZES, "small", SMALL)
     few = ["--vocab_size", "97", "--seq_len", "16", "--batch", "4", "--rounds", "2", "--no-compile", "--no-loop"]
     assert train.main([*few, "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / f"train-{harness.host_kind()}.json").read_text())
@@ -240,7 +241,7 @@ def test_checkpoint_benchmark_compares_equals_and_says_what_a_save_costs(tmp_pat
 
 
 def test_hellaswag_benchmark_gives_the_loops_choices(tmp_path, monkeypatch):
-    monkeypatch.setitem(hellaswag.SIZES, "small", (2, 2, 32, 97))
+    monkeypatch.setitem(hellaswag.SIZES, "small", SMALL)
     assert hellaswag.main(["--size", "small", "--examples", "4", "--rounds", "1", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / f"hellaswag-{harness.host_kind()}.json").read_text())["results"]
     assert results["largest_score_difference"] < 1e-3 and results["flops_ratio"] > 1.5

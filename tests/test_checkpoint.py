@@ -523,3 +523,7 @@ def test_nodes_that_do_not_share_the_run_directory_are_refused_on_every_rank(two
     reports, _, _, _ = two_processes
     for report in reports.values():
         assert "ranks [1] do not see what rank 0 writes" in report["apart"]
+
+
+def test_slow_work_of_one_rank_outlasts_the_default_groups_timeout(tmp_path):
+    torch.multiprocessing.spawn(sharded_worker.wait_for_a_slow_rank, args=(tmp_path,), nprocs=2)

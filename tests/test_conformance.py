@@ -5,6 +5,7 @@ test_native_export.py.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from gpt2repro.data.tokenization import bpe_tokenizer
 from gpt2repro.publishing import conformance
 from gpt2repro.publishing.conformance import rows_of
 from gpt2repro.publishing.exports import export_native
+from gpt2repro.publishing.model_card import card_files
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 TEXTS = [f"the {animal} sat on the mat and looked at the moon" for animal in ("cat", "dog", "owl", "cow", "ant", "fox")]
@@ -272,6 +274,9 @@ def test_rows_of_several_environments_are_collected_in_one_file(directory, run_p
     assert found[3:] == [("llama.cpp", form, "skipped") for form in ("own", "native")]
     assert done.stdout.count("transformers pipeline  ") == 2 and "2 ok, 0 failed, 2 skipped" in done.stdout
     assert "unknown lama" in run_program([*command, "lama"]).stderr
+    shutil.copy(out, directory)
+    card = card_files(directory, repo="user/tiny")["README.md"].decode()
+    assert "| lighteval | 0.13.0 | own | ok | 0.0e+00 | equal |" in card and "llama.cpp" not in card
 
 
 def test_the_files_say_what_vllm_sglang_and_mlx_read(directory):

@@ -567,8 +567,9 @@ def test_damaged_or_unreachable_models_are_named_in_a_sentence(checkpoint, tmp_p
 def test_benchmark_refuses_a_model_that_writes_something_else_and_records_the_speed_of_one_that_does_not(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(bench.SIZES, "small", (2, 4, 32, 97))
-    reference, ours = bench.build_pair("small", torch.device("cpu"))
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 97}
+    monkeypatch.setitem(bench.SIZES, "small", shape)
+    reference, ours = (build(shape).eval() for build in (bench.baselines.transformers_gpt2, bench.baselines.our_gpt2))
     bench.check_greedy(reference, ours)
     with torch.no_grad():
         ours.transformer.ln_f.bias.add_(1)

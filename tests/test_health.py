@@ -106,8 +106,9 @@ def test_a_step_that_is_not_ok_changes_nothing_and_the_next_good_one_is_as_if_it
     assert all(torch.equal(a, b) for a, b in zip(with_bad, without, strict=True))
 
 
-def test_skipping_gives_up_when_every_step_is_bad():
-    monitor = HealthMonitor("skip", max_in_a_row=3)
+def test_skipping_gives_up_when_every_step_is_bad(monkeypatch):
+    monkeypatch.setattr("gpt2repro.training.health.MOST_SKIPS_IN_A_ROW", 3)
+    monitor = HealthMonitor("skip")
     assert monitor.judge([record(s, loss=math.nan) for s in (1, 2, 3)]).action == "skip"
     assert monitor.skipped == 3
     assert monitor.judge([record(4)]) is None

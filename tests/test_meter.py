@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpt2repro.training.meter import Meter, Throughput, flops_per_token, peak_flops
+from gpt2repro.training.meter import Meter, flops_per_token, peak_flops
 
 
 def test_flops_per_token_of_124m_are_those_of_the_formula():
@@ -40,17 +40,23 @@ def test_peak_flops_are_the_datasheets_or_unknown(name, tflops):
     assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
 
 
-def test_throughput_counts_training_time_only(monkeypatch):
-    clock = SimpleNamespace(now=100.0)
+def test_speed_counts_training_time_only(monkeypatch):
+    from accelerate import Accelerator
+
+    accelerator, clock = Accelerator(cpu=True), SimpleNamespace(now=100.0)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    throughput = Throughput(flops_per_token=100.0, peak=1e4)
+    meter = Meter(accelerator, batch_tokens=25, flops_per_token=100.0, device_peak=1e4)
+    numbers = {"loss": torch.tensor(3.0), "grad_norm": torch.tensor(0.5)}
     clock.now += 2
-    with throughput.pause():
+    with meter.pause():
         clock.now += 50
-    assert throughput.measure(tokens=100, steps=4) == {"tokens_per_second": 50.0, "step_seconds": 0.5, "mfu": 0.5}
-    clock.now += 1
-    assert Throughput(flops_per_token=100.0, peak=None).measure(10, 1)["mfu"] is None
-    assert throughput.measure(tokens=100, steps=1)["tokens_per_second"] == 100.0
+    for step in range(4):
+        meter.add(step=step, **numbers)
+    read = meter.read()[-1]
+    assert (read["tokens_per_second"], read["step_seconds"], read["mfu"]) == (50.0, 0.5, 0.5)
+    clock.now += 0.25
+    meter.add(step=5, **numbers)
+    assert meter.read()[0]["tokens_per_second"] == 100.0
 
 
 def test_a_reading_holds_every_step_since_the_last_one_in_order():

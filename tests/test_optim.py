@@ -114,10 +114,14 @@ def test_muon_steps_along_the_orthogonal_factor_of_a_float64_svd(rows, columns):
     assert cosine > 0.98
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (32, 128), (128, 32), (128, 128), (1, 64)])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(32, 32), (32, 128), (128, 32), (128, 128), (1, 64), (8, 32), (16, 16), (16, 64), (64, 16), (12, 48), (17, 17)],
+)
 @pytest.mark.parametrize("split", [1, 2, 3, 7])
 def test_a_stack_in_whatever_parts_equals_torchs_muon_on_one_matrix_at_a_time(rows, columns, split):
-    stack = torch.randn(7, rows, columns, generator=torch.Generator().manual_seed(0))
+    many = 420 if min(rows, columns) <= 16 else 7  # other kernels round differently, but seldom
+    stack = torch.randn(many, rows, columns, generator=torch.Generator().manual_seed(0))
     stack[3] = 0  # as of a block that learns nothing
     factors = torch.cat([newton_schulz(part.bfloat16()) for part in stack.split(split)])
     changes = factors.float() * -(0.2 * math.sqrt(max(rows, columns)))

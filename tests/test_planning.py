@@ -11,12 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny_run
+import yaml
 
+from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 from gpt2repro.data.shards import MANIFEST
 from gpt2repro.files import write_json
+from gpt2repro.options import InputError
 from gpt2repro.training import planning
 from gpt2repro.training.planning import GIB, parameter_count, plan
-from train_accelerate import TrainConfig
+from train_accelerate import TrainConfig, main
 
 # Source: Radford et al. 2019 and the published checkpoints.
 SIZES = {
@@ -25,6 +28,9 @@ SIZES = {
     "774M": (36, 20, 1280, 774_030_080),
     "1558M": (48, 25, 1600, 1_557_611_200),
 }
+
+
+SEQ_LEN = 64  # of what is counted here
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +78,7 @@ def test_parameter_counts_are_the_published_ones(size):
 def test_the_124m_recipe_in_numbers_worked_out_by_hand(ten_billion, tmp_path):
     found = plan_of("124M", ten_billion, tmp_path)
     assert found.problems == []
-    assert found.batch == "524,288 tokens = 16 sequences x 1024 tokens x 8 processes x 4 forward passes"
+    assert found.batch == "524,288 tokens = 64 sequences x 1024 tokens x 8 processes x 1 forward passes"
     assert found.tokens == 9_999_745_024 and found.epochs == pytest.approx(0.999975, abs=1e-6)
     assert found.flops_per_token == 855_166_464
     # 855,166,464 x 9,999,745,024 = 8.5515e18 FLOP; 8 x 312e12 x 0.5 = 1.248e15 FLOP/s; 6852.1 s = 1.9034 h
@@ -80,7 +86,11 @@ def test_the_124m_recipe_in_numbers_worked_out_by_hand(ten_billion, tmp_path):
     memory = found.layout.memory()
     assert memory["weights"] == memory["gradients"] == 497_759_232  # 4 bytes each
     assert memory["optimizer (adamw)"] == 995_518_464  # two moments of 4 bytes
-    assert memory["logits"] == 16 * 1024 * 50257 * 10
+    assert memory["logits"] == 64 * 1024 * 50257 * 4  # compiled: bf16, and a gradient of bf16
+    eager = plan_of("124M", ten_billion, tmp_path, compile="off").layout.memory()
+    assert eager == memory | {"logits": 64 * 1024 * 50257 * 10}
+    # Inductor's code for a GPU: about 37 GiB
+    assert sum(memory.values()) / GIB == pytest.approx(37, rel=0.15)
     assert found.checkpoint_bytes == {"model": 497_759_232, "optimizer": 995_518_464}
     report = found.report()
     for part in ("124,439,808", "9,999,745,024 tokens", "1.00 epochs", "855.2 MFLOP", "$30.45", "50% MFU"):
@@ -90,47 +100,78 @@ def test_the_124m_recipe_in_numbers_worked_out_by_hand(ten_billion, tmp_path):
 
 
 def saved_bytes(
-    tiny_model: dict, *, n_layer: int, precision: str, checkpointing: bool, sequences: int, seq_len: int
+    tiny_model: dict, *, n_layer: int, precision: str, sequences: int, checkpointing: bool = False, how: str = "off"
 ) -> int:
-    """Bytes of the distinct tensors, parameters aside, that autograd keeps for the backward pass of our model."""
+    """Bytes of the distinct tensors, parameters aside, that autograd keeps for the backward pass of our model.
+
+    A compiled model is cut into a forward and a backward graph as for Inductor, which then only fuses what it finds.
+    """
     import torch
 
     from configuration_gpt2repro import GPT2ReproConfig
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     torch.manual_seed(0)
+    torch.compiler.reset()
     sizes = {**tiny_model, "n_layer": n_layer, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2ReproForCausalLM(GPT2ReproConfig(**sizes)).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
+    compiling = {"fullgraph": True, "dynamic": False, "backend": "aot_eager_decomp_partition"}
+    if how != "off":
+        model.pad_head()
+    if how == "model":
+        model.compile(**compiling)
+    elif how == "block":
+        for block in model.transformer.h:
+            block.compile(**compiling)
+        model.cross_entropy = torch.compile(model.cross_entropy, **compiling)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        # A copy of a weight in bf16 is counted with the weights: it does not grow with the batch.
-        grows = tensor.dim() > 0 and tensor.shape[0] in (sequences, sequences * seq_len)
-        if grows and storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    ids = torch.randint(0, sizes["vocab_size"], (sequences, seq_len))
+    ids = torch.randint(0, sizes["vocab_size"], (sequences, SEQ_LEN))
     context = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
         model(ids, shift_labels=ids, output_logits=False, use_cache=False)
     return sum(size for size, _ in saved.values())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_really_saves(tiny_model, precision, checkpointing):
-    sequences, seq_len, n_embd = 3, 64, 128
-    model = {**tiny_model, "n_embd": n_embd, "n_head": 2}
-    measure = {"precision": precision, "checkpointing": checkpointing, "sequences": sequences, "seq_len": seq_len}
-    two_blocks = saved_bytes(model, n_layer=4, **measure) - saved_bytes(model, n_layer=2, **measure)
-    table = planning.STREAM_BYTES if checkpointing else planning.BLOCK_BYTES
+def saved_per_token(tiny_model: dict, **measure) -> float:
+    """What grows with the tokens; a copy of a weight in bf16 does not, and is counted with the weights."""
+    more, fewer = (saved_bytes(tiny_model, sequences=sequences, **measure) for sequences in (6, 3))
+    return (more - fewer) / (3 * SEQ_LEN)
+
+
+@pytest.mark.parametrize(
+    ("how", "precision", "checkpointing", "expected"),
+    [
+        *(("off", precision, False, planning.BLOCK_BYTES[precision]) for precision in ("fp32", "bf16")),
+        *(("off", precision, True, planning.STREAM_BYTES[precision]) for precision in ("fp32", "bf16")),
+        ("model", "bf16", False, planning.BLOCK_BYTES["bf16"]),
+        ("block", "fp32", False, planning.BLOCK_BYTES["fp32"]),
+        ("block", "bf16", False, 34),
+    ],
+)
+def test_activations_are_what_autograd_really_saves(tiny_model, how, precision, checkpointing, expected):
+    model = {**tiny_model, "n_embd": 128, "n_head": 2}
+    measure = {"how": how, "precision": precision, "checkpointing": checkpointing}
+    two, one = (saved_per_token(model, n_layer=n_layer, **measure) for n_layer in (2, 1))
     # The formula leaves out 4-byte statistics: 2 x 2 per token for layer norms, 1 per head for attention.
-    assert two_blocks / (2 * sequences * seq_len * n_embd) == pytest.approx(table[precision], rel=0.01)
+    assert (two - one) / 128 == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("how", "precision"), [("model", "bf16"), ("block", "bf16"), ("block", "fp32")])
+def test_compiled_the_loss_keeps_the_logits_in_one_copy(tiny_model, how, precision):
+    """Their gradient, made in the backward pass, is the second half of COMPILED_LOGIT_BYTES."""
+    measure = {"how": how, "precision": precision, "n_layer": 1}
+    large, small = (saved_per_token(tiny_model | {"vocab_size": size}, **measure) for size in (4096, 2048))
+    assert 2 * (large - small) / 2048 == pytest.approx(planning.COMPILED_LOGIT_BYTES[precision], rel=0.01)
 
 
 def test_sharding_divides_the_states_and_muon_keeps_one_moment_of_the_matrices():
@@ -148,6 +189,72 @@ def test_sharding_divides_the_states_and_muon_keeps_one_moment_of_the_matrices()
     assert whole["activations"] == split["activations"]
     assert whole["optimizer (adamw)"] - muon["optimizer (muon)"] == 4 * 12 * 12 * 768 * 768
     assert chunked["logits"] == whole["logits"] // 8
+
+
+LAYOUT_124M = planning.Layout(
+    n_params=SIZES["124M"][3], n_layer=12, n_embd=768, vocab_size=50257, seq_len=1024, micro_batch_size=1,
+    processes=8, precision="bf16", optimizer="adamw", compiled=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "rows", "changes", "expected"),
+    [
+        # (2.09 + 1.5) GiB of states, copies and reserve, and 0.511 GiB per sequence; eager 0.799
+        (79.2, 512, {}, 64),  # 36.3 GiB would fit twice, but 64 x 1024 tokens are enough
+        (39.5, 512, {}, 32),  # 36.3 of 39.5 is more than 90 %
+        (23.6, 512, {}, 32),  # 19.9
+        (23.6, 512, {"compiled": False}, 16),
+        (23.6, 512, {"loss_chunk_tokens": 1024}, 32),
+        (16, 512, {}, 16),
+        (3, 512, {}, 1),  # not even one fits: the run will say that the memory ran out
+        (79.2, 480, {}, 4),  # 60 sequences per process
+        (79.2, 8, {}, 1),
+        (79.2, 512, {"processes": 2, "seq_len": 2048}, 32),
+        (79.2, 4096, {"seq_len": 128}, 512),
+        (None, 512, {}, 16),
+        (None, 512, {"processes": 64}, 8),
+        (None, 30, {"processes": 1}, 2),
+    ],
+)
+def test_the_micro_batch_is_the_largest_power_of_two_that_fits_and_divides(memory_gib, rows, changes, expected):
+    assert planning.choose_micro_batch(replace(LAYOUT_124M, **changes), memory_gib, rows) == expected
+
+
+def test_the_plan_chooses_as_the_run_would(ten_billion, tmp_path):
+    import torch
+
+    sizes = {memory: plan_of("124M", ten_billion, tmp_path, gpu_memory_gib=memory) for memory in (79.2, 23.6)}
+    assert [found.layout.micro_batch_size for found in sizes.values()] == [64, 32]
+    assert all(found.problems == [] for found in sizes.values())
+    assert plan_of("124M", ten_billion, tmp_path, micro_batch_size=8).layout.micro_batch_size == 8
+    if not torch.accelerator.is_available():
+        here = plan_of("124M", ten_billion, tmp_path, gpu_memory_gib=None).layout
+        assert here.micro_batch_size == 16 and not here.compiled
+
+
+def test_a_run_on_a_cpu_chooses_16_or_what_divides_and_keeps_what_it_had(tmp_path):
+    import torch
+
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    shards = tiny_run.write_tiny_shards(tmp_path / "shards")
+
+    def micro_batch_of(run_dir, **changes) -> int:
+        """What config.yaml and the newest checkpoint say after a run."""
+        options = {"micro_batch_size": "none", "eval_steps": 100, "batch_tokens": 16 * 48, **changes}
+        assert main(tiny_run.flags(shards, tmp_path / run_dir, **options)) == 0
+        found = yaml.safe_load((tmp_path / run_dir / "config.yaml").read_text())["micro_batch_size"]
+        assert read_state(find_checkpoint(tmp_path / run_dir))["micro_batch_size"] == found
+        return found
+
+    assert micro_batch_of("divides", max_steps=2) == 16
+    assert micro_batch_of("clipped", max_steps=2, batch_tokens=16 * 12) == 4
+    assert micro_batch_of("given", max_steps=2, micro_batch_size=2) == 2
+    assert micro_batch_of("given", max_steps=4) == 2  # as it was
+    assert micro_batch_of("given", max_steps=6, micro_batch_size=4) == 4
+    with pytest.raises(InputError, match=r"batch_tokens=100 is not a multiple of 16 \(1 sequences x 16 tokens"):
+        micro_batch_of("odd", batch_tokens=100)
 
 
 def test_1558m_on_one_80_gb_card_says_what_would_fit(ten_billion, tmp_path):

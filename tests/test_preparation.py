@@ -139,11 +139,11 @@ def test_a_directory_of_something_else_is_left_alone_even_with_overwrite(tmp_pat
 
 
 def test_a_character_that_the_tokenizer_does_not_know_is_refused_with_the_place(tmp_path):
-    def where(unit):
+    def place(unit):
         return f"book {unit['first']}"
 
     with pytest.raises(InputError, match=r"book \d+: the character 'ï' \(U\+00EF\) behind '.*na' is not in"):
-        make(tmp_path / "out", tokenizer=char_tokenizer([text.replace("ï", "i") for text in DOCUMENTS]), where=where)
+        make(tmp_path / "out", tokenizer=char_tokenizer([text.replace("ï", "i") for text in DOCUMENTS]), place=place)
 
 
 @pytest.mark.parametrize(

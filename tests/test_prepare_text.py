@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gpt2repro.commands.prepare_text import main
 from gpt2repro.data.preparation import split_of
@@ -190,3 +191,41 @@ def test_manifest_names_what_made_it(python_docs_data):
     manifest = load_manifest(out)
     assert manifest["source"]["corpus"] == "python-docs" and len(manifest["source"]["sha256"]) == 64
     assert manifest["settings"]["val_fraction"] == 0.1 and manifest["settings"]["tokenizer"] == "bpe"
+
+
+@pytest.mark.parametrize("source", ["data", "run", "checkpoint"])
+def test_the_tokenizer_of_a_model_or_data_set_is_taken_as_it_is(tmp_path, source):
+    """A character that it does not know is not learned but refused."""
+    (tmp_path / "a.txt").write_text(PROSE * 20)
+    (tmp_path / "b.txt").write_text("It was the worst of times.\n" * 20)
+    prepare_text(tmp_path / "data", "--input", tmp_path / "a.txt", "--tokenizer", "char")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000007"
+    load_tokenizer(tmp_path / "data").save_pretrained(checkpoint)
+    (checkpoint / "config.json").write_text('{"model_type": "gpt2repro"}')
+    save_file({"weight": np.zeros(1)}, checkpoint / "model.safetensors")
+    place = {"data": tmp_path / "data", "run": tmp_path / "run", "checkpoint": checkpoint}[source]
+    manifest = prepare_text(tmp_path / "more", "--input", tmp_path / "b.txt", "--tokenizer", place)
+    first = verify_dataset(tmp_path / "data")
+    assert manifest["tokenizer"]["sha256"] == first["tokenizer"]["sha256"]
+    assert decoded(tmp_path / "more", "train").startswith("It was the worst of times.")
+    (tmp_path / "b.txt").write_text("Ça alors!\n" * 20)
+    with pytest.raises(InputError, match="'Ç'"):
+        prepare_text(tmp_path / "refused", "--input", tmp_path / "b.txt", "--tokenizer", place)
+
+
+def test_a_tokenizer_that_is_nowhere_is_refused_with_what_there_is(tmp_path):
+    (tmp_path / "a.txt").write_text(PROSE)
+    for name, said in {
+        "bqe": "expected gpt2, char, bpe, a run",
+        str(tmp_path / "runs/no"): "there is no model",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            prepare_text(tmp_path / "out", "--input", tmp_path / "a.txt", "--tokenizer", name)
+
+
+def test_away_from_a_terminal_progress_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gpt2repro.data.preparation.SECONDS_BETWEEN_LINES", 0)
+    (tmp_path / "a.txt").write_text(PROSE * 20)
+    prepare_text(tmp_path / "out", "--input", tmp_path / "a.txt")
+    said = capsys.readouterr().err
+    assert "\r" not in said and said.startswith("tokenising: ") and "tokens/s" in said.splitlines()[0]

@@ -444,12 +444,14 @@ def test_prefetch_ends_with_its_iterator_and_leaves_no_thread():
 
 @pytest.mark.slow
 def test_data_benchmark_writes_a_record_with_its_goals(tmp_path, monkeypatch):
+    from pydoc_data.topics import topics
+
     from gpt2repro.commands.bench import data as bench
     from gpt2repro.data.tokenization import char_tokenizer
 
     monkeypatch.setattr(bench, "TOKENS", 2**17)
     monkeypatch.setattr(bench, "STREAM_BYTES", 2**19)
-    monkeypatch.setattr("gpt2repro.data.tokenization.gpt2_tokenizer", lambda: char_tokenizer(bench.python_topics()))
+    monkeypatch.setattr("gpt2repro.data.tokenization.gpt2_tokenizer", lambda: char_tokenizer(list(topics.values())))
     assert bench.main(["--rounds", "1", "--batches", "3", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("data-*.json")
     measures = {row["measure"] for row in json.loads(path.read_text())["results"]["headlines"]}

@@ -127,6 +127,14 @@ class Faulty:
         raise AssertionError("a dropped tracker is not called again")
 
 
+def test_a_failing_rank_leaves_its_message_without_home_directories(tmp_path):
+    log = run_log(tmp_path, is_main=False)
+    log.status("running", 1)
+    assert not (tmp_path / "status.json").exists()
+    log.failed(1, 1, "rank 1: no /home/me/data")
+    assert json.loads((tmp_path / "status.json").read_text())["message"] == "rank 1: no ~/data"
+
+
 def test_a_tracker_that_raises_is_named_once_and_training_goes_on(tmp_path, monkeypatch, capsys):
     opened = {"tensorboard": Faulty, "wandb": lambda: 1 / 0}
     monkeypatch.setattr(tracking, "_open_tracker", lambda name, *arguments, **named: opened[name]())

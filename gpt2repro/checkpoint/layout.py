@@ -1,10 +1,13 @@
 """Names and places of a run's checkpoints: step_N directories, the pointers to them, the optimizer's pieces."""
 
+import functools
 import os
 import re
 import secrets
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -14,31 +17,27 @@ FORMAT, VERSION = "gpt2repro-checkpoint", 1
 STEP_NAME = re.compile(r"step_(\d{6,12})")
 PIECE_NAME = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.safetensors")
 POINTERS = ("latest", "best", "final")
+LONGEST_WAIT = timedelta(hours=6)  # for one process' slow work: 19 GB of the 1558M over a slow line
 
 
 def list_steps(directory: str | Path) -> list[tuple[int, Path]]:
     """(step, path) of every step_N in a checkpoints directory, ascending."""
-    found = []
-    if Path(directory).is_dir():
-        for path in Path(directory).iterdir():
-            match = STEP_NAME.fullmatch(path.name)
-            if match and path.is_dir():
-                found.append((int(match[1]), path))
-    return sorted(found)
+    paths = Path(directory).iterdir() if Path(directory).is_dir() else ()
+    matches = ((STEP_NAME.fullmatch(path.name), path) for path in paths)
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
 
 
 def resolve_pointer(directory: str | Path, name: str) -> Path | None:
-    """The step_N that `latest`, `best` or `final` points to, if that exists."""
+    """The step_N that `latest`, `best` or `final` points to, or None if there is no such directory."""
     step = pointed_step(Path(directory), name)
-    if step is None or not step_path(Path(directory), step).is_dir():
-        return None
-    return step_path(Path(directory), step)
+    path = None if step is None else step_path(Path(directory), step)
+    return path if path and path.is_dir() else None
 
 
 def kept_steps(
     steps: list[int], keep_last: int | None, milestone_steps: int | None, *, pointed: set[int | None]
 ) -> set[int]:
-    """Which of the saved `steps` (ascending) stay: the newest `keep_last` (None: all), milestones, pointed ones."""
+    """Which of the saved `steps` (ascending) are kept: the newest `keep_last` (None: all), milestones, pointed ones."""
     if keep_last is None:
         return set(steps)
     milestones = {step for step in steps if milestone_steps and step % milestone_steps == 0}
@@ -56,10 +55,10 @@ def step_path(directory: Path, step: int) -> Path:
 
 
 def set_pointer(directory: Path, name: str, step: int) -> None:
-    """Replace the pointer in one rename, so that a reader sees the old one or the new one."""
+    """Replace the pointer by one rename, so that a reader sees either the old or the new one."""
     aside = directory / f".{name}.tmp-{secrets.token_hex(4)}"
     try:
-        if os.name == "nt":  # a rename there cannot replace a link to a directory
+        if os.name == "nt":  # on Windows a rename cannot replace a link to a directory
             raise OSError
         aside.symlink_to(step_path(directory, step).name, target_is_directory=True)
     except OSError:  # such as a filesystem without links
@@ -87,15 +86,33 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def from_rank_zero(call: Callable, group=None):
-    """`call()` made by rank 0 alone: its result on every rank. Raises: its InputError, on every rank."""
+def patient_group():
+    """A new gloo group of all ranks, for waiting on slow work of one of them; NCCL would give up after 10 minutes."""
+    return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+
+
+@functools.lru_cache(maxsize=1)
+def _group_for_waiting(world):
+    return patient_group()
+
+
+def from_all_ranks(value: Any = None) -> list:
+    """Every rank's `value`, in the order of ranks. Every rank calls it, and waits hours for the slowest."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=_group_for_waiting(dist.group.WORLD))
+    return values
+
+
+def from_rank_zero(call: Callable):
+    """Rank 0 alone makes `call()`; every rank returns its result. Raises: the call's InputError, on every rank."""
     answer: list = [None, None]
-    if dist.get_rank() == 0:
+    if rank_and_world()[0] == 0:
         try:
             answer[0] = call()
         except InputError as error:
             answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0, group=group)
-    if answer[1]:
-        raise InputError(answer[1])
-    return answer[0]
+    result, complaint = from_all_ranks(answer)[0]
+    if complaint:
+        raise InputError(complaint)
+    return result

@@ -4,15 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from gpt2repro.checkpoint.layout import (
-    FORMAT,
-    POINTERS,
-    VERSION,
-    from_rank_zero,
-    list_steps,
-    rank_and_world,
-    resolve_pointer,
-)
+from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import open_tensors
 from gpt2repro.files import is_plain_name, read_json, read_json_if_whole, sha256_of
 from gpt2repro.options import InputError
@@ -23,24 +15,24 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".
 
 
 def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int | None = None) -> Path | None:
-    """The newest whole checkpoint of a run (or of its checkpoints directory), or `place` itself where it is one.
+    """The newest whole checkpoint of a run (or of its checkpoints directory), or `place` itself if it is a checkpoint.
 
-    Damaged ones are named on stderr and skipped. None where there is no checkpoint yet. With `all_ranks` every rank
-    has to call it: rank 0 looks and verifies, the others take its answer. `at_most` leaves out later steps.
+    Damaged checkpoints are named on stderr and skipped. None: there is no checkpoint yet. With `all_ranks` every rank
+    has to make the call: rank 0 finds and verifies, the other ranks take its answer. `at_most` leaves out later steps.
 
-    Raises: InputError where `place` is a damaged checkpoint, or a run with nothing but damaged ones.
+    Raises: InputError if `place` is a damaged checkpoint, or a run that has only damaged ones.
     """
-    if all_ranks and rank_and_world()[1] > 1:
-        return from_rank_zero(lambda: find_checkpoint(place, at_most=at_most))
+    if all_ranks:
+        return layout.from_rank_zero(lambda: find_checkpoint(place, at_most=at_most))
 
     place = Path(place)
     directory = place / "checkpoints" if (place / "checkpoints").is_dir() else place
-    if place.name in POINTERS and (pointed := resolve_pointer(place.parent, place.name)):
+    if place.name in layout.POINTERS and (pointed := layout.resolve_pointer(place.parent, place.name)):
         directory = pointed
     if (directory / "trainer_state").is_dir() or (directory / "checksums.json").is_file():
         verify_checkpoint(directory)
         return directory
-    steps = [(step, path) for step, path in list_steps(directory) if at_most is None or step <= at_most]
+    steps = [(step, path) for step, path in layout.list_steps(directory) if at_most is None or step <= at_most]
     for _, path in reversed(steps):
         try:
             verify_checkpoint(path)
@@ -61,8 +53,8 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
 
     `user/name@revision` becomes the directory of that revision in the Hub's cache.
 
-    Raises: InputError for a directory that holds no model, nothing but pickled weights, or (unless
-    `any_architecture`) a model of another architecture.
+    Raises: InputError for a directory that holds no model, only pickled weights, or (unless `any_architecture`) a
+    model of another architecture.
     """
     path = Path(model)
     if not path.exists() and not path.is_symlink():
@@ -72,14 +64,14 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
             f"there is no model {model}: expected a run, a checkpoint's directory, or a Hub id like user/name or "
             "user/name@revision"
         )
-    if path.name in POINTERS and not (path / "config.json").is_file():
-        path = resolve_pointer(path.parent, path.name) or path
+    if path.name in layout.POINTERS and not (path / "config.json").is_file():
+        path = layout.resolve_pointer(path.parent, path.name) or path
     if path.is_file():
         raise InputError(f"{model} is a file: expected a run's directory, a checkpoint's directory, or a Hub id")
     if not (path / "config.json").is_file():
         directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        candidates = [resolve_pointer(directory, name) for name in ("best", "latest")]
-        candidates += [step for _, step in reversed(list_steps(directory))]
+        candidates = [layout.resolve_pointer(directory, name) for name in ("best", "latest")]
+        candidates += [step for _, step in reversed(layout.list_steps(directory))]
         path = next((candidate for candidate in candidates if candidate), None)
         if path is None:
             raise InputError(f"{model} holds neither a model (config.json) nor a run's checkpoints")
@@ -90,14 +82,16 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
         record = checksums[name]
         whole = (path / name).is_file() and isinstance(record, dict) and sha256_of(path / name) == record.get("sha256")
         if not whole:
-            raise InputError(f"{path}: {name} is not what was written (its sha256 differs)")
+            raise InputError(
+                f"{path}: {name} is not what was written (its sha256 differs); if you changed it, remove checksums.json"
+            )
     return str(path)
 
 
 def fetch_model(name: str) -> str:
     """`user/name[@revision]` -> the directory of its model in the Hub's cache; no optimizer, no pickles.
 
-    Raises: InputError where the Hub, the repository or the revision cannot be reached.
+    Raises: InputError if the Hub, the repository or the revision cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -112,9 +106,9 @@ def fetch_model(name: str) -> str:
 
 
 def verify_checkpoint(path: str | Path, *, strays: bool = False) -> None:
-    """Raises InputError unless every file is there, of its recorded size and sha256, and none is pickled.
+    """Raises: InputError unless every file exists with its recorded size and sha256, and none is pickled.
 
-    `strays` looks at the files in checksums.json only: whoever publishes these leaves the others at home.
+    `strays` allows files that are not in checksums.json, since publishing leaves them out.
     """
     path = Path(path)
     checksums = read_json(path / "checksums.json")
@@ -146,7 +140,7 @@ def verify_checkpoint(path: str | Path, *, strays: bool = False) -> None:
 
 
 def check_model_directory(path: str | Path, *, any_architecture: bool = False) -> None:
-    """Raises InputError unless a directory can be loaded safely: known architecture, safetensors, plain names."""
+    """Raises: InputError unless a directory can be loaded safely: known architecture, safetensors, plain names."""
     path = Path(path)
     config = read_json(path / "config.json")
     model_type = config.get("model_type")
@@ -180,7 +174,7 @@ def check_model_directory(path: str | Path, *, any_architecture: bool = False) -
 
 
 def _check_sizes(path: Path, config: dict, shapes: dict[str, list[int]]) -> None:
-    """A configuration of other sizes than the weights would build another model, or one that fills the memory."""
+    """Raises: InputError for a configuration whose sizes are not those of the weights, and so may fill the memory."""
     blocks = {match[1] for name in shapes if (match := re.match(r"(?:transformer\.)?h\.(\d+)\.", name))}
     found = {"n_layer": len(blocks)}
     for part, size in (("wte", "vocab_size"), ("wpe", "n_positions")):
@@ -194,17 +188,17 @@ def _check_sizes(path: Path, config: dict, shapes: dict[str, list[int]]) -> None
 
 
 def read_state(path: str | Path) -> dict:
-    """What the training loop gave to `save` as `state`."""
+    """The `state` that the training loop passed to `save`. Raises: InputError for another format or version."""
     return read_header(Path(path))["state"]
 
 
 def read_header(path: Path) -> dict:
     header = read_json(path / "trainer_state/state.json")
-    if header.get("format") != FORMAT or not isinstance(header.get("state"), dict):
-        raise InputError(f"{path / 'trainer_state/state.json'} is not the state of a {FORMAT}")
-    if header.get("version") != VERSION:
+    if header.get("format") != layout.FORMAT or not isinstance(header.get("state"), dict):
+        raise InputError(f"{path / 'trainer_state/state.json'} is not the state of a {layout.FORMAT}")
+    if header.get("version") != layout.VERSION:
         raise InputError(
-            f"{path} was written in format version {header.get('version')!r}, this program reads {VERSION}; "
+            f"{path} was written in format version {header.get('version')!r}, this program reads {layout.VERSION}; "
             "use the program that wrote it"
         )
     return header

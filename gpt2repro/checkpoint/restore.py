@@ -1,4 +1,4 @@
-"""A checkpoint's tensors back into a model and an optimizer, on any number of processes, sharded or not."""
+"""Puts a checkpoint's tensors back into a model and an optimizer, on any number of processes, sharded or not."""
 
 import contextlib
 import json
@@ -58,7 +58,7 @@ def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Opti
         for name, (parameter, group) in expected.items():
             state = {}
             for kind, parts in pieces[name].items():
-                if isinstance(parts[0], Tensor):  # AdamW's step count: where AdamW itself would put it
+                if isinstance(parts[0], Tensor):  # AdamW's step count, on the device where AdamW keeps it
                     on_device = group.get("fused") or group.get("capturable")
                     state[kind] = parts[0].to(parameter.device if on_device else "cpu")
                 else:
@@ -68,7 +68,7 @@ def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Opti
 
 
 def _piece_files(path: Path) -> list[Path]:
-    """The optimizer's files, all of the W that their names promise."""
+    """The optimizer's files. Raises: InputError unless their names agree on the number W of writers."""
     found = sorted((path / "trainer_state").glob("optimizer-*.safetensors"))
     matches = [PIECE_NAME.fullmatch(file.name) for file in found]
     counts = {match[2] for match in matches if match}
@@ -110,9 +110,9 @@ def _fill(tensor: Tensor, parts: list, name: str) -> None:
             local[low - first : high - first].copy_(piece[low - start : high - start])
 
 
-def _same_names(where: Path, found: set[str], expected: set[str], owner: str) -> None:
+def _same_names(place: Path, found: set[str], expected: set[str], owner: str) -> None:
     for difference, what in ((expected - found, "lacks"), (found - expected, "has")):
         if difference:
             more = f" and {len(difference) - 1} more" if len(difference) > 1 else ""
             ending = f", which {owner} needs" if what == "lacks" else f", which {owner} does not know"
-            raise InputError(f"{where} {what} {min(difference)}{more}{ending}")
+            raise InputError(f"{place} {what} {min(difference)}{more}{ending}")

@@ -1,4 +1,4 @@
-"""The tensors of a model under the names of a plain one, whatever DDP, FSDP2 or torch.compile has wrapped around it."""
+"""The tensors of a model under the names of a plain one, without the wrappers of DDP, FSDP2 and torch.compile."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter once (a tied head is its embedding) and every persistent buffer, as a plain model names them."""
     model = unwrap(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    # state_dict() comes first: under FSDP2 it reshards a root that an evaluation left gathered.
+    # state_dict() is called first, since under FSDP2 it reshards a root that an evaluation left gathered.
     buffers = {_clean(name): tensor for name, tensor in model.state_dict().items() if name not in parameters}
     return {**named_parameters(model), **buffers}
 

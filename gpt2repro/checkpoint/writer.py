@@ -2,15 +2,15 @@
 
     checkpoints/step_000500/
         config.json  generation_config.json  model.safetensors  tokenizer files  the Hub pair's two .py files
-        trainer_state/state.json                                 what the training loop wants back, as JSON
+        trainer_state/state.json                                 the training loop's state, as JSON
         trainer_state/optimizer-RRRRR-of-WWWWW.safetensors       tensors "parameter name/kind", rows [start, stop)
         checksums.json                                           size and sha256 of every file above
     checkpoints/latest, best, final -> step_N                    relative symlinks, or text files where there are none
 
-A save copies everything to host memory (that is all the training loop waits for) and a thread writes the copy into
-`.step_000500.tmp-<random>`, fsyncs it and renames it. So a directory named step_N is whole at every instant. Of a
-replicated model rank 0 writes all; of a sharded one (FSDP2) every rank writes its own rows of the optimizer's tensors
-and rank 0 the gathered weights. Both are one format: whoever restores reads the rows it needs.
+A save copies everything to host memory; the training loop waits for this copy only. A thread writes the copy into
+`.step_000500.tmp-<random>`, fsyncs it and renames it, so a directory named step_N is whole at every instant. Of a
+replicated model rank 0 writes everything. Of a sharded model (FSDP2) every rank writes its own rows of the optimizer's
+tensors, and rank 0 the gathered weights. Both are one format; each rank that restores reads the rows it needs.
 
 Nothing here is ever pickled or unpickled. Knows no data, no schedule, no Accelerator; reads no model code.
 """
@@ -37,18 +37,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from gpt2repro.checkpoint.layout import (
-    FORMAT,
-    POINTERS,
-    VERSION,
-    kept_steps,
-    list_steps,
-    piece_name,
-    pointed_step,
-    rank_and_world,
-    set_pointer,
-    step_path,
-)
+from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import named_parameters, named_weights, rows_of, unwrap
 from gpt2repro.files import is_plain_name, sha256_of, sync_folder
 from gpt2repro.options import InputError
@@ -58,16 +47,16 @@ VISIBLE_SECONDS = 30  # how long a network filesystem may take to show one node 
 
 
 class SaveError(InputError):
-    """A checkpoint could not be written: the message says why and what is still whole."""
+    """A checkpoint could not be written. The message says why, and what is still whole."""
 
 
 class CheckpointWriter:
     """Saves checkpoints under `directory`. Every rank builds one and makes the same calls in the same order.
 
-    `keep_last` newest are kept (None keeps all), besides the best, the final and every `milestone_steps`-th step.
+    The newest `keep_last` are kept (None keeps all), and also the best, the final and every `milestone_steps`-th step.
     `asynchronous=False` waits for each save, for comparison and for debugging.
 
-    Raises: InputError where the ranks do not see one common `directory`.
+    Raises: InputError if the ranks do not see one common `directory`.
     """
 
     def __init__(
@@ -80,15 +69,15 @@ class CheckpointWriter:
     ):
         self.directory = Path(directory)
         self.keep_last, self.milestone_steps, self.asynchronous = keep_last, milestone_steps, asynchronous
-        self.rank, self.world = rank_and_world()
-        # The writing threads talk through a group of their own: the training loop's may be NCCL, and is busy.
-        self._group = dist.new_group(backend="gloo") if self.world > 1 else None
+        self.rank, self.world = layout.rank_and_world()
+        # The writing threads have a process group of their own: the training loop's is busy, and may be NCCL.
+        self._group = layout.patient_group() if self.world > 1 else None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._in_flight: int | None = None  # the step being written
-        self._awaiting: list[str] = []  # pointers to set as soon as it is whole
+        self._awaiting: list[str] = []  # pointers to set as soon as that step is written
         self._lock = threading.Lock()
-        self._host: dict[str, Tensor] = {}  # copies, reused by every save: pinned memory is expensive to get
+        self._host: dict[str, Tensor] = {}  # copies, reused by every save, since pinned memory is slow to allocate
         self._constant_files: dict[str, bytes] = {}  # config, tokenizer, model code: the same in every checkpoint
 
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -110,19 +99,20 @@ class CheckpointWriter:
         extra_files: dict[str, bytes | str] | None = None,
         on_written: Callable[[Path], None] | None = None,
     ) -> float:
-        """Write step_N; returns the seconds that the caller was held up, an unfinished earlier save included.
+        """Write step_N. Returns the seconds that the caller had to wait, also for an unfinished earlier save.
 
-        `state` comes back from `read_state`, scrubbed, since checkpoints are published. `extra_files` lie beside
-        config.json. `on_written` is called on rank 0, in the writing thread, when the checkpoint is whole; where it
-        fails, that is said and nothing else.
+        `read_state` returns `state`, scrubbed, since checkpoints are published. `extra_files` are written beside
+        config.json. `on_written` is called on rank 0, in the writing thread, when the checkpoint is whole; its errors
+        are printed and do not end the run.
 
-        Raises: SaveError where this save (synchronous) or the one before (asynchronous) could not be written.
+        Raises: SaveError if this save (synchronous) or the one before (asynchronous) could not be written.
         """
         started = time.perf_counter()
         self.wait()
         model, optimizer = unwrap(model), getattr(optimizer, "optimizer", optimizer)
-        header = {"format": FORMAT, "version": VERSION, "step": step, "optimizer": type(optimizer).__name__}
-        small_files = {"trainer_state/state.json": json.dumps({**header, "state": scrub(state)}, indent=1).encode()}
+        header = {"format": layout.FORMAT, "version": layout.VERSION, "step": step}
+        header |= {"optimizer": type(optimizer).__name__, "state": scrub(state)}
+        small_files = {"trainer_state/state.json": json.dumps(header, indent=1).encode()}
         for name, content in (extra_files or {}).items():
             if not is_plain_name(name):
                 raise ValueError(f"extra file {name!r}: expected a relative path inside the checkpoint")
@@ -131,7 +121,7 @@ class CheckpointWriter:
 
         self._in_flight = step
         work = (step, model, tokenizer, weights, pieces, rows, small_files, on_written)
-        # Not a daemon: an interpreter that ends finishes writing first.
+        # Not a daemon, so the interpreter finishes the writing before it ends.
         self._thread = threading.Thread(target=self._write, args=work, name=f"checkpoint-{step}")
         self._thread.start()
         if not self.asynchronous:
@@ -139,38 +129,37 @@ class CheckpointWriter:
         return time.perf_counter() - started
 
     def point(self, name: str, step: int) -> None:
-        """Let `name` (best, final) point to step_N: at once, or as soon as that step is written."""
-        if name not in POINTERS:
-            raise ValueError(f"no pointer is called {name!r}; there are {', '.join(POINTERS)}")
+        """Let the pointer `name` (best, final) point to step_N: at once, or as soon as that step is written."""
+        if name not in layout.POINTERS:
+            raise ValueError(f"no pointer is called {name!r}; there are {', '.join(layout.POINTERS)}")
         with self._lock:
             if self._in_flight == step:
                 self._awaiting.append(name)
                 return
-        if self.rank == 0 and step_path(self.directory, step).is_dir():
-            set_pointer(self.directory, name, step)
+        if self.rank == 0 and layout.step_path(self.directory, step).is_dir():
+            layout.set_pointer(self.directory, name, step)
 
     def discard_after(self, step: int) -> None:
-        """Set aside the checkpoints of later steps as abandoned_step_N: the run goes on from `step` another way.
+        """Rename the checkpoints of later steps to abandoned_step_N, since the run continues from `step`.
 
-        Call it after resuming or rewinding to `step`, else the next start would continue from the abandoned ones.
-        They are deleted at the next pruning.
+        Call it after resuming from or rewinding to `step`; else the next start would continue from a later one. The
+        next pruning deletes the abandoned checkpoints.
         """
         self.wait()
         if self.rank == 0:
-            for later, path in list_steps(self.directory):
+            for later, path in layout.list_steps(self.directory):
                 if later > step:
                     aside = path.with_name(f"abandoned_{path.name}")
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
-            for name in POINTERS:
-                target = pointed_step(self.directory, name)
-                if target is not None and target > step:
+            for name in layout.POINTERS:
+                if (layout.pointed_step(self.directory, name) or 0) > step:
                     (self.directory / name).unlink()
-            if remaining := list_steps(self.directory):
-                set_pointer(self.directory, "latest", remaining[-1][0])
+            if remaining := layout.list_steps(self.directory):
+                layout.set_pointer(self.directory, "latest", remaining[-1][0])
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises: SaveError, where the writing failed."""
+        """Wait until nothing is being written. Raises: SaveError if the writing failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -179,12 +168,12 @@ class CheckpointWriter:
             raise error
 
     def close(self) -> None:
-        """Finish what is being written and let go of the host copies."""
+        """Wait for the writing and free the host copies. Raises: SaveError if the writing failed."""
         self.wait()
         self._host.clear()
 
     def _common_token(self) -> str:
-        """A random name part that all ranks share, after making sure that they also share the directory."""
+        """A random part of names, the same on all ranks. Raises: InputError if the ranks do not share the directory."""
         token = torch.frombuffer(bytearray(secrets.token_bytes(8)), dtype=torch.uint8)
         if self._group is None:
             return bytes(token.tolist()).hex()
@@ -209,7 +198,7 @@ class CheckpointWriter:
         return name
 
     def _exchange(self, record: list[int]) -> list[list[int]]:
-        """Every rank's record, in the order of ranks. Only between writing threads, or where none is running."""
+        """The records of all ranks, in order. Only writing threads may call it, or others while none is running."""
         if self._group is None:
             return [record]
         gathered = [torch.empty(len(record), dtype=torch.int64) for _ in range(self.world)]
@@ -252,8 +241,8 @@ class CheckpointWriter:
         return copied.copy_(tensor, non_blocking=tensor.is_cuda)  # elsewhere nobody would wait for it
 
     def _write(self, step, model, tokenizer, weights, pieces, rows, small_files, on_written) -> None:
-        """The thread's work. Whatever goes wrong is kept for the next `wait`, on every rank."""
-        target = step_path(self.directory, step)
+        """The work of the thread. On every rank the next `wait` raises what went wrong."""
+        target = layout.step_path(self.directory, step)
         aside = self.directory / f".{target.name}.tmp-{self._token}"
         writers = self.world if any(isinstance(weight, DTensor) for weight in model.parameters()) else 1
         size = sum(t.numel() * t.element_size() for t in (*weights.values(), *pieces.values()))
@@ -262,7 +251,7 @@ class CheckpointWriter:
             try:
                 if pieces or self.rank == 0:
                     (aside / "trainer_state").mkdir(parents=True, exist_ok=True)
-                    piece = piece_name(self.rank, writers)
+                    piece = layout.piece_name(self.rank, writers)
                     # One entry only: safetensors writes several in random order, and equal states have equal files.
                     save_file(pieces, aside / piece, metadata={"rows": json.dumps(rows, sort_keys=True)})
                     checksums[piece] = _settle(aside / piece)
@@ -284,7 +273,8 @@ class CheckpointWriter:
                 try:
                     for rank, (_, length, *digest) in enumerate(records):
                         if length:  # the ranks of a replicated model other than 0 wrote nothing
-                            checksums[piece_name(rank, writers)] = {"bytes": length, "sha256": bytes(digest).hex()}
+                            piece = layout.piece_name(rank, writers)
+                            checksums[piece] = {"bytes": length, "sha256": bytes(digest).hex()}
                     (aside / "checksums.json").write_text(json.dumps(checksums, indent=1, sort_keys=True))
                     _settle(aside / "checksums.json")
                     self._publish(aside, target, step)
@@ -299,7 +289,7 @@ class CheckpointWriter:
             if self.rank == 0 and on_written is not None:
                 try:
                     on_written(target)
-                except Exception as error:  # a picture or an upload that fails is no reason to end a run
+                except Exception as error:  # a failed picture or upload does not end a run
                     print(
                         f"warning: after saving {target}: {type(error).__name__}: {error}", file=sys.stderr, flush=True
                     )
@@ -319,27 +309,27 @@ class CheckpointWriter:
         aside.rename(target)
         sync_folder(self.directory)
         shutil.rmtree(self.directory / f".{target.name}.tmp-old-{self._token}", ignore_errors=True)
-        set_pointer(self.directory, "latest", step)
+        layout.set_pointer(self.directory, "latest", step)
         with self._lock:
             self._in_flight = None
             for name in self._awaiting:
-                set_pointer(self.directory, name, step)
+                layout.set_pointer(self.directory, name, step)
         self._prune(step)
 
     def _prune(self, newest: int) -> None:
-        steps = [step for step, _ in list_steps(self.directory)]
-        pointed = {newest, *(pointed_step(self.directory, name) for name in POINTERS)}
-        keep = kept_steps(steps, self.keep_last, self.milestone_steps, pointed=pointed)
+        steps = [step for step, _ in layout.list_steps(self.directory)]
+        pointed = {newest, *(layout.pointed_step(self.directory, name) for name in layout.POINTERS)}
+        keep = layout.kept_steps(steps, self.keep_last, self.milestone_steps, pointed=pointed)
         for step in set(steps) - keep:
-            doomed = self.directory / f".{step_path(self.directory, step).name}.tmp-old-{self._token}"
-            step_path(self.directory, step).rename(doomed)  # never half a directory under its own name
+            doomed = self.directory / f".{layout.step_path(self.directory, step).name}.tmp-old-{self._token}"
+            layout.step_path(self.directory, step).rename(doomed)  # never half a directory under its own name
             shutil.rmtree(doomed, ignore_errors=True)
         for abandoned in self.directory.glob("abandoned_step_*"):
             shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def _model_files(model: nn.Module, tokenizer) -> dict[str, bytes]:
-    """What makes a directory a Hub repo besides the weights: name -> content."""
+    """The files of a Hub repo besides the weights: name -> content."""
     kind = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))  # fully_shard makes a subclass
     files = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -361,7 +351,7 @@ def _model_files(model: nn.Module, tokenizer) -> dict[str, bytes]:
 
 
 def _settle(path: Path) -> dict:
-    """Bring a written file to the disk; returns its size and sha256."""
+    """Sync a written file to the disk. Returns its size and sha256."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -3,8 +3,8 @@
     gpt2repro demo --model runs/quickstart
     gpt2repro demo --model runs/a runs/b openai-community/gpt2 --port 7861
 
-Listens on this machine only unless --host says otherwise. Visitors choose among the models named here and set numbers;
-they name no files and no other models. Needs the extra `demo`: pip install "gpt2repro[demo]". A Hugging Face Space runs
+Listens on this machine only unless --host says otherwise. Visitors choose among these models and set numbers; they
+cannot name files or other models. Needs the extra `demo`: pip install "gpt2repro[demo]". A Hugging Face Space runs
 the same page from an `app.py` that calls `main(["--model", "user/name", "--host", "0.0.0.0"])`.
 """
 
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 
 def labels(names: list[str]) -> list[str]:
-    """What visitors call the models: a directory's last parts, as few as tell them apart; a Hub id as it is."""
+    """The models' names on the page: the last parts of a directory that tell it apart; a Hub id as it is."""
     from gpt2repro.training.plotting import run_names
 
     if len(set(names)) < len(names):

@@ -4,8 +4,8 @@
     gpt2repro export --model user/name@step-5000 --out exported/ct2 --format ct2
     gpt2repro export --model runs/124M --out exported/gguf --format gguf --converter llama.cpp/convert_hf_to_gguf.py
 
-Every form is made from the plain gpt2, whose logits are compared with the model's first; the result is loaded and
-compared as well. export.json beside it names the converter, its version and the differences.
+Every form is made from the plain gpt2, after a comparison of its logits with the model's; then the result is loaded and
+compared too. export.json beside it names the converter, its version and the differences.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Options:
         if self.converter is not None and self.format != "gguf":
             found.append("--converter belongs to --format gguf")
         if self.format == "gguf" and not (self.converter or Path(shutil.which(CONVERTER) or "nowhere")).is_file():
-            where = "it lies in llama.cpp, and in vendor/llama.cpp of llama-cpp-python's source package"
             found.append(
-                f"--format gguf needs --converter PATH/{CONVERTER} ({where}), and pip install 'gpt2repro[gguf]'"
+                f"--format gguf needs --converter PATH/{CONVERTER} (it lies in llama.cpp, and in vendor/llama.cpp of "
+                "llama-cpp-python's source package), and pip install 'gpt2repro[gguf]'"
             )
         return found
 

@@ -22,9 +22,8 @@ from pydantic import Field
 from gpt2repro.files import atomic_file, read_json_lines
 from gpt2repro.generation.prompts import TextStream, encode_prompt, room_for
 from gpt2repro.models import ModelOptions
-from gpt2repro.options import InputError, parse_options
+from gpt2repro.options import AtLeastOne, InputError, NotNegativeNumber, parse_options
 
-Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
 MOST_SAMPLES = 1_000_000  # of one call: all of them are kept until the file is written
 MOST_CHARACTERS = 64 << 20  # of a prompts file
 
@@ -39,11 +38,11 @@ class Options(ModelOptions):
     "Continue every prompt of this .txt or .jsonl file; needs --out."
     out: Path | None = field(default=None, metadata={"config": False})
     "Where the samples of a prompts file go, one JSON object a line."
-    max_new_tokens: Tokens = 200
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 200
     "Stop after this many tokens, or at the end-of-text token."
-    temperature: Annotated[float, Field(ge=0)] = 0.8
+    temperature: NotNegativeNumber = 0.8
     "Below 1 bolder, above 1 wilder; 0 always takes the likeliest token."
-    top_k: Annotated[int, Field(ge=1)] | None = 50
+    top_k: AtLeastOne | None = 50
     "Choose among the k likeliest tokens; none: among all."
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     "Choose among the likeliest tokens that together have this probability; none: no such cut."
@@ -80,8 +79,8 @@ def main(argv: list[str]) -> int:
         (converse if options.interactive else print_samples)(model, tokenizer, options)
         return 0
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more when it ends
-        if isinstance(error, BrokenPipeError):  # the reader of the text, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python writes once more when it ends
+        if isinstance(error, BrokenPipeError):  # the reader of the text, such as `head`, has ended
             return 0
         raise InputError(f"cannot write the text: {error.strerror}") from None
     except (RuntimeError, MemoryError) as error:
@@ -94,7 +93,7 @@ def main(argv: list[str]) -> int:
 
 
 def print_samples(model, tokenizer, options: Options) -> None:
-    """`--prompt`: one sample streams as it is made; several are made together and printed one after the other."""
+    """`--prompt`: a single sample streams; several are made together and printed one after the other."""
     from gpt2repro.generation.decoder import complete
 
     if options.num_samples == 1:
@@ -199,7 +198,7 @@ def encode_all(model, tokenizer, prompts: list[str], options: Options) -> list[l
 
 
 def stream(model, tokenizer, prompt: str, options: Options, *, decoder=None, row: int = 0):
-    """Print one continuation while it is made, then its speed -> the decoder, for another text."""
+    """Print one continuation while it is made, then its speed. Returns the decoder for the next text."""
     from gpt2repro.generation.decoder import decoder_for
 
     ids = encode_prompt(tokenizer, prompt)
@@ -223,7 +222,7 @@ def stream(model, tokenizer, prompt: str, options: Options, *, decoder=None, row
 
 
 def chance(tokenizer, options: Options) -> dict:
-    """How tokens are chosen, as the decode engine takes it."""
+    """The arguments of the decode engine that decide how tokens are chosen."""
     from gpt2repro.generation.sampling import Sampling
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
@@ -231,7 +230,7 @@ def chance(tokenizer, options: Options) -> dict:
 
 
 def shorten(model, prompt_tokens: int, wanted: int) -> int:
-    """`wanted` tokens, or as many as fit behind the prompt, saying so."""
+    """`wanted` tokens, or as many as fit behind the prompt, with a note on stderr."""
     room = room_for(model, prompt_tokens)
     if room is None or room >= wanted:
         return wanted

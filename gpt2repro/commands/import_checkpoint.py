@@ -15,7 +15,7 @@ from typing import Literal
 
 from gpt2repro.options import InputError, parse_options
 
-# Ordinary English of our own. A trained GPT-2 needs 3 to 5 nats per token, one read wrongly more than ln(V) = 10.8.
+# Ordinary English of our own. A trained GPT-2 has 3 to 5 nats per token; a wrongly read one more than ln(V) = 10.8.
 ENGLISH = (
     "The river runs through the middle of the old town, and every spring the people who live beside it wait for the "
     "water to rise. Last year it came up to the doors of the houses in the main street. This year the weather has been "
@@ -95,7 +95,7 @@ def build_model(imported):
 
 
 def verify(model, tokenizer) -> str:
-    """A forward pass over English (or, without GPT-2's tokenizer, over some ids) -> one line about its loss.
+    """A forward pass over English (over ascending ids where there is no tokenizer) -> one line about its loss.
 
     Raises: InputError where the logits are not finite numbers.
     """
@@ -120,7 +120,7 @@ def verify(model, tokenizer) -> str:
 
 
 def character_tokenizer(characters: list[str], n_positions: int):
-    """nanoGPT's: one id per character, no special token; a character that it never saw becomes a space."""
+    """nanoGPT's tokenizer: one id per character, no special token; an unknown character becomes a space."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -19,16 +19,12 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from gpt2repro.evaluation.rows import read_rows
 from gpt2repro.files import check_outputs, write_output
 from gpt2repro.models import ModelOptions
-from gpt2repro.options import InputError, parse_options
-
-AtLeastOne = Annotated[int, Field(ge=1)]
+from gpt2repro.options import AtLeastOne, InputError, parse_options
 
 # OpenAI's sizes. Source: GPT-2 paper, table 3.
 WIKITEXT = {"WikiText-103 perplexity per word": {"124M": 37.50, "350M": 26.37, "774M": 22.05, "1558M": 17.48}}
@@ -83,7 +79,7 @@ def main(argv: list[str]) -> int:
     if options.max_length is not None and options.max_length > limit:
         raise InputError(f"max_length={options.max_length} is longer than the model's input of {limit} tokens")
     max_length = options.max_length or limit
-    how = {"device": device, "progress": lambda batches: tqdm(batches, unit="batch", file=sys.stderr)}
+    how = {"device": device, "progress": lambda batches: tqdm(batches, unit="batch", file=sys.stderr, disable=None)}
     if options.last_word:
         results = last_words(model, lambada.TASK.prepare(examples, tokenizer, max_length), options, how)
     else:
@@ -133,7 +129,7 @@ def text_perplexity(model, tokenizer, text: str, max_length: int, options: Optio
 
 
 def read_texts(options: Options) -> list[str]:
-    """Lines or rows of text; a text file keeps its line ends. Raises: InputError."""
+    """Lines or rows of text; a text file keeps its line ends. Raises: InputError for a file without text."""
     path = Path(options.data)
     if os.path.isfile(path) and path.suffix != ".jsonl":
         try:

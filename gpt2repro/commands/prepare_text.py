@@ -1,13 +1,14 @@
-"""Make a data set of tokens from text: an embedded corpus, tiny shakespeare, or your own files.
+"""Make a data set of tokens from text: Python's own documentation, tiny shakespeare, or your files.
 
     gpt2repro prepare-text --corpus python-docs --out data/python-docs
     gpt2repro prepare-text --corpus shakespeare --tokenizer char --out data/shakespeare
     gpt2repro prepare-text --input my/texts 'more/*.jsonl' --text_column content --out data/mine
     gpt2repro prepare-text --input user/dataset --tokenizer gpt2 --out data/theirs
+    gpt2repro prepare-text --input my/texts --tokenizer runs/quickstart --out data/more     to go on with a model
 
 Reads .txt and .md (a file is a document), .jsonl and .parquet (a row is a document), from files, directories, globs
-or a dataset on the Hub. Seconds for a few megabytes; for gigabytes `prepare_fineweb.py` has the same engine and more
-options.
+or a dataset on the Hub. Takes seconds for a few megabytes. For gigabytes use `prepare_fineweb.py`: it has the same
+engine and more options.
 """
 
 import atexit
@@ -27,18 +28,19 @@ from pydantic import Field
 
 from gpt2repro.data.preparation import check_place, prepare, split_of, tokenizer_of_plan
 from gpt2repro.data.python_docs import python_docs
-from gpt2repro.data.shards import Manifest
+from gpt2repro.data.shards import TOKENIZER, Manifest
 from gpt2repro.data.text import TEXT_CUT_VERSION, find_text, pieces_of
-from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer, gpt2_tokenizer
-from gpt2repro.options import InputError, parse_options
+from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer, fingerprint, gpt2_tokenizer, load_tokenizer
+from gpt2repro.options import AtLeastOne, Fraction, InputError, parse_options
 
 # Source: the corpus of nanoGPT's shakespeare examples, public domain.
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-# A vocabulary is learned from at most so much text; more changes it little and takes minutes.
+MADE = ("gpt2", "char", "bpe")  # the tokenizers that this program makes; any other name is a place
+# The bpe vocabulary is learned from at most this much text; more text changes it little and takes minutes.
 TOKENIZER_TRAINING_BYTES = 2**28
-# xz takes about a second per megabyte.
+# Text up to this size is compressed with xz, which takes about a second per megabyte.
 XZ_BYTES = 2**25
 
 
@@ -52,19 +54,19 @@ class Options:
     "Your own text: files, directories, globs, or one dataset id of the Hub (ID[:config][@revision])."
     text_column: str = "text"
     "The field of jsonl and parquet rows that holds the text."
-    tokenizer: Literal["gpt2", "char", "bpe"] = "bpe"
-    "GPT-2's own (50,257 tokens), one token per character, or byte-level BPE trained on the train split."
+    tokenizer: str = "bpe"
+    "gpt2 (50,257 tokens), char, bpe (learned from the train split), or a run, directory or Hub id whose one to take."
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 2048
     "Entries of the vocabulary that bpe learns."
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    val_fraction: Fraction = 0.1
     "Part of the text kept for validation."
     split: Literal["auto", "document", "position"] = "auto"
     "Whole documents chosen by hash, or the end of every document; auto: by position below 100 documents."
-    text_document_bytes: Annotated[int, Field(ge=1)] | None = None
+    text_document_bytes: AtLeastOne | None = None
     "Cut plain text into documents of the lines that begin in so many bytes (streams: 16384); none: a file is one."
     shard_tokens: Annotated[int, Field(gt=0, lt=2**31)] = 100_000_000
     "About how many tokens go into one shard."
-    workers: Annotated[int, Field(gt=0)] | None = None
+    workers: AtLeastOne | None = None
     "Tokenising processes; none: one per core."
     overwrite: bool = False
     "Replace another data set in --out."
@@ -74,6 +76,8 @@ class Options:
             return ["say what to read: --corpus python-docs, --corpus shakespeare, or --input PATH…"]
         if self.input and self.corpus == "python-docs":
             return ["--corpus python-docs reads nothing else; drop --input or --corpus"]
+        if self.tokenizer not in MADE and "/" not in self.tokenizer and not Path(self.tokenizer).exists():
+            return [f"--tokenizer {self.tokenizer}: expected {', '.join(MADE)}, a run, a directory or user/name"]
         if self.split == "position" and self.corpus == "python-docs":
             return ["--corpus python-docs is split by document; drop --split position"]
         return []
@@ -84,14 +88,16 @@ def main(argv: list[str]) -> int:
     check_place(options.out)
     start = time.perf_counter()
     corpus = _open_corpus(options)
-    settings = {"split": corpus.split, "text_column": options.text_column, "tokenizer": options.tokenizer}
+    given = None if options.tokenizer in MADE else load_tokenizer(_place_of_tokenizer(options.tokenizer))
+    named = options.tokenizer if given is None else fingerprint(given)  # a model may move
+    settings = {"split": corpus.split, "text_column": options.text_column, "tokenizer": named}
     if options.tokenizer == "bpe":
         settings["vocab_size"] = options.vocab_size
     if options.text_document_bytes is not None:
         settings |= {"text_document_bytes": options.text_document_bytes, "text_cut": TEXT_CUT_VERSION}
 
     def text_of(split: str) -> Iterator[str]:
-        """The text of one split in pieces, divided as `prepare` will divide it."""
+        """The text of one split in pieces, with the split that `prepare` will make."""
         for unit in corpus.units:
             if unit["split"] in (None, split):
                 for document in corpus.read(unit):
@@ -102,12 +108,12 @@ def main(argv: list[str]) -> int:
                             break
                         yield text
 
-    tokenizer = tokenizer_of_plan(options.out, corpus.source, settings)
+    tokenizer = given or tokenizer_of_plan(options.out, corpus.source, settings)
     if tokenizer is None:
         tokenizer = _make_tokenizer(options, text_of)
 
     def compressed_sizes() -> dict:
-        """What xz -9 makes of the validation text, alone and once it knows the training text: a model's yardstick."""
+        """Sizes of the validation text under xz -9, alone and after the training text: a model should do better."""
         if sum(unit["bytes"] for unit in corpus.units) > XZ_BYTES:
             return {}
         train, val = ("".join(text_of(split)).encode("utf-8", "replace") for split in ("train", "val"))
@@ -118,7 +124,7 @@ def main(argv: list[str]) -> int:
     manifest = prepare(
         options.out, tokenizer, corpus.units, corpus.read, source=corpus.source, settings=settings,
         val_fraction=options.val_fraction, workers=options.workers, overwrite=options.overwrite,
-        describe_val=compressed_sizes, where=corpus.where,
+        describe_val=compressed_sizes, place=corpus.place,
     )  # fmt: skip
     corpus.tell()
     _report(options.out, manifest, time.perf_counter() - start)
@@ -127,14 +133,14 @@ def main(argv: list[str]) -> int:
 
 @dataclass
 class Corpus:
-    """What `prepare` needs to know of a source."""
+    """What `prepare` needs to know about a source."""
 
     units: list[dict]
     read: object  # unit -> iterable of documents, each an iterable of pieces
     source: dict
     split: str
     "document or position"
-    where: Callable[[dict], str] = lambda unit: "the corpus"
+    place: Callable[[dict], str] = lambda unit: "the corpus"
     tell: Callable[[], None] = lambda: None
 
 
@@ -154,13 +160,21 @@ def _open_corpus(options: Options) -> Corpus:
         few = len(files.files) < 100 and all(file.format == "txt" and not file.packed for file in files.files)
         split = "position" if few and options.text_document_bytes is None else "document"
     units = files.units(options.shard_tokens, val_fraction=options.val_fraction if split == "position" else None)
-    return Corpus(units, files.read, files.source, split, files.where, files.reading.tell)
+    return Corpus(units, files.read, files.source, split, files.place, files.reading.tell)
+
+
+def _place_of_tokenizer(name: str) -> str:
+    """Where a model's or a data set's tokenizer lies: of a run, in its best checkpoint."""
+    from gpt2repro.checkpoint.reader import resolve_model  # imports torch
+
+    has_one = (Path(name) / "tokenizer.json").is_file() or (Path(name) / TOKENIZER).is_dir()
+    return name if has_one else resolve_model(name, any_architecture=True)
 
 
 def _make_tokenizer(options: Options, text_of):
     if options.tokenizer == "gpt2":
         return gpt2_tokenizer()
-    if options.tokenizer == "char":  # of both splits, as nanoGPT does: a character of val must have an id
+    if options.tokenizer == "char":  # from both splits, as in nanoGPT: each character of val needs an id
         return char_tokenizer(text for split in ("train", "val") for text in text_of(split))
     return bpe_tokenizer(_first_bytes(text_of("train"), TOKENIZER_TRAINING_BYTES), options.vocab_size)
 
@@ -174,7 +188,7 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def _shakespeare() -> Path:
-    """Tiny shakespeare, downloaded (1.1 MB) and compared with its checksum."""
+    """Download tiny shakespeare (1.1 MB) and compare its checksum. Raises: InputError if that fails."""
     try:
         with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
             content = response.read()

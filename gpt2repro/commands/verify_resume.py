@@ -16,7 +16,6 @@ Exit code 0: the same run; 1: not.
 
 import contextlib
 import itertools
-import json
 import random
 import re
 import shlex
@@ -35,10 +34,11 @@ from gpt2repro.checkpoint.layout import POINTERS, list_steps, resolve_pointer
 from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 from gpt2repro.files import read_json
 from gpt2repro.options import AtLeastOne, InputError, Seed, parse_options
+from gpt2repro.training.metrics_log import whole_lines
 
-MEASURED = ("tokens_per_second", "step_seconds", "mfu", "memory_gib")  # what no two runs have in common
-POLL_SECONDS = 0.001  # a tiny save takes about 10 ms, and some kills are to hit its middle
-# Where the kills aim: half of them into a save, since that is where a half-written checkpoint could come from.
+MEASURED = ("tokens_per_second", "step_seconds", "mfu", "memory_gib")  # numbers that differ in every run
+POLL_SECONDS = 0.001  # a tiny save takes about 10 ms, and part of the kills must hit its middle
+# What the kills aim at: half of them at a save, since only a save can leave a half-written checkpoint.
 AIMS = {"saving": 5, "training": 4, "starting": 1}
 
 
@@ -173,7 +173,7 @@ class Campaign:
         if aim == "training":
             until(lambda: log_size(run_dir) not in (0, before))
         elif aim == "saving":
-            for _ in range(skipped_saves + 1):  # what the last kill left behind is removed by the new start
+            for _ in range(skipped_saves + 1):  # the new start removes a half-written checkpoint of the last kill
                 until(lambda: not saving(run_dir))
                 until(lambda: saving(run_dir))
         deadline = time.perf_counter() + fraction * seconds
@@ -183,7 +183,7 @@ class Campaign:
             check_exit(process, run_dir)
             return None
         kill_all(process)
-        # While starting, what lies there half written is still the trace of the kill before.
+        # While the program starts, a half-written checkpoint is still that of the kill before.
         doing = "in the middle of a save" if aim != "starting" and saving(run_dir) else f"while {aim}"
         whole = list_steps(run_dir / "checkpoints")
         logged = max((record["step"] for record in records(run_dir)), default=0)
@@ -191,7 +191,7 @@ class Campaign:
 
 
 def log_of(run_dir: Path) -> Path:
-    """What the program printed, over all its starts."""
+    """The file of all that the program printed, over all its starts."""
     return run_dir.with_name(f"{run_dir.name}.log")
 
 
@@ -204,7 +204,7 @@ def check_exit(process: subprocess.Popen, run_dir: Path) -> None:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to the launcher and all that it started (torchrun's workers are in sessions of their own)."""
+    """SIGKILL the launcher and all processes that it started (torchrun's workers have sessions of their own)."""
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(process.pid)
@@ -239,15 +239,14 @@ def bit_identical_expected(run_dir: Path, counts: list[int]) -> bool:
 
 
 def records(run_dir: Path) -> list[dict]:
-    """metrics.jsonl without what is measured in time; a line that is being written is left out."""
+    """The whole lines of metrics.jsonl, without the numbers that are measured in time."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{name: value for name, value in record.items() if name not in MEASURED} for record in whole]
+    logged = [record for _, record in whole_lines(path)] if path.is_file() else []
+    return [{name: value for name, value in record.items() if name not in MEASURED} for record in logged]
 
 
 def differences(first: Path, second: Path) -> dict[str, float]:
-    """Number's name -> by how much it differs at most, over records in the same place."""
+    """Name of a number -> its largest difference, over the pairs of records in the same place."""
     found: dict[str, float] = {}
     for ours, theirs in zip(records(first), records(second), strict=False):
         for name in ours.keys() & theirs.keys():
@@ -257,7 +256,7 @@ def differences(first: Path, second: Path) -> dict[str, float]:
 
 
 def compare(reference: Path, run_dir: Path, tolerance: float) -> list[str]:
-    """What is not as in the uninterrupted run, in words; empty where all is."""
+    """A sentence for each difference from the uninterrupted run; [] where there is none."""
     expected, found = records(reference), records(run_dir)
     if [(r["step"], sorted(r)) for r in expected] != [(r["step"], sorted(r)) for r in found]:
         wrong = [f"metrics.jsonl has {len(found)} records, expected {len(expected)} of the same steps"]
@@ -276,7 +275,7 @@ def compare(reference: Path, run_dir: Path, tolerance: float) -> list[str]:
 
 
 def ending(run_dir: Path, *, exact: bool) -> dict:
-    """What the last checkpoint of a run has in common with that of its repetitions, exact ones or others."""
+    """The facts of a run's last checkpoint that must be equal in every repetition; more of them where `exact`."""
     last = find_checkpoint(run_dir)
     if last is None:
         return {"the last checkpoint": None}

@@ -1,14 +1,14 @@
 """prepare_fineweb's units as tasks of a datatrove executor (`pip install 'gpt2repro[datatrove]'`).
 
-`PreparePart` is a step of a datatrove pipeline: task `rank` of `world_size` does the units of that node, with the same
-code and so the same bytes as without datatrove. Any executor takes it:
+`PreparePart` is a step of a datatrove pipeline: task `rank` of `world_size` does the units of that node. The code, and
+so every byte, is the same as without datatrove. Any executor takes it:
 
     options = prepare_fineweb.Options(out=Path("/shared/fineweb"))
-    part = PreparePart(prepare_fineweb.prepare_part, options)
+    part = PreparePart(prepare_fineweb.prepare_part, options, workers=16)
     SlurmPipelineExecutor([part], tasks=64, time="10:00:00", partition="cpu", cpus_per_task=16)
 
-followed by one more run of prepare_fineweb.py, which finds every unit finished and writes the manifest. The local
-executor is tested; Slurm's and Ray's have not been run.
+Afterwards one more run of prepare_fineweb.py finds every unit finished and writes the manifest. The local executor is
+tested; Slurm's and Ray's have not been run.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from gpt2repro.options import InputError
 
 
 class PreparePart:
-    """One task: `prepare(options)` as node `rank` of `world_size`. Travels to another process by dill."""
+    """One task: `prepare(options)` as node `rank` of `world_size`, with `workers` processes. datatrove pickles it."""
 
     def __init__(self, prepare: Callable[[Any], Any], options: Any, workers: int = 1):
         self.prepare, self.options, self.workers = prepare, options, workers
@@ -32,13 +32,13 @@ class PreparePart:
 
 
 def run_locally(prepare: Callable[[Any], Any], options: Any) -> None:
-    """All tasks in processes of this machine, each of which works alone."""
+    """Run all tasks on this machine, each in one process. Raises: InputError if datatrove is not installed."""
     try:
         from datatrove.executor import LocalPipelineExecutor
     except ImportError as error:
         raise InputError("--executor datatrove needs a package: pip install 'gpt2repro[datatrove]'") from error
     count = options.workers or os.cpu_count() or 1
-    logs = options.out.with_name(f"{options.out.name}.datatrove")  # not in OUT, which holds the data set alone
+    logs = options.out.with_name(f"{options.out.name}.datatrove")  # beside OUT, which holds nothing but the data set
     LocalPipelineExecutor(
         [PreparePart(prepare, options)],
         tasks=count,

@@ -95,12 +95,8 @@ def next_positions(position: int, skipped: list[list[int]], count: int) -> np.nd
     and no skipped window is seen, even if the range begins in the middle of a batch.
     """
     pieces, missing = [], count
-    for start, stop in [*skipped, [None, None]]:
-        if start is None or start > position:
-            free = missing if start is None else min(missing, start - position)
-            pieces.append(np.arange(position, position + free, dtype=np.int64))
-            missing -= free
-            if not missing:
-                break
-        position = max(position, stop)
+    for start, stop in [*skipped, [2**62, 2**62]]:  # the last range lies after all positions
+        free = max(0, min(missing, start - position))
+        pieces.append(np.arange(position, position + free, dtype=np.int64))
+        position, missing = max(position, stop), missing - free
     return np.concatenate(pieces)

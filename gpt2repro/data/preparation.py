@@ -1,27 +1,30 @@
-"""Documents -> tokens -> shards: parallel, bounded in memory, and whole or continuable after any interruption.
+"""Documents -> tokens -> shards: parallel, bounded in memory, and continuable after any interruption.
 
     files ──plan──▶ units ──read──▶ pieces of text ──batches──▶ pool of tokenisers ──in order──▶ shards, a note per unit
                                                                                            all notes ──▶ manifest
 
-A *unit* is a stretch of the input (row groups of parquet, bytes of text) that becomes one shard of each split. It is
-what an interruption can cost: its shard appears by a rename, then a note about it (`units/000012.json`), and
-`manifest.json` is written last and from the notes alone. So a run killed anywhere and started again, on one machine or
-on several that share the units, ends in the same bytes; and once the manifest is there, running again does nothing.
+A *unit* is a stretch of the input (row groups of parquet, bytes of text) that becomes one shard of each split. The
+shard appears by a rename, then a note about it (`units/000012.json`); `manifest.json` is written last, from the notes
+alone. So an interruption costs only the unfinished units, and a run that was killed and started again, on one machine
+or on several that share the units, makes the same bytes. With a finished manifest another run does nothing.
 
-Nothing is held but the batches on their way: a unit stops reading while its oldest batches wait to be written. This
-module does not know where the text comes from (`text`, `python_docs` and the commands do) nor what is trained on it.
+Memory holds only a few batches: a unit stops reading while its oldest batches wait to be written. This module does not
+know where the text comes from (`text`, `python_docs` and the commands do), nor what is trained on it.
 """
 
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -32,20 +35,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from gpt2repro.data.shards import (
-    CHECKED,
-    FORMAT,
-    HEADER_BYTES,
-    MANIFEST,
-    SPLITS,
-    TOKENIZER,
-    VERSION,
-    Count,
-    Manifest,
-    ShardRecord,
-    ShardWriter,
-    load_manifest,
-)
+from gpt2repro.data import shards
 from gpt2repro.data.text import BYTES_PER_TOKEN, Piece
 from gpt2repro.data.tokenization import Encoder, UnknownCharacter, load_tokenizer
 from gpt2repro.files import read_json_if_whole, write_json
@@ -54,12 +44,14 @@ from gpt2repro.options import InputError
 PLAN = "plan.json"
 UNITS = "units"
 
-# One batch is one message to a worker: its cost of 0.3 ms vanishes, and there are enough of them for many workers.
+# One batch is one message to a worker: so large that the 0.3 ms of a message do not count, so small that there are
+# enough batches for many workers.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 2**20
 # Reads of several units overlap: while one waits for the network or the disk, the tokenisers work for the others.
 UNITS_AT_ONCE = 4
-BATCHES_AHEAD = 8  # of each unit, at least: what is read while the workers start
-# Below this a process pool costs more than it brings (each process takes about a second to start).
+SECONDS_BETWEEN_LINES = 30  # of progress, where no terminal shows a bar
+BATCHES_AHEAD = 8  # of each unit, at least: they are read while the workers start
+# For less text a process pool costs more time than it saves (each process takes about a second to start).
 PROCESSES_FROM_BYTES = 30_000_000
 
 
@@ -78,15 +70,15 @@ def prepare(
     node: tuple[int, int] = (0, 1),
     overwrite: bool = False,
     describe_val: Callable[[], dict] = dict,
-    where: Callable[[dict], str] = lambda unit: "the text",
+    place: Callable[[dict], str] = lambda unit: "the text",
     show_progress: bool = True,
-) -> Manifest | None:
+) -> shards.Manifest | None:
     """Turn `units` into a data set in `out`. Returns its manifest, or None while units of other nodes are missing.
 
     units: JSON objects with "bytes" (about how much text) and "split" ("train", "val", or None: by document);
         `read(unit)` gives its documents, each as pieces of text. `source` and `settings` (JSON) name the data set: a
         directory that was begun with others is refused. `describe_val()` adds keys to the manifest's val split;
-        `where(unit)` says for a sentence where its text stands.
+        `place(unit)` names the place of its text in a message.
     val_fraction: of the documents of a unit with split None, chosen by a hash of their text.
     encoder: the tokenizer's bulk form, if it is at hand or of another kind than the default.
     token_limit: the data set ends with the unit that reaches it.
@@ -96,8 +88,8 @@ def prepare(
     """
     out, encoder = Path(out), encoder or Encoder(tokenizer)
     identity = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": shards.FORMAT,
+        "version": shards.VERSION,
         "dtype": str(encoder.dtype),
         "tokenizer": {
             "kind": encoder.kind, "vocab_size": encoder.vocab_size, "eot_id": encoder.eot_id, "sha256": encoder.sha256
@@ -107,13 +99,13 @@ def prepare(
     }  # fmt: skip
     claim(out, identity, units, tokenizer, overwrite=overwrite)
     notes = {index: note for index in range(len(units)) if (note := _read_note(out, index))}
-    if (out / MANIFEST).exists() and len(notes) >= len(_kept(notes, token_limit, len(units)) or units):
+    if (out / shards.MANIFEST).exists() and len(notes) >= len(_kept(notes, token_limit, len(units)) or units):
         print(f"{out} is already prepared; nothing to do")
-        return load_manifest(out)
+        return shards.load_manifest(out)
     mine = [index for index in range(len(units)) if index % node[1] == node[0] and index not in notes]
     if notes:
         print(f"{out}: {len(notes)} of {len(units)} units are finished, continuing with the others")
-    work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, where, show_progress)
+    work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, place, show_progress)
     work.run(mine, workers or os.cpu_count() or 1)
     notes = {index: note for index in range(len(units)) if (note := _read_note(out, index))}  # and the other nodes'
     kept = _kept(notes, token_limit, len(units))
@@ -124,7 +116,7 @@ def prepare(
 
 
 def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite: bool) -> None:
-    """Make `out` the place of this data set, or refuse it as the place of another."""
+    """Make `out` the directory of this data set. Raises: InputError if it is that of another, or holds other files."""
     check_place(out)
     plan = {**identity, "units": units}
     if overwrite and (out / PLAN).exists():
@@ -137,7 +129,7 @@ def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite:
             )
         return
     # A run killed before its plan was written leaves these behind.
-    begun = re.compile(rf"{UNITS}|{TOKENIZER}|({PLAN}|{TOKENIZER})\.tmp-.*")
+    begun = re.compile(rf"{UNITS}|{shards.TOKENIZER}|({PLAN}|{shards.TOKENIZER})\.tmp-.*")
     strangers = sorted(path.name for path in out.glob("*") if not begun.fullmatch(path.name))
     if strangers:
         raise InputError(
@@ -145,34 +137,33 @@ def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite:
             "choose another --out"
         )
     (out / UNITS).mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{TOKENIZER}.tmp-", dir=out))
+    temporary = Path(tempfile.mkdtemp(prefix=f"{shards.TOKENIZER}.tmp-", dir=out))
     temporary.chmod(0o755)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+    shutil.rmtree(out / shards.TOKENIZER, ignore_errors=True)
     try:
-        temporary.rename(out / TOKENIZER)
+        temporary.rename(out / shards.TOKENIZER)
     except OSError:  # another node was quicker
         shutil.rmtree(temporary)
     write_json(out / PLAN, plan)
 
 
 def check_place(out: Path) -> None:
-    """Raises: InputError, before any work, where `out` cannot become a directory to write to."""
+    """Raises: InputError, before any work, if `out` cannot become a directory to write to."""
     try:
         place = next(path for path in (out, *out.absolute().parents) if path.exists())
-        problem = None if place.is_dir() else f"{place} is a file; --out names a directory"
-        if problem is None and not os.access(place, os.W_OK):
-            problem = f"nothing can be written to {place}; choose another --out"
     except OSError as error:
-        problem = f"--out {out}: {error.strerror}"
-    if problem:
-        raise InputError(problem)
+        raise InputError(f"--out {out}: {error.strerror}") from None
+    if not place.is_dir():
+        raise InputError(f"{place} is a file; --out names a directory")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"nothing can be written to {place}; choose another --out")
 
 
 def tokenizer_of_plan(out: str | Path, source: dict, settings: dict):
     """The tokenizer of a data set begun in `out` from the same source with the same settings, else None.
 
-    Saves a continued run from training its tokenizer again.
+    With it a continued run does not train its tokenizer again.
     """
     plan = read_json_if_whole(Path(out) / PLAN)
     begun = (plan or {}).get("settings")
@@ -182,7 +173,7 @@ def tokenizer_of_plan(out: str | Path, source: dict, settings: dict):
 
 
 def split_of(text: str, val_fraction: float) -> str:
-    """The split of the document that begins with this piece: decided by its text alone, so copies stay together."""
+    """The split of the document that begins with this piece; only the text decides, so copies stay together."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
@@ -190,9 +181,9 @@ def split_of(text: str, val_fraction: float) -> str:
 class _Work:
     """The units of this process on their way through the pool."""
 
-    def __init__(self, out, units, read, encoder, val_fraction, token_limit, notes, where, show_progress):
+    def __init__(self, out, units, read, encoder, val_fraction, token_limit, notes, place, show_progress):
         self.out, self.units, self.read, self.encoder = out, units, read, encoder
-        self.val_fraction, self.token_limit, self.notes, self.where = val_fraction, token_limit, notes, where
+        self.val_fraction, self.token_limit, self.notes, self.place = val_fraction, token_limit, notes, place
         self.show_progress, self.stop, self.lock = show_progress, threading.Event(), threading.Lock()
 
     def run(self, indices: list[int], workers: int) -> None:
@@ -204,13 +195,15 @@ class _Work:
         if total_bytes < PROCESSES_FROM_BYTES:
             self.pool, self.tokenise = ThreadPoolExecutor(workers), self.encoder.encode_joined
         else:
-            spawn = multiprocessing.get_context("spawn")  # fork and threads don't mix; Windows and macOS have no other
+            spawn = multiprocessing.get_context("spawn")  # a fork copies the locks of other threads, and may deadlock
             self.pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(self.encoder,))
             self.tokenise = _tokenise
         self.bytes_left, self.bytes_done = total_bytes, 0
+        # Away from a terminal the bar is drawn nowhere and said as a line now and then.
+        self.next_line = None if sys.stderr.isatty() else time.monotonic() + SECONDS_BETWEEN_LINES
         self.bar = tqdm(
             total=int(total_bytes / BYTES_PER_TOKEN), unit=" tokens", unit_scale=True, smoothing=0.05,
-            desc="tokenising", disable=not self.show_progress,
+            desc="tokenising", disable=not self.show_progress, file=self.next_line and io.StringIO(),
         )  # fmt: skip
         self.in_flight = max(BATCHES_AHEAD, 2 * workers // min(UNITS_AT_ONCE, len(indices)) + 1)  # per unit
         with self.bar, self.pool, ThreadPoolExecutor(UNITS_AT_ONCE) as readers:
@@ -229,9 +222,12 @@ class _Work:
 
     def _unit(self, index: int) -> None:
         """Read, tokenise and write one unit, then its note."""
-        if self.stop.is_set() or self._enough():
+        with self.lock:
+            done = sum(map(_note_tokens, self.notes.values()))
+        if self.stop.is_set() or (self.token_limit is not None and done >= self.token_limit):
             return
-        writers: dict[str, ShardWriter] = {}  # per split that has any text
+        writers: dict[str, shards.ShardWriter] = {}  # per split that has any text
+        unfinished = contextlib.ExitStack()  # deletes the shards of a unit that was not finished
         waiting: deque[tuple[str, int, Future]] = deque()  # the unit's batches in order
 
         def write_oldest():
@@ -239,14 +235,14 @@ class _Work:
             try:
                 tokens, text_bytes = future.result()
             except UnknownCharacter as error:
-                raise InputError(f"{self.where(self.units[index])}: {error}") from None
+                raise InputError(f"{self.place(self.units[index])}: {error}") from None
             if split not in writers:
-                writers[split] = ShardWriter(self.out / f"{split}_{index:06d}.bin", self.encoder.vocab_size)
+                writer = shards.ShardWriter(self.out / f"{split}_{index:06d}.bin", self.encoder.vocab_size)
+                writers[split] = unfinished.enter_context(writer)
             writers[split].append(tokens, documents, text_bytes)
             self._show(len(tokens), text_bytes)
 
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(lambda: [writer.abandon() for writer in writers.values()])
+        with unfinished:
             for split, texts, ends in self._batches(self.units[index]):
                 if self.stop.is_set():
                     return
@@ -257,16 +253,15 @@ class _Work:
                 if self.stop.is_set():
                     return
                 write_oldest()
-            records = {split: writers[split].close() for split in SPLITS if split in writers}
-            on_error.pop_all()
+            records = {split: writers[split].close() for split in shards.SPLITS if split in writers}
         write_json(self.out / UNITS / f"{index:06d}.json", note := {"unit": index, "splits": records})
         with self.lock:
             self.notes[index] = note
 
     def _batches(self, unit: dict) -> Iterator[tuple[str, list[str], list[bool]]]:
-        """(split, texts, whether each ends its document) of a unit, cut only by what was read before."""
+        """(split, texts, whether each ends its document) of a unit; where batches end depends on the text alone."""
         open_batches: dict[str, tuple[list[str], list[bool]]] = {}
-        characters = dict.fromkeys(SPLITS, 0)
+        characters = dict.fromkeys(shards.SPLITS, 0)
         for document in self.read(unit):
             split = unit["split"]
             for text, end in document:
@@ -279,30 +274,28 @@ class _Work:
                 if len(texts) >= BATCH_DOCUMENTS or characters[split] >= BATCH_CHARACTERS:
                     yield split, *open_batches.pop(split)
                     characters[split] = 0
-        for split in SPLITS:
+        for split in shards.SPLITS:
             if split in open_batches:
                 yield split, *open_batches[split]
-
-    def _enough(self) -> bool:
-        with self.lock:
-            done = sum(map(_note_tokens, self.notes.values()))
-        return self.token_limit is not None and done >= self.token_limit
 
     def _show(self, tokens: int, text_bytes: int) -> None:
         with self.lock:
             self.bytes_done += text_bytes
-            if self.bytes_done and self.bytes_done < self.bytes_left:  # the guess becomes a measurement
+            if self.bytes_done and self.bytes_done < self.bytes_left:  # bytes per token are known now, so not a guess
                 self.bar.total = int((self.bar.n + tokens) * self.bytes_left / self.bytes_done)
             self.bar.update(tokens)
+            if self.show_progress and self.next_line is not None and time.monotonic() >= self.next_line:
+                print(self.bar, file=sys.stderr, flush=True)
+                self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
 
-def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable[[], dict]) -> Manifest:
-    """Write the manifest from the notes, and remove what belongs to no kept unit."""
+def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable[[], dict]) -> shards.Manifest:
+    """Write the manifest from the notes, and remove the files of other units."""
     splits = {}
-    for split in SPLITS:
-        shards = [note["splits"][split] for note in notes if split in note["splits"]]
-        sums = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")}
-        splits[split] = {**sums, "shards": shards}
+    for split in shards.SPLITS:
+        records = [note["splits"][split] for note in notes if split in note["splits"]]
+        sums = {key: sum(record[key] for record in records) for key in ("tokens", "documents", "bytes")}
+        splits[split] = {**sums, "shards": records}
     if not splits["train"]["bytes"] + splits["val"]["bytes"]:
         raise InputError("the source holds no text: every document is empty")
     for split, other in (("train", "val"), ("val", "train")):
@@ -310,21 +303,21 @@ def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable
             print(f"warning: the {split} split is empty, all {splits[other]['documents']} documents are in {other}")
     if splits["val"]["tokens"]:
         splits["val"].update(describe_val())
-    kept = {shard["file"] for split in splits.values() for shard in split["shards"]}
+    kept = {record["file"] for split in splits.values() for record in split["shards"]}
+    # Shards of units beyond the limit, and files that were half-written when an earlier run was killed.
+    left_over = re.compile(rf"(train|val)_\d{{6}}\.bin|({PLAN}|{shards.MANIFEST}|README\.md)\.tmp-")
     for path in out.iterdir():
-        if re.match(r"(train|val)_\d{6}\.bin", path.name) and path.name not in kept:
-            path.unlink(missing_ok=True)  # of a unit beyond the limit, or half-written when an earlier run was killed
-        elif re.match(rf"({PLAN}|{MANIFEST}|README\.md)\.tmp-", path.name):
+        if left_over.match(path.name) and path.name not in kept:
             path.unlink(missing_ok=True)
-        elif path.name.startswith(f"{TOKENIZER}.tmp-"):
+        elif path.name.startswith(f"{shards.TOKENIZER}.tmp-"):
             shutil.rmtree(path, ignore_errors=True)
     kept_notes = {f"{note['unit']:06d}.json" for note in notes}
     for path in (out / UNITS).iterdir():
         if path.name not in kept_notes:
             path.unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):  # another node ends at the same moment and has tidied up behind us
-        write_json(out / MANIFEST, {**identity, "splits": splits})
-    return load_manifest(out)
+    with contextlib.suppress(FileNotFoundError):  # another node ended at the same moment and removed our temporary file
+        write_json(out / shards.MANIFEST, {**identity, "splits": splits})
+    return shards.load_manifest(out)
 
 
 def _kept(notes: dict[int, dict], token_limit: int | None, units: int) -> list[int] | None:
@@ -344,23 +337,22 @@ def _note_tokens(note: dict) -> int:
     return sum(record["tokens"] for record in note["splits"].values())
 
 
-class _UnitRecord(ShardRecord):
-    documents: Count
-    bytes: Count
+class _UnitRecord(shards.ShardRecord):
+    documents: shards.Count
+    bytes: shards.Count
 
 
 class _Note(BaseModel):
-    unit: Count
+    unit: shards.Count
     splits: dict[Literal["train", "val"], _UnitRecord]
 
 
 def _read_note(out: Path, index: int) -> dict | None:
-    """The note of a finished unit whose shards are there, whole in size; else None, and the unit is done again."""
+    """The note of a finished unit whose shards exist in full size; else None, and the unit is done again."""
     try:
         note = read_json_if_whole(out / UNITS / f"{index:06d}.json")
-        shards = _Note.model_validate(note).splits.values()
-        sizes = {out / shard.file: shard.tokens for shard in shards}
-        whole = all(path.stat().st_size in (HEADER_BYTES + 2 * n, HEADER_BYTES + 4 * n) for path, n in sizes.items())
+        sizes = {out / record.file: record.tokens for record in _Note.model_validate(note).splits.values()}
+        whole = all(path.stat().st_size - shards.HEADER_BYTES in (2 * n, 4 * n) for path, n in sizes.items())
     except (ValidationError, OSError):
         return None
     return note if whole and note["unit"] == index else None
@@ -386,10 +378,10 @@ def _short(value) -> str:
 
 def _remove_dataset(out: Path) -> None:
     """Remove what this module writes, and nothing else."""
-    for name in (MANIFEST, CHECKED):  # the manifest first: from here on it is no data set
+    for name in (shards.MANIFEST, shards.CHECKED):  # the manifest first: from here on it is no data set
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / UNITS, ignore_errors=True)
-    shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+    shutil.rmtree(out / shards.TOKENIZER, ignore_errors=True)
     for path in out.glob("*.bin*"):
         if re.fullmatch(r"(train|val)_\d{6}\.bin(\.tmp-\w+)?", path.name):
             path.unlink()
@@ -406,6 +398,6 @@ def _tokenise(texts: list[str], ends: list[bool]) -> tuple[np.ndarray, int]:
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process' to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphans after kill -9
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # ends with a killed parent

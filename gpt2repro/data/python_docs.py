@@ -1,8 +1,8 @@
-"""The corpus that needs no download: the prose that ships with every CPython.
+"""The corpus that needs no download: the prose that comes with every CPython.
 
-About 2.2 MB of English in 600 documents: the help topics of `pydoc_data` (the language reference) and, module by
-module, the docstrings of the standard library. Both differ between Python versions, so a curve belongs to the data
-set's sha256. Python Software Foundation licence.
+About 2.2 MB of English in 600 documents: the help topics of `pydoc_data` (the language reference), and the docstrings
+of the standard library, one document per module. Both differ between Python versions, so compare loss curves only
+between data sets with the same sha256. Python Software Foundation licence.
 """
 
 import ast
@@ -12,18 +12,18 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# Code for tests, and installed packages, which are not CPython's.
+# Test code, and installed packages, which are not part of CPython.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo", "__pycache__"}
 
 
 def python_docs() -> Iterator[str]:
-    """The documents in an order that only depends on the Python version; about two seconds.
+    """The documents, in an order that depends on the Python version only; takes about two seconds.
 
-    The standard library is parsed, never imported, so no module can do anything.
+    The standard library is parsed and never imported, so none of its code runs.
     """
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # Debian's python3-minimal
+    except ImportError:  # in Debian's python3-minimal
         print("pydoc_data is not installed, so the corpus is the docstrings alone", file=sys.stderr)
         topics = {}
     for name in sorted(topics):

@@ -63,6 +63,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class ShardWriter:
     """Writes one shard piece by piece; the file appears under its name at `close()`, complete and on the disk.
 
+    It is a context manager: leaving the block without `close()` deletes what was written.
+
     Tokens go into `NAME.tmp-<random>`, which is synced and then renamed. (An interrupted `np.memmap(mode="w+")` would
     leave a file of full size, full of zeros, that loads without complaint.)
     """
@@ -106,8 +108,11 @@ class ShardWriter:
         record = {"file": self.path.name, "tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
         return {**record, "sha256": digest}
 
-    def abandon(self) -> None:
-        """Delete the unfinished shard."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Delete the shard unless it was finished."""
         with contextlib.suppress(OSError):  # close() writes the rest of the buffer, which may not fit on the disk
             self._file.close()
         self._temporary.unlink(missing_ok=True)
@@ -125,13 +130,9 @@ class ShardWriter:
 
 def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> dict:
     """Write `tokens` (1-D, ids below `vocab_size`) as one shard, atomically. Returns `ShardWriter.close()`'s record."""
-    writer = ShardWriter(path, vocab_size)
-    try:
+    with ShardWriter(path, vocab_size) as writer:
         writer.append(np.asarray(tokens))
         return writer.close()
-    except InputError:
-        writer.abandon()
-        raise
 
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**62)]
@@ -387,7 +388,9 @@ def digests_of(directory: Path, names: list[str], *, remember: bool = True) -> d
         total = sum(facts[name][0] for name in new)
         with (
             ThreadPoolExecutor(HASHING_THREADS) as pool,
-            tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=total < BAR_FROM_BYTES) as bar,
+            tqdm(
+                total=total, unit="B", unit_scale=True, desc="checking", disable=total < BAR_FROM_BYTES or None
+            ) as bar,
         ):
             for name, digest in zip(new, pool.map(lambda name: files.sha256_of(directory / name), new), strict=True):
                 found[name] = digest
@@ -403,8 +406,8 @@ def _open_own(directory: Path, split: str) -> TokenSplit:
     manifest = load_manifest(directory)
     content = manifest["splits"].get(split)
     if content is None or not content["tokens"]:
-        have = ", ".join(name for name, other in manifest["splits"].items() if other["tokens"])
-        raise InputError(f"{directory} has no {split} split (it has {have}); prepare it with a larger --val_fraction")
+        others = ", ".join(name for name, other in manifest["splits"].items() if other["tokens"])
+        raise InputError(f"{directory} has no {split} split (it has {others}); prepare it with a larger --val_fraction")
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     paths, counts = zip(*((directory / record["file"], record["tokens"]) for record in content["shards"]), strict=True)
     _refuse_missing(paths)

@@ -52,7 +52,6 @@ class ShardSource:
         self.split, self.seq_len, self.seed, self.vocab_size = split, seq_len, seed, split.vocab_size
         check_vocabulary(split.vocab_size, vocab_size)
         self.tokens_per_epoch = self.windows * seq_len
-        self._permutations: dict[int, Permutation] = {}
         self._digests: dict[str, str] = {}
 
     def identity(self) -> dict:
@@ -85,13 +84,9 @@ class ShardSource:
         """Positions -> windows, both int64 of any shape. A batch touches one epoch, or two at their border."""
         epochs, indices = np.divmod(positions, self.windows)
         windows = np.empty_like(indices)
-        present = np.unique(epochs).tolist()
-        for epoch in present:
-            if epoch not in self._permutations:
-                self._permutations = {old: p for old, p in self._permutations.items() if old in present}
-                self._permutations[epoch] = Permutation(self.windows, derive_seed(self.seed, epoch))
+        for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            windows[here] = self._permutations[epoch](indices[here])
+            windows[here] = Permutation(self.windows, derive_seed(self.seed, epoch))(indices[here])
         return windows
 
     def batches(
@@ -211,7 +206,8 @@ def download_shards(repository: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise InputError(
-                f"the dataset {repository} holds no token shards (no manifest.json); stream:{repository} reads text"
+                f"the dataset {repository} holds no token shards (no {shards.MANIFEST}); "
+                f"--data stream:{repository} reads text"
             ) from error
         raise InputError(f"cannot get the dataset {repository} from the Hub: {str(error).splitlines()[0]}") from error
 

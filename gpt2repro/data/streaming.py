@@ -377,5 +377,5 @@ def _resolve_or_remember(spec: str, text_column: str, cache_dir: Path, report) -
 
     source = text_io.retrying(resolve_now, f"hf://datasets/{spec}", report=report)
     make_directory(cache_dir)
-    write_json(remembered, source.facts())
+    write_json(remembered, vars(source))
     return source

@@ -1,17 +1,17 @@
-"""Raw text, here or on the Hub -> documents: one rule for what a document is, behind two doors.
+"""Raw text, here or on the Hub -> documents: one rule for what a document is, and two functions that apply it.
 
-| format                 | a document is                             | read at once (a unit's span, a stream's group) |
+| format                 | a document is                             | read in one go (unit's span, stream's group)   |
 |------------------------|-------------------------------------------|------------------------------------------------|
 | .parquet               | a row of the text column that is not null | one row group                                  |
-| .jsonl, .ndjson        | the same of a line                        | the lines that begin in a stretch of bytes     |
+| .jsonl, .ndjson        | a line whose text is not null             | the lines that begin in a stretch of bytes     |
 | .txt, .md              | a file, or lines of about 16 KiB          | a stretch of bytes                             |
-| the last two, packed   | the same                                  | a file (.gz, .bz2, .xz, .zst)                  |
+| the same, packed       | as unpacked                               | a file (.gz, .bz2, .xz, .zst)                  |
 | other files of the Hub | a row                                     | a file, iterated by the `datasets` library     |
 
-`find_text` -> `TextFiles` is the door of preparation: stretches of any size, bad UTF-8 is refused.
-`resolve` -> `TextSource` is the door of streams: groups that never change; bad UTF-8 becomes U+FFFD and is counted,
-since a stream must not end in mid-run. Rows that are null are left out and counted by both. An empty text is a document
-of a data set (a lone `<|endoftext|>`) and none of a stream.
+Preparation calls `find_text` -> `TextFiles`: stretches of any size; bad UTF-8 is refused.
+Streams call `resolve` -> `TextSource`: groups that never change; bad UTF-8 becomes U+FFFD and is counted, since a
+stream must not end in the middle of a run. Both leave out and count null rows. In a data set an empty text is a
+document (a lone `<|endoftext|>`); a stream leaves it out.
 
 Only the text column is read, block by block, so memory does not grow with files or row groups. A dataset of the Hub is
 pinned to one commit. Knows no tokens.
@@ -34,20 +34,19 @@ from gpt2repro.data.text_io import FORMATS, NEVER, format_of, local_files, resum
 from gpt2repro.files import sha256_of, sha256_of_ends
 from gpt2repro.options import InputError
 
-PACKED_RATIO = 3  # of text; only used to guess
-BYTES_PER_TOKEN = 4.5  # of English under GPT-2's tokenizer; only used to guess sizes beforehand
+PACKED_RATIO = 3  # unpacked bytes per packed byte of text; an estimate
+BYTES_PER_TOKEN = 4.5  # of English under GPT-2's tokenizer; an estimate
 
 TEXT_CUT_VERSION = 1  # raise it, and streaming.STREAM_ORDER_VERSION, when the same text would be cut elsewhere
-TEXT_DOCUMENT_BYTES = 16 << 10  # a stream cuts a long text into documents of whole lines: something to shuffle
+TEXT_DOCUMENT_BYTES = 16 << 10  # a stream cuts a long text into documents of whole lines, to be able to shuffle it
 LINES_GROUP_BYTES = 4 << 20  # about a million GPT-2 tokens of English, as in one row group of FineWeb
 
-
-# A longer document is cut where GPT-2's pre-tokeniser cuts anyway: one book is many messages and gives the same ids.
+# A longer document is cut where GPT-2's pre-tokeniser cuts as well, so the pieces give the ids of the whole.
 PIECE_CHARACTERS = 2**20
-# A newline between visible characters: the pre-tokeniser of GPT-2 always ends a token behind it.
+# A newline between visible characters: GPT-2's pre-tokeniser always ends a token after it.
 SEAM = re.compile(r"(?<=\S)\n(?=\S)")
 
-# A piece of a document, and whether the document ends with it.
+# A piece of a document, and whether the document ends with this piece.
 Piece = tuple[str, bool]
 
 _downloads = threading.Lock()
@@ -55,7 +54,7 @@ _downloads = threading.Lock()
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file. `name` is what stays the same when it is copied; `sha256` is None where the Hub does not tell it."""
+    """One file. `name` stays the same when the file is copied; `sha256` is None if the Hub does not state it."""
 
     path: str  # local path or hf:// URL
     name: str
@@ -66,7 +65,7 @@ class TextFile:
 
 
 class Reading:
-    """How text is read behind one door, and what was left out or replaced on the way.
+    """How text is read, and a record of what was left out or replaced.
 
     strict: refuse bad UTF-8 instead of replacing it.
     document_bytes: cut plain text into documents of the lines that begin in so many bytes; None: a file is a document.
@@ -84,17 +83,25 @@ class Reading:
         found = [0, 0, 0]
         resumed = functools.partial(resuming, report=self.report, stop=cancel)
         if format == "parquet":
-            groups = range(start, stop)
-            texts = itertools.chain.from_iterable(
-                resumed(functools.partial(text_io.row_group, path, group, self.column), path) for group in groups
-            )
+            groups = (functools.partial(text_io.row_group, path, group, self.column) for group in range(start, stop))
+            texts = itertools.chain.from_iterable(resumed(group, path) for group in groups)
         else:
             lines = text_io.lines_of(path, packed, start, stop, resumed)
             texts = (self._cut if format == "txt" else self._rows)(lines, path, found)
         yield from self.present(texts, (path, start), found)
 
+    def dataset(self, path: str, name, config, revision, files, shards, index, cancel=NEVER) -> Iterator[str]:
+        """The texts of one shard (mostly a file) of a dataset, as the `datasets` library iterates it."""
+
+        def rows_from(given: int) -> Iterator:
+            dataset = text_io.iterable_dataset(name, config, revision, files)
+            return iter(dataset.shard(num_shards=shards, index=index).skip(given))
+
+        rows = resuming(rows_from, path, report=self.report, stop=cancel)
+        return self.present((text_of(row, self.column, path) for row in rows), (path, index))
+
     def present(self, texts: Iterable[str | None], stretch: tuple, found: list[int] | None = None) -> Iterator[str]:
-        """The texts that are not null; notes what a stretch lacked, once however often it is read."""
+        """The texts that are not null. Records what is missing in a stretch, once however often it is read."""
         found = found or [0, 0, 0]
         for text in texts:
             if text is None:
@@ -107,15 +114,15 @@ class Reading:
     def _rows(self, lines: Iterator[tuple[int, bytes]], path: str, found: list[int]) -> Iterator[str | None]:
         for position, line in lines:
             if line.strip():
-                where = f"{path}, the line at byte {position}"
+                place = f"{path}, the line at byte {position}"
                 try:
                     try:
                         row = json.loads(line)
                     except UnicodeDecodeError:
                         row = json.loads(self._decode(line, path, position, found))
                 except (ValueError, RecursionError) as error:
-                    raise InputError(f"{where}, is not JSON ({error})") from None
-                yield text_of(row, self.column, where)
+                    raise InputError(f"{place}, is not JSON ({error})") from None
+                yield text_of(row, self.column, place)
 
     def _cut(self, lines: Iterator[tuple[int, bytes]], path: str, found: list[int]) -> Iterator[str]:
         for _, document in itertools.groupby(lines, lambda line: line[0] // self.document_bytes):
@@ -134,9 +141,9 @@ class Reading:
             return text
 
     def tell(self, *others: tuple[int, str]) -> None:
-        """Report what was left out or replaced so far, and other counts, where it has doubled since the last report."""
+        """Report each count (of what was left out or replaced, and `others`) that has doubled since its last report."""
         found = list(self._found.items())
-        nulls, bad = (sum(numbers[which] for _, numbers in found) for which in (0, 1))
+        nulls, bad = (sum(numbers[index] for _, numbers in found) for index in (0, 1))
         path, first = next(((stretch[0], numbers[2]) for stretch, numbers in found if numbers[1]), ("", 0))
         counts = [
             (nulls, "rows without text (null) were left out"),
@@ -149,14 +156,15 @@ class Reading:
                 self.report(f"{count} {sentence}")
 
 
-# --- the door of preparation -----------------------------------------------------------------------------------------
+# --- for preparation -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TextFiles:
     """A resolved source: its files in order, and `source`, the JSON that names exactly this text.
 
-    copies: a directory into which the Hub's files are downloaded whole, to be compared with its sha256 and read there.
+    copies: a directory into which the Hub's files are downloaded whole. Each copy is compared with the Hub's sha256 and
+        then read instead of the original.
     """
 
     files: list[TextFile]
@@ -167,7 +175,9 @@ class TextFiles:
     def units(self, shard_tokens: int, *, val_fraction: float | None = None) -> list[dict]:
         """Stretches of about `shard_tokens` tokens, in the order of the files.
 
-        val_fraction: the end of every text file is for validation (nanoGPT's split); None leaves units undivided.
+        val_fraction: the end of every text file is for validation (nanoGPT's split); None: units belong to no split.
+
+        Raises: InputError for a `val_fraction` of text that is not plain, whole files.
         """
         plain = all(file.format == "txt" and not file.packed for file in self.files)
         if val_fraction is not None and not (plain and self.reading.document_bytes is None):
@@ -182,7 +192,7 @@ class TextFiles:
             if full or units[-1]["split"] != span["split"]:
                 units.append({"bytes": 0, "split": span["split"], "spans": []})
             units[-1]["bytes"] += span["bytes"]
-            units[-1]["spans"].append([span["file"], span["start"], span["stop"], span["ends"]])
+            units[-1]["spans"].append(span["span"])
         return units
 
     def read(self, unit: dict) -> Iterator[Iterable[Piece]]:
@@ -193,26 +203,24 @@ class TextFiles:
                 yield _whole_text(file, path, start, stop, ends)
                 continue
             if file.format == "datasets":
-                which = [self.source[key] for key in ("dataset", "config", "revision")]
-                which += [[file.path for file in self.files], len(self.files), index]
-                rows = text_io.dataset_rows(*which, report=self.reading.report)
-                texts = (text_of(row, self.reading.column, file.path) for row in rows)
-                documents = self.reading.present(texts, (path, index))
+                dataset = [self.source[key] for key in ("dataset", "config", "revision")]
+                dataset += [[file.path for file in self.files], len(self.files), index]
+                documents = self.reading.dataset(path, *dataset)
             else:
                 documents = self.reading.documents(path, file.format, file.packed, start, stop)
             yield from map(pieces_of, documents)
 
-    def where(self, unit: dict) -> str:
-        """The files that a unit's text stands in, for a sentence."""
+    def place(self, unit: dict) -> str:
+        """The files that hold a unit's text, for a message."""
         paths = [self.files[index].path for index, *_ in unit["spans"]]
         return paths[0] + (f" or one of the {len(paths) - 1} next files" if len(paths) > 1 else "")
 
     def _spans(self, index: int, target_bytes: float, val_fraction: float | None) -> list[dict]:
-        """The smallest stretches of one file that may become units of their own."""
+        """The smallest stretches of one file that may become separate units."""
         file, document_bytes = self.files[index], self.reading.document_bytes
 
         def span(start, stop, size, split=None, ends=True):
-            return {"file": index, "start": start, "stop": stop, "bytes": size, "split": split, "ends": ends}
+            return {"span": [index, start, stop, ends], "bytes": size, "split": split}
 
         if file.format == "parquet":
             groups = retrying(lambda: text_io.row_groups(file.path, self.reading.column), file.path)
@@ -225,7 +233,7 @@ class TextFiles:
             parts = [(0, cut, "train"), (cut, file.bytes, "val")]
         spans = []
         for start, stop, split in parts:
-            # A text file is divided only where its split is known beforehand: a document belongs to one split.
+            # A text file whose split is not known yet stays whole, since all of a document belongs to one split.
             whole = file.format == "txt" and split is None and document_bytes is None
             while not whole and stop - start > 1.5 * target_bytes:
                 cut = start + int(target_bytes)
@@ -240,16 +248,16 @@ class TextFiles:
         return spans
 
     def _path(self, file: TextFile) -> str:
-        """Where to read the file: where it is, or a copy whose checksum was compared."""
+        """The path to read: the file's own, or that of a copy whose checksum was compared."""
         if self.copies is None or not file.path.startswith("hf://") or file.format == "datasets":
             return file.path
         from huggingface_hub import hf_hub_download
 
         verified = self.copies / f"{file.name}.verified"
-        with _downloads:  # one at a time; the client uses the whole line
+        with _downloads:  # one at a time, since one download uses the whole bandwidth
             if not verified.exists():
-                where = {"repo_type": "dataset", "revision": self.source["revision"], "local_dir": self.copies}
-                path = retrying(lambda: hf_hub_download(self.source["dataset"], file.name, **where), file.path)
+                copy = {"repo_type": "dataset", "revision": self.source["revision"], "local_dir": self.copies}
+                path = retrying(lambda: hf_hub_download(self.source["dataset"], file.name, **copy), file.path)
                 if file.sha256 is not None and sha256_of(path) != file.sha256:
                     Path(path).unlink()
                     raise InputError(f"{file.path} arrived damaged (sha256); run the same command again")
@@ -268,18 +276,18 @@ def find_text(
 ) -> TextFiles:
     """Resolve paths, directories and globs, or the one id of a Hub dataset.
 
-    Raises: InputError where nothing matches, the Hub refuses, or the text column is missing.
+    Raises: InputError if nothing matches, the Hub refuses, or the text column is missing.
     """
     reading = Reading(text_column, strict=True, document_bytes=document_bytes)
     chosen = [[path for path in local_files(item) if Path(item).is_file() or format_of(path)[0]] for item in inputs]
-    paths = [path for some in chosen for path in sorted(some, key=Path.as_posix)]
+    paths = [path for found in chosen for path in sorted(found, key=Path.as_posix)]
     if not paths and len(inputs) == 1 and (match := text_io.SPEC.fullmatch(inputs[0])):
         return _find_on_hub(match["id"], match["config"] or config, match["revision"] or revision, reading, copies)
-    if missing := [item for item, some in zip(inputs, chosen, strict=True) if not some]:
+    if missing := [item for item, found in zip(inputs, chosen, strict=True) if not found]:
         raise InputError(f"no files matched {', '.join(missing)} (looked for {', '.join(FORMATS)}, packed or not)")
 
     def describe(path: Path) -> TextFile:
-        format, packed = format_of(path)  # a file that was named one by one is text, whatever its suffix
+        format, packed = format_of(path)  # a file that the user named is text, whatever its suffix
         digest = retrying(lambda: sha256_of(path), str(path))
         return TextFile(str(path), path.name, format or "txt", packed, path.stat().st_size, digest)
 
@@ -299,8 +307,7 @@ def _find_on_hub(dataset, config, revision, reading: Reading, copies: Path | Non
 
     def describe(url: str) -> TextFile:
         info = retrying(lambda: system.info(url), url)
-        lfs = info.get("lfs") or {}
-        digest = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
+        digest = (info.get("lfs") or {}).get("sha256")
         format, packed = format_of(url)
         name = url.split(f"@{commit}/", 1)[-1]
         return TextFile(url, name, format or "datasets", packed, info["size"], digest)
@@ -315,7 +322,7 @@ def _listed(files: list[TextFile]) -> list[dict]:
     return [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in files]
 
 
-# --- the door of streams ---------------------------------------------------------------------------------------------
+# --- for streams -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -326,14 +333,14 @@ class TextSource:
     name, size and both ends.
     """
 
-    name: str  # without the revision, as the user wrote it
+    name: str  # as the user wrote it, without the revision
     kind: str  # "parquet", "jsonl", "text", "packed text" or "datasets"
     files: list[str]
     groups: list[list[int]]
     text_column: str
     config: str | None = None
     revision: str | None = None  # the Hub's commit; None for local files
-    content: str = ""  # sha256 of what tells local files apart
+    content: str = ""  # sha256 of the names, sizes and ends of local files
 
     def facts(self) -> dict:
         """The fields of old: JSON that is hashed and remembered. `TextSource(**facts)` is the same source."""
@@ -349,14 +356,13 @@ class TextSource:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def read(self, group: int, reading: Reading, cancel: threading.Event = NEVER) -> Iterator[str]:
-        """The documents of one group in the order of the file; empty ones do not count."""
+        """The documents of one group in the order of the file, without empty ones."""
         index, start, stop = self.groups[group]
         path = self.files[min(index, len(self.files) - 1)]
         format, packed = format_of(path)
         if self.kind == "datasets" and not (packed and format == "jsonl"):
-            which = self.name, self.config, self.revision, self.files, len(self.groups), index
-            rows = text_io.dataset_rows(*which, report=reading.report, stop=cancel)
-            documents = reading.present((text_of(row, self.text_column, self.name) for row in rows), (path, index))
+            dataset = self.name, self.config, self.revision, self.files, len(self.groups), index
+            documents = reading.dataset(path, *dataset, cancel=cancel)
         else:
             stop = start + 1 if self.kind == "parquet" else stop or None
             documents = reading.documents(path, format, packed, start, stop, cancel)
@@ -366,7 +372,7 @@ class TextSource:
 def resolve(spec: str, *, text_column: str = "text") -> TextSource:
     """`ID[:config][@revision]`, a path, a directory or a glob -> TextSource.
 
-    Raises: InputError for what can never be read. Errors of the network pass through, for the caller to retry.
+    Raises: InputError for what can never be read; errors of the network as they are, so that the caller can retry.
     """
     if files := [str(path) for path in sorted(local_files(spec))]:
         groups = _groups(kind := _kind(files, spec), files, text_column, spec, None, None)
@@ -410,13 +416,13 @@ def _groups(kind: str, files: list[str], text_column: str, name: str, config, re
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
-def text_of(row, column: str, where: str) -> str | None:
-    """The text of a row, None where it is null. Raises: InputError, with `where` it stands, for a row without text."""
+def text_of(row, column: str, place: str) -> str | None:
+    """The text of a row, or None for null. Raises: InputError, naming the `place`, for a row without such a column."""
     if not isinstance(row, dict) or column not in row:
-        have = ", ".join(row) if isinstance(row, dict) else f"no columns but {type(row).__name__}"
-        raise InputError(f"{where}: there is no column {column!r}, only {have}; set --text_column")
+        columns = ", ".join(row) if isinstance(row, dict) else f"no columns but {type(row).__name__}"
+        raise InputError(f"{place}: there is no column {column!r}, only {columns}; set --text_column")
     if row[column] is not None and not isinstance(row[column], str):
-        raise InputError(f"{where}: {column!r} holds {type(row[column]).__name__}, not text; set --text_column")
+        raise InputError(f"{place}: {column!r} holds {type(row[column]).__name__}, not text; set --text_column")
     return row[column]
 
 
@@ -430,7 +436,7 @@ def pieces_of(text: str) -> Iterator[Piece]:
 
 
 def pieces_of_stream(parts: Iterable[str]) -> Iterator[Piece]:
-    """The same for a document that arrives in parts, of which no more than a piece is held."""
+    """`pieces_of` for a document that arrives in parts; no more than one piece is held in memory."""
     text, searched = "", PIECE_CHARACTERS
     for part in parts:
         text += part
@@ -439,12 +445,12 @@ def pieces_of_stream(parts: Iterable[str]) -> Iterator[Piece]:
             yield text[start : cut.end()], False
             start, searched = cut.end(), PIECE_CHARACTERS
         text = text[start:]
-        searched = max(PIECE_CHARACTERS, len(text) - 1)  # what has no seam is not searched again
+        searched = max(PIECE_CHARACTERS, len(text) - 1)  # text without a seam is searched only once
     yield text, True
 
 
 def _whole_text(file: TextFile, path: str, start: int, stop: int | None, ends: bool) -> Iterator[Piece]:
-    """A text file, or a stretch of it with which the document ends or not, in pieces."""
+    """The pieces of a text file, or of a stretch of one; `ends`: the document ends with this stretch."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), start
 
     def decoded() -> Iterator[str]:

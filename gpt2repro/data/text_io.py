@@ -1,6 +1,6 @@
-"""Bytes and rows of text files, here or on the Hub, and what to do about faults on the way to them.
+"""Bytes and rows of text files, here or on the Hub, read again after a fault of the network.
 
-Faults of the network are retried here and nowhere else. What of a file is a document, `text` knows.
+Faults of the network are retried here and nowhere else. `text` decides which bytes and rows are a document.
 """
 
 import functools
@@ -20,8 +20,8 @@ from gpt2repro.options import InputError
 
 SPEC = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?")
 
-RETRY_SECONDS, LONGEST_RETRY_SECONDS, RETRIES = 1.0, 300.0, 15  # in all about an hour
-PASSING_STATUS = {408, 425, 429}  # and every 5xx
+RETRY_SECONDS, LONGEST_RETRY_SECONDS, RETRIES = 1.0, 300.0, 15  # about an hour together
+PASSING_STATUS = {408, 425, 429}  # HTTP errors that may pass, besides every 5xx
 # The Hub's client has changed its HTTP library twice; pyarrow complains about a reply that was cut short.
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "fsspec", "pyarrow")
 OUTSIDE = (*NETWORK_LIBRARIES, "huggingface_hub", "datasets", "zlib", "_lzma", "zstandard")
@@ -33,19 +33,19 @@ FORMATS = {
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 BLOCK_BYTES = 2**20
 REMOTE_BLOCK_BYTES = 2**24  # one request to the Hub; its latency of about 0.1 s must not count
-WHOLE_CHUNK_BYTES = 2**26  # a row group's column of the Hub comes in one request, a larger one page by page
+WHOLE_CHUNK_BYTES = 2**26  # a column of a row group on the Hub is one request up to this size, else page by page
 ROWS_AT_ONCE = 256
 
 
 def say(message: str) -> None:
-    """Print a sentence about the work, apart from its results."""
+    """Print a message about the work on stderr; results go to stdout."""
     print(message, file=sys.stderr, flush=True)
 
 
 def resolve_hub(dataset: str, config: str | None, revision: str | None) -> tuple[str, str, list[str]]:
     """(configuration, commit, hf:// URLs of the train split) of a dataset, pinned to that commit.
 
-    Raises: InputError for what can never be read. Faults of the network pass through, for the caller to retry.
+    Raises: InputError for what can never be read; errors of the network as they are, so that the caller can retry.
     """
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetNotFoundError
@@ -81,10 +81,10 @@ def resuming(
     report: Callable[[str], None] = say,
     stop: threading.Event = NEVER,
 ) -> Iterator:
-    """The items of `open_from(0)`; after a fault of the network, those of `open_from(size of all that was given)`.
+    """The items of `open_from(0)`, continued after a fault of the network with `open_from(size of all items so far)`.
 
-    what: the file's path or hf:// URL; only the latter is tried again.
-    stop: set by whoever does not want the items any more.
+    what: the file's path or hf:// URL; only a URL is tried again.
+    stop: set by a caller that does not want the items any more.
 
     Raises: InputError for a fault that will not pass, or has not passed after RETRIES pauses; CancelledError.
     """
@@ -98,7 +98,7 @@ def resuming(
                     raise CancelledError
             return
         except Exception as error:
-            if isinstance(error, InputError) or not is_fault(error):
+            if not is_fault(error):
                 raise
             if not (what.startswith("hf://") and may_pass(error)):
                 raise InputError(f"{what} can't be read: {first_line(error)}") from error
@@ -119,17 +119,17 @@ def resuming(
 
 
 def retrying(call: Callable, what: str, *, report: Callable[[str], None] = say):
-    """`call()`, again after a pause where the network failed; for local files there is one attempt."""
+    """`call()`, repeated after a pause if the network failed; a local file has one attempt."""
     return next(resuming(lambda given: iter([call()]), what, report=report))
 
 
 def given_up(stop: threading.Event) -> bool:
-    """True when nobody waits for the result any more; the interpreter waits for worker threads before it ends."""
+    """True if nobody waits for the result any more: `stop` is set, or the program ends, which waits for its threads."""
     return stop.is_set() or not threading.main_thread().is_alive()
 
 
 def is_fault(error: Exception) -> bool:
-    """True for what goes wrong outside this program: the network, a file, its bytes."""
+    """True for an error whose cause lies outside this program: the network, a file, its bytes."""
     return isinstance(error, OSError | EOFError) or any(
         kind.__module__.startswith(OUTSIDE) for kind in type(error).__mro__
     )
@@ -150,12 +150,12 @@ def may_pass(error: BaseException | None) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, for a sentence."""
+    """The message of an error, in one line."""
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _seconds_before_retry(error: Exception, attempt: int) -> float:
-    """What the server asks for, or twice as long each time; with jitter, so that many ranks do not come at once."""
+    """The pause that the server asks for, else a doubling one; with jitter, so that ranks do not all come at once."""
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     asked = str(headers.get("Retry-After", ""))
     pause = float(asked) if asked.isdigit() else RETRY_SECONDS * 2**attempt
@@ -222,13 +222,13 @@ def _unpack(raw, path: str):
     from fsspec.compression import compr
 
     method = fsspec.utils.infer_compression(path.lower())
-    if method is None:  # it is known where its package is installed
+    if method is None:  # fsspec knows the methods whose packages are installed
         raise InputError(f"{path} can't be unpacked here; unpack it first, or pip install zstandard")
     return compr[method](raw, mode="rb")
 
 
 def open_bytes(path: str, **options):
-    """A file on the Hub or here, for reading bytes; the options are fsspec's, for the former."""
+    """A file, opened for reading bytes; fsspec takes the options for a file on the Hub."""
     if path.startswith("hf://"):
         from huggingface_hub import HfFileSystem
 
@@ -237,20 +237,16 @@ def open_bytes(path: str, **options):
 
 
 def size_of(path: str) -> int:
-    if path.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
-
-        return HfFileSystem().info(path)["size"]
-    return Path(path).stat().st_size
+    with open_bytes(path) as raw:
+        return raw.seek(0, io.SEEK_END)
 
 
 def row_group(path: str, group: int, column: str, skip: int) -> Iterator[str | None]:
-    """The texts of one row group behind the first `skip`."""
+    """The texts of one row group after the first `skip`."""
     from pyarrow import parquet
 
     footer = _footer(path)
-    chunks = map(footer.row_group(group).column, range(footer.num_columns))
-    size = next(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema == column)
+    size = _chunk(footer.row_group(group), column).total_compressed_size
     at_once = path.startswith("hf://") and size <= WHOLE_CHUNK_BYTES
     with open_bytes(path, **({"cache_type": "none"} if at_once else {"block_size": REMOTE_BLOCK_BYTES})) as raw:
         file = parquet.ParquetFile(
@@ -264,7 +260,7 @@ def row_group(path: str, group: int, column: str, skip: int) -> Iterator[str | N
 
 
 def row_groups(path: str, column: str) -> list[tuple[int, int]]:
-    """(rows, bytes of text) of every row group, from the footer. Raises: InputError without such a column of text."""
+    """(rows, bytes of text) of every row group, from the footer. Raises: InputError if there is no such text column."""
     footer = _footer(path)
     schema = footer.schema.to_arrow_schema()
     if column not in schema.names:
@@ -272,19 +268,18 @@ def row_groups(path: str, column: str) -> list[tuple[int, int]]:
     kind = str(schema.field(column).type)
     if "string" not in kind.split("<")[0] and not kind.startswith("dictionary<values=string") and kind != "null":
         raise InputError(f"{path}: {column!r} holds {kind}, not text; set --text_column")
-    groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
-    texts = (next(c for c in map(g.column, range(g.num_columns)) if c.path_in_schema == column) for g in groups)
-    return [(group.num_rows, text.total_uncompressed_size) for group, text in zip(groups, texts, strict=True)]
+    groups = map(footer.row_group, range(footer.num_row_groups))
+    return [(group.num_rows, _chunk(group, column).total_uncompressed_size) for group in groups]
+
+
+def _chunk(group, column: str):
+    """The metadata of one column of a row group."""
+    return next(chunk for chunk in map(group.column, range(group.num_columns)) if chunk.path_in_schema == column)
 
 
 def _footer(path: str):
-    """A parquet file's metadata; a pinned file's, about a megabyte for a thousand row groups, is not read twice."""
+    """A parquet file's metadata. That of a pinned file is kept: it has about a megabyte for a thousand row groups."""
     return _pinned_footer(path) if path.startswith("hf://") else _read_footer(path)
-
-
-@functools.lru_cache(maxsize=64)
-def _pinned_footer(path: str):
-    return _read_footer(path)
 
 
 def _read_footer(path: str):
@@ -299,14 +294,7 @@ def _read_footer(path: str):
             raise kind(f"{path} is cut off, damaged or not parquet") from error
 
 
-def dataset_rows(name, config, revision, files: list[str], shards: int, index: int, report, stop=NEVER) -> Iterator:
-    """The rows of one file, or other shard, of a dataset, as the `datasets` library iterates it."""
-
-    def rows_from(given: int) -> Iterator:
-        dataset = iterable_dataset(name, config, revision, files)
-        return iter(dataset.shard(num_shards=shards, index=index).skip(given))
-
-    return resuming(rows_from, files[min(index, len(files) - 1)], report=report, stop=stop)
+_pinned_footer = functools.lru_cache(maxsize=64)(_read_footer)
 
 
 def iterable_dataset(name: str, config: str | None, revision: str | None, files: list[str]):
@@ -326,12 +314,12 @@ def character_start(path: str, at: int) -> int:
 
 
 def after_seam(path: str, at: int, stop: int) -> int:
-    """The first place from `at` on where a text can be cut without changing a token, or its end."""
+    """The first place from `at` on where a text can be cut without changing a token, or `stop`."""
     with open_bytes(path) as raw:
         raw.seek(at)
         while len(block := raw.read(min(BLOCK_BYTES, stop - at))) > 2:
             if match := re.search(rb"[!-~]\n(?=[!-~])", block):
                 return at + match.end()
-            at += len(block) - 2  # the seam may lie across the border
+            at += len(block) - 2  # a seam may lie across the border of two blocks
             raw.seek(at)
     return stop

@@ -1,8 +1,8 @@
-"""Text tokenised on the way, as token shards on disk: a second epoch, a restart or an outage of the Hub reads them.
+"""The text of a stream as token shards on disk, which a second epoch, a restart or an outage of the Hub reads.
 
     group 7 of a source ── read, tokenise ──> group_000007.bin, every document followed by <|endoftext|>
 
-A file appears whole or not at all, so ranks and runs may share a cache: what two of them write is the same. Knows no
+Ranks and runs may share a cache: a file appears whole or not at all, and all of them write the same bytes. Knows no
 lanes and no batches.
 """
 
@@ -26,7 +26,7 @@ DAY_SECONDS = 86400
 
 
 def make_directory(path: Path) -> None:
-    """Raises: InputError where it cannot be made."""
+    """Make a directory and its parents. Raises: InputError if that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -34,7 +34,7 @@ def make_directory(path: Path) -> None:
 
 
 class TokenCache:
-    """The groups of a source as shards below `root`; `limit_gib` bounds them, the oldest go first."""
+    """The groups of a source as shards below `root`. `limit_gib` bounds their size; the oldest are deleted first."""
 
     def __init__(self, source: TextSource, encoder: Encoder, reading: Reading, root: Path, limit_gib: float | None):
         self.source, self.encoder, self.reading = source, encoder, reading
@@ -42,7 +42,7 @@ class TokenCache:
         key = hashlib.sha256(f"{source.sha256} {encoder.sha256}".encode()).hexdigest()[:16]
         self.directory = root / key
         make_directory(self.directory)
-        for left_behind in self.directory.glob("*.tmp-*"):  # by a process that was killed, unless it is being written
+        for left_behind in self.directory.glob("*.tmp-*"):  # a killed process left it, unless it is being written
             with contextlib.suppress(OSError):
                 if left_behind.stat().st_mtime < time.time() - DAY_SECONDS:
                     left_behind.unlink()
@@ -51,13 +51,13 @@ class TokenCache:
         return self.directory / f"group_{group:06d}.bin"
 
     def fetch(self, group: int, stop: threading.Event) -> None:
-        """Tokenise the group unless it is there already."""
+        """Tokenise the group, unless its shard exists."""
         if not self.path(group).exists():
             self.write_shard(self.path(group), self.source.read(group, self.reading, stop))
             self._make_room(self.path(group))
 
     def read(self, group: int, stop: threading.Event) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, the end of each document) of a group that was fetched; a damaged file is made again."""
+        """(tokens, end of each document) of a group that was fetched; a damaged shard is made again."""
         while True:
             try:
                 header = np.fromfile(self.path(group), "<i4", 256)
@@ -70,20 +70,17 @@ class TokenCache:
                         return tokens, np.flatnonzero(tokens == self.encoder.eot_id) + 1
                 self.reading.report(f"{self.path(group)} is damaged; its text is tokenised again")
                 self.path(group).unlink()
-            except FileNotFoundError:  # made room for another group, perhaps by another process
+            except FileNotFoundError:  # this or another process deleted it to make room
                 self.fetch(group, stop)
 
     def write_shard(self, path: Path, documents: Iterator[str]) -> dict:
-        """Tokenise documents into a shard. Returns its size and sha256. Raises: InputError, for a full disk too."""
-        writer = ShardWriter(path, self.encoder.vocab_size)
+        """Tokenise documents into a shard. Returns its size and sha256. Raises: InputError, also for a full disk."""
         try:
-            while texts := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
-                tokens, text_bytes = self.encoder.encode_joined(texts, [True] * len(texts))
-                writer.append(tokens, len(texts), text_bytes)
-            return writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
+            with ShardWriter(path, self.encoder.vocab_size) as writer:
+                while texts := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
+                    tokens, text_bytes = self.encoder.encode_joined(texts, [True] * len(texts))
+                    writer.append(tokens, len(texts), text_bytes)
+                return writer.close()
         finally:
             first = next(iter(self.encoder.unknown), "")
             sentence = f"characters that the tokenizer does not know became <|endoftext|>, the first is {first!r}"

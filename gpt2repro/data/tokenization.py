@@ -1,9 +1,9 @@
 """Text to tokens and back: GPT-2's own tokenizer, a character-level one, and byte-level BPE trained on the corpus.
 
-Every tokenizer is an ordinary fast Hugging Face tokenizer: `save_pretrained` writes it, `AutoTokenizer` reads it, no
-remote code. `<|endoftext|>` is its end, begin, unknown and padding token, and always the last id. `Encoder` is the same
-tokenizer for bulk work: numpy out, nothing special in the text, cheap to send to a worker process, and GPT-2's ids come
-from tiktoken.
+Every tokenizer is an ordinary fast Hugging Face tokenizer: `save_pretrained` writes it and `AutoTokenizer` reads it,
+without remote code. `<|endoftext|>` is its end, begin, unknown and padding token, and always the last id. `Encoder` is
+the same tokenizer for bulk work: it returns numpy arrays, finds no special token in a text, and is cheap to send to a
+worker process. GPT-2's ids come from tiktoken.
 
 This module knows nothing of files of text or of shards. It imports transformers only where a tokenizer object is made
 or loaded, so a worker process starts in a fraction of a second.
@@ -27,13 +27,15 @@ from gpt2repro.data.shards import TOKENIZER, token_dtype
 from gpt2repro.options import InputError
 
 EOT = "<|endoftext|>"
-MODEL_MAX_LENGTH = 1024  # GPT-2's positions
+# What every tokenizer has: one special token for all purposes, and the length of GPT-2's context.
+SPECIAL = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), EOT)
+SPECIAL |= {"model_max_length": 1024, "clean_up_tokenization_spaces": False}
 
 # fingerprint() of GPT-2's tokenizer: 50,256 tokens, 50,000 merges, `<|endoftext|>` = 50256.
 GPT2_FINGERPRINT = "6e90823440e1947fccf4360914621733e44f0382ee0cb03be09a6711c63dab88"
 
-# Source: GPT-2's encoder.py. What needs no lookahead stands in one group, which tiktoken's regex engine hands to Rust's
-# `regex` as a whole: 0.14 ms per 1,000 tokens of prose, against 0.23 for tiktoken's own form of the same pattern.
+# Source: GPT-2's encoder.py. The parts without lookahead are one group, which tiktoken's regex engine passes to Rust's
+# faster `regex`: 0.14 ms per 1,000 tokens of prose, against 0.23 for tiktoken's own form of the same pattern.
 GPT2_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
 
 # Long runs of Unicode's White_Space, which is the \s above (Python's is wider).
@@ -47,15 +49,14 @@ class UnknownCharacter(InputError):
 def gpt2_tokenizer():
     """GPT-2's tokenizer, rebuilt from tiktoken's ranks.
 
-    Raises: InputError where tiktoken can neither download its two vocabulary files nor find them in its cache.
+    Raises: InputError if tiktoken can neither download its two vocabulary files nor find them in its cache.
     """
     import tiktoken
 
     try:
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-    except (
-        Exception
-    ) as error:  # requests' many errors, a full disk, a hash mismatch: the user can do the same about each
+    # The many errors of requests, a full disk, another hash: the user can do the same about each.
+    except Exception as error:
         raise InputError(
             f"GPT-2's vocabulary can't be downloaded ({type(error).__name__}). Set TIKTOKEN_CACHE_DIR to a directory "
             "that holds tiktoken's cache (filled by `tiktoken.get_encoding('gpt2')` on a machine with network), "
@@ -64,13 +65,16 @@ def gpt2_tokenizer():
     symbols = _byte_symbols()
     text = {token: "".join(symbols[byte] for byte in token) for token in ranks}
     vocab = {text[token]: rank for token, rank in ranks.items()}
-    # A token is made by the merge of the two parts that the lower-ranked merges leave of it.
+    # The merge that makes a token joins the two parts which the merges of lower rank leave.
     pairs = (_split_by_ranks(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1)
     return _byte_level_tokenizer(vocab, [(text[left], text[right]) for left, right in pairs])
 
 
 def char_tokenizer(texts: Iterable[str]):
-    """One token per character that occurs in `texts`, numbered as in nanoGPT; all others are unknown."""
+    """One token per character of `texts`, numbered as in nanoGPT; all other characters are unknown.
+
+    Raises: InputError for empty texts.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -83,17 +87,15 @@ def char_tokenizer(texts: Iterable[str]):
     backend = Tokenizer(models.WordLevel({**vocab, EOT: len(vocab)}, unk_token=EOT))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=EOT, eos_token=EOT, unk_token=EOT, pad_token=EOT,
-        model_max_length=MODEL_MAX_LENGTH, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
 def bpe_tokenizer(texts: Iterable[str], vocab_size: int):
     """Byte-level BPE with GPT-2's pre-tokenisation, trained on `texts`.
 
-    Every text can be encoded (all 256 bytes are tokens). A small corpus may run out of pairs before `vocab_size` is
-    reached.
+    Every text can be encoded, since all 256 bytes are tokens. A small corpus may give fewer than `vocab_size` entries.
+
+    Raises: InputError for an impossible `vocab_size`, and for a corpus without pairs.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -121,14 +123,14 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int):
 def load_tokenizer(source: str | Path):
     """The tokenizer of a data set, a checkpoint, a directory or a Hub id (also `user/name@revision`).
 
-    Raises InputError where there is none.
+    Raises: InputError if there is none, or it is damaged.
     """
     from transformers import AutoTokenizer
 
     source = Path(source) / TOKENIZER if (Path(source) / TOKENIZER).is_dir() else source
     name, _, revision = (str(source), "", "") if Path(source).exists() else str(source).partition("@")
     try:
-        # trust_remote_code=False: else transformers asks on stdin where a checkpoint carries the model's code.
+        # Without trust_remote_code=False transformers asks a question on stdin if a checkpoint carries model code.
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # a damaged file can make the libraries raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -138,7 +140,9 @@ def load_tokenizer(source: str | Path):
 def fingerprint(tokenizer) -> str:
     """sha256 of what decides the ids: vocabulary, merges, special ids; the same after saving and loading.
 
-    Two tokenizers with the same fingerprint give the same ids, whatever their files look like.
+    Two tokenizers with the same fingerprint give the same ids, even if their files differ.
+
+    Raises: InputError for a tokenizer that is not a fast one.
     """
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise InputError(f"{tokenizer.name_or_path} is no fast tokenizer (no tokenizer.json), which this program needs")
@@ -155,15 +159,8 @@ def fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps(decisive, ensure_ascii=True).encode()).hexdigest()
 
 
-def kind(tokenizer) -> str:
-    """ "gpt2", "char" or "bpe"."""
-    if json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "WordLevel":
-        return "char"
-    return "gpt2" if fingerprint(tokenizer) == GPT2_FINGERPRINT else "bpe"
-
-
 def well_formed(text: str) -> str:
-    """`text` with lone surrogates, which UTF-8 can't hold, replaced by U+FFFD; tiktoken's own rule."""
+    """`text` with U+FFFD for each lone surrogate, which UTF-8 cannot encode. Source: tiktoken's own rule."""
     if text.isascii():
         return text
     try:
@@ -176,16 +173,17 @@ def well_formed(text: str) -> str:
 class Encoder:
     """A tokenizer for bulk work: `encode_batch(texts)` gives one array of ids per text.
 
-    No special token is added, and none is recognised: the characters `<|endoftext|>` in a document are text like any
-    other. Copies to a spawned process by pickling. `fast=True` takes the `gigatoken` package (GPT-2 only) where it
-    proves to give tiktoken's ids; `uses_gigatoken` says whether it did. A character that a character tokenizer does not
-    know is refused (UnknownCharacter), or with `count_unknown` becomes `<|endoftext|>` and is counted in `unknown`.
+    No special token is added and none is recognised: the characters `<|endoftext|>` in a document are ordinary text.
+    Pickling copies it to a spawned process. `fast=True` uses the `gigatoken` package (GPT-2 only) if a check finds that
+    it gives tiktoken's ids; `uses_gigatoken` is the result. A character tokenizer refuses an unknown character
+    (UnknownCharacter); with `count_unknown` it becomes `<|endoftext|>` and is counted in `unknown`.
     """
 
     def __init__(self, tokenizer, *, fast: bool = False, count_unknown: bool = False):
         self.count_unknown, self.unknown = count_unknown, Counter()
         self.sha256 = fingerprint(tokenizer)
-        self.kind = "gpt2" if self.sha256 == GPT2_FINGERPRINT else kind(tokenizer)
+        by_character = type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
+        self.kind = "gpt2" if self.sha256 == GPT2_FINGERPRINT else "char" if by_character else "bpe"
         self.vocab_size, self.eot_id = len(tokenizer), tokenizer.eos_token_id
         if self.eot_id is None or not 0 <= self.eot_id < self.vocab_size:
             raise InputError(
@@ -215,9 +213,9 @@ class Encoder:
         return [ids.astype(self.dtype, copy=False) for ids in self._encode([well_formed(text) for text in texts])]
 
     def encode_joined(self, texts: list[str], ends: list[bool]) -> tuple[np.ndarray, int]:
-        """(ids of all texts as one array of `self.dtype`, `eot_id` after every text that ends a document; their bytes).
+        """(ids of all texts as one array of `self.dtype`, size of the texts in UTF-8 bytes).
 
-        The second is the size of the texts in UTF-8.
+        `eot_id` follows every text that ends a document, as `ends` says.
         """
         texts = [well_formed(text) for text in texts]
         end = np.array([self.eot_id], self.dtype)
@@ -226,7 +224,7 @@ class Encoder:
         return tokens, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
     def _prepare(self) -> None:
-        """What can't be pickled, or is quicker to build than to send."""
+        """Build the parts that cannot be pickled, or are quicker to build than to send."""
         if self.kind == "gpt2":
             import tiktoken
 
@@ -234,59 +232,51 @@ class Encoder:
                 "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=self._ranks, special_tokens={EOT: self.eot_id}
             )
             self._gigatoken = _gigatoken(self._ranks) if self.uses_gigatoken else None
-            self._encode = self._encode_gigatoken if self.uses_gigatoken else self._encode_tiktoken
         elif self.kind == "char":
             ids = {ord(token): id for token, id in self._vocab.items() if len(token) == 1}
-            self._table = np.full(max(ids) + 2, self.eot_id, self.dtype)  # the last entry stands for all above it
+            self._table = np.full(max(ids) + 2, self.eot_id, self.dtype)  # the last entry: all higher code points
             self._table[list(ids)] = list(ids.values())
-            self._encode = self._encode_characters
         else:
             from tokenizers import Tokenizer
 
             self._backend = Tokenizer.from_str(self._json)
             self._backend.encode_special_tokens = True
             self._backend.no_truncation()
-            self._encode = self._encode_trained
 
-    def _encode_tiktoken(self, texts: list[str]) -> list[np.ndarray]:
-        return [self._encode_one(text) for text in texts]
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of well-formed texts, of any integer type."""
+        if self.kind == "gpt2":
+            return [self._encode_gpt2(text) for text in texts]
+        if self.kind == "char":
+            return [self._encode_characters(text) for text in texts]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
-    def _encode_one(self, text: str) -> np.ndarray:
+    def _encode_gpt2(self, text: str) -> np.ndarray:
+        if self.uses_gigatoken and (text.isascii() or not self._strange[_code_points(text)].any()):
+            return self._gigatoken.encode(text)
         try:
             return self._tiktoken.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # a run of a million spaces is more than the regex engine's stack holds
-            # The pattern ends a token before the last space of a run (and behind a run that ends the text).
+        except ValueError:  # the stack of the regex engine is too small for a run of a million spaces
+            # The pattern ends a token before the last space of a run (and after a run that ends the text).
             cuts = [0, *(run.end() - 1 for run in _LONG_RUN.finditer(text) if run.end() < len(text)), len(text)]
             parts = [text[start:end] for start, end in itertools.pairwise(cuts)]
             return np.concatenate([self._tiktoken.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
-    def _encode_gigatoken(self, texts: list[str]) -> list[np.ndarray]:
-        return [self._encode_one(text) if self._is_strange(text) else self._gigatoken.encode(text) for text in texts]
-
-    def _is_strange(self, text: str) -> bool:
-        return not text.isascii() and bool(self._strange[_code_points(text)].any())
-
-    def _encode_characters(self, texts: list[str]) -> list[np.ndarray]:
-        encoded = []
-        for text in texts:
-            ids = self._table[np.minimum(_code_points(text), len(self._table) - 1)]
-            if (unknown := ids == self.eot_id).any():
-                if not self.count_unknown:
-                    at = int(np.argmax(unknown))
-                    where = f"the character {text[at]!r} (U+{ord(text[at]):04X}) behind {text[max(0, at - 20) : at]!r}"
-                    raise UnknownCharacter(
-                        f"{where} is not in the tokenizer's vocabulary; choose gpt2's, or one made of this text"
-                    )
-                self.unknown.update(text[at] for at in np.flatnonzero(unknown))
-            encoded.append(ids)
-        return encoded
-
-    def _encode_trained(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+    def _encode_characters(self, text: str) -> np.ndarray:
+        ids = self._table[np.minimum(_code_points(text), len(self._table) - 1)]
+        if (unknown := ids == self.eot_id).any():
+            if not self.count_unknown:
+                at = int(np.argmax(unknown))
+                raise UnknownCharacter(
+                    f"the character {text[at]!r} (U+{ord(text[at]):04X}) behind {text[max(0, at - 20) : at]!r} "
+                    "is not in the tokenizer's vocabulary; choose gpt2's, or one made of this text"
+                )
+            self.unknown.update(text[at] for at in np.flatnonzero(unknown))
+        return ids
 
     def __getstate__(self):
-        built = ("_tiktoken", "_gigatoken", "_table", "_backend", "_encode")
+        built = ("_tiktoken", "_gigatoken", "_table", "_backend")
         return {name: value for name, value in self.__dict__.items() if name not in built}
 
     def __setstate__(self, state):
@@ -297,10 +287,7 @@ class Encoder:
 def _byte_level_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]):
     from transformers import GPT2TokenizerFast
 
-    return GPT2TokenizerFast(
-        vocab={**vocab, EOT: len(vocab)}, merges=merges, bos_token=EOT, eos_token=EOT, unk_token=EOT, pad_token=EOT,
-        model_max_length=MODEL_MAX_LENGTH, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    return GPT2TokenizerFast(vocab={**vocab, EOT: len(vocab)}, merges=merges, **SPECIAL)
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -315,7 +302,7 @@ def _byte_symbols() -> list[str]:
 
 
 def _split_by_ranks(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts of `token` once every merge ranked below it is done."""
+    """The two parts of `token` after every merge of lower rank."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         merged = [ranks.get(parts[i] + parts[i + 1], len(ranks)) for i in range(len(parts) - 1)]
@@ -343,11 +330,11 @@ def _gigatoken(ranks: dict[bytes, int]):
 
 
 def _gigatoken_disagreements(encoding) -> tuple[np.ndarray | None, str | None]:
-    """(for every code point whether it sends a text to tiktoken, None), or (None, why gigatoken is not to be used).
+    """(table over all code points: True sends a text to tiktoken, None), or (None, why gigatoken cannot be used).
 
-    The two carry different versions of Unicode and so disagree about letters that one of them does not know. Every code
-    point of the planes in use is tried in the company that shows its class (a letter, a digit, a space, a contraction),
-    which takes about two seconds; the empty and private planes go to tiktoken unseen.
+    gigatoken and tiktoken carry different versions of Unicode, so they disagree about letters that only one of them
+    knows. Every code point of the planes in use is probed between a letter, a digit, a space and a contraction, which
+    reveals its class (about two seconds). Texts of the empty and private planes always go to tiktoken.
     """
     try:
         fast = _gigatoken(encoding._mergeable_ranks)

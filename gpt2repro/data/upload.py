@@ -1,4 +1,4 @@
-"""A prepared data set as a dataset repository of the Hub: shards, tokenizer, a card, and the manifest last."""
+"""Uploads a prepared data set to a dataset repository of the Hub: shards, tokenizer, a card, and last the manifest."""
 
 import contextlib
 from pathlib import Path
@@ -7,13 +7,13 @@ from gpt2repro.data.shards import MANIFEST, TOKENIZER, Manifest, verify_dataset
 from gpt2repro.data.text_io import first_line, is_fault
 from gpt2repro.options import InputError
 
-# The Hub advises against more than 100 files per commit; fewer also means less to repeat after an interruption.
+# The Hub advises against more than 100 files per commit; with fewer an interruption costs less.
 FILES_PER_COMMIT = 25
 
 
 @contextlib.contextmanager
 def _refusals(repo: str):
-    """What the Hub, or the way to it, refuses, as a sentence."""
+    """Errors of the Hub and of the network become an InputError."""
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
     try:
@@ -23,7 +23,7 @@ def _refusals(repo: str):
     except LocalTokenNotFoundError as error:
         raise InputError(f"uploading to {repo} needs a login: run `hf auth login` or set HF_TOKEN") from error
     except Exception as error:
-        if isinstance(error, InputError) or not is_fault(error):
+        if not is_fault(error):
             raise
         raise InputError(
             f"{repo} could not be uploaded: {first_line(error)}; run the same command again to continue"
@@ -31,7 +31,7 @@ def _refusals(repo: str):
 
 
 def check_push(repo: str) -> None:
-    """Ask the Hub who is logged in. Raises: InputError, before any work, where `USER/NAME` can't be written to."""
+    """Ask the Hub who is logged in. Raises: InputError, before any work, if that user cannot write to `repo`."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
@@ -48,10 +48,11 @@ def check_push(repo: str) -> None:
 
 
 def push_dataset(directory: str | Path, repo: str) -> None:
-    """Upload the data set to `USER/NAME`. Interrupted, a second call skips every shard that the Hub already has.
+    """Upload the data set to `USER/NAME`. After an interruption a second call skips every shard that the Hub has.
 
-    The manifest comes last, so a half-uploaded repository is not mistaken for a data set.
-    Raises: InputError for damaged shards, and where the Hub refuses.
+    The manifest comes last, so nobody mistakes a half-uploaded repository for a data set.
+
+    Raises: InputError for damaged shards, and if the Hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -67,16 +68,13 @@ def push_dataset(directory: str | Path, repo: str) -> None:
         }
         missing = [name for name, digest in digests.items() if present.get(name) != digest]
         for start in range(0, len(missing), FILES_PER_COMMIT):
-            some = missing[start : start + FILES_PER_COMMIT]
-            print(f"uploading shards {start + 1} to {start + len(some)} of {len(missing)} to {repo}", flush=True)
-            operations = [CommitOperationAdd(name, str(directory / name)) for name in some]
-            api.create_commit(repo, operations, commit_message=f"Shards {some[0]} to {some[-1]}", repo_type="dataset")
+            names = missing[start : start + FILES_PER_COMMIT]
+            print(f"uploading shards {start + 1} to {start + len(names)} of {len(missing)} to {repo}", flush=True)
+            operations = [CommitOperationAdd(name, str(directory / name)) for name in names]
+            api.create_commit(repo, operations, commit_message=f"Shards {names[0]} to {names[-1]}", repo_type="dataset")
         last = [CommitOperationAdd("README.md", dataset_card(manifest, repo).encode())]
-        last += [
-            CommitOperationAdd(f"{TOKENIZER}/{path.name}", str(path))
-            for path in sorted((directory / TOKENIZER).iterdir())
-        ]
-        last.append(CommitOperationAdd(MANIFEST, str(directory / MANIFEST)))
+        names = [f"{TOKENIZER}/{path.name}" for path in sorted((directory / TOKENIZER).iterdir())] + [MANIFEST]
+        last += [CommitOperationAdd(name, str(directory / name)) for name in names]
         api.create_commit(repo, last, commit_message="Manifest, tokenizer and card", repo_type="dataset")
     print(f"{repo}: {len(digests)} shards, sha256 {manifest.sha256}; train with --data hf://{repo}")
 
@@ -84,19 +82,17 @@ def push_dataset(directory: str | Path, repo: str) -> None:
 def dataset_card(manifest: Manifest, repo: str) -> str:
     """The README.md of the repository."""
     source, tokenizer, splits = manifest["source"], manifest["tokenizer"], manifest["splits"]
-    origin = source.get("dataset")
-    front = ["tags: [gpt2repro, pretokenized]"]
-    if origin:
-        front.append(f"source_datasets: [{origin}]")
-    text = f"[{origin}](https://huggingface.co/datasets/{origin})" if origin else source.get("corpus", "local files")
-    if origin:
-        text += f" ({source['config']}), revision `{source['revision']}`"
+    front, text = "tags: [gpt2repro, pretokenized]", source.get("corpus", "local files")
+    if origin := source.get("dataset"):
+        front += f"\nsource_datasets: [{origin}]"
+        text = f"[{origin}](https://huggingface.co/datasets/{origin}) ({source['config']})"
+        text += f", revision `{source['revision']}`"
     rows = "\n".join(
         f"| {name} | {split['tokens']:,} | {split['documents']:,} | {split['bytes']:,} | {len(split['shards'])} |"
         for name, split in splits.items()
     )
     return f"""---
-{chr(10).join(front)}
+{front}
 ---
 # {repo}: token shards
 

@@ -51,8 +51,6 @@ TASK = Task(
     # Source: build-nanogpt's hellaswag.py, which quotes both protocols for 124M and 1558M.
     published={
         "124M": {"tokens": {"acc": 0.2859, "acc_norm": 0.2955}, "chars": {"acc": 0.2892, "acc_norm": 0.3114}},
-        "350M": {},
-        "774M": {},
         "1558M": {"tokens": {"acc": 0.3842, "acc_norm": 0.4893}, "chars": {"acc": 0.4004, "acc_norm": 0.5089}},
     },
     source="OpenAI's weights on all 10,042 validation examples; n/a: not published by protocol.",

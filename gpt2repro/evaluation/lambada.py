@@ -26,7 +26,7 @@ def choices(example: dict) -> list[tuple[str, str]]:
 
 
 class LastWords(Task):
-    """A task of one choice: nothing to choose from, so its numbers are other ones."""
+    """A task with a single choice, so it has numbers of its own."""
 
     def predictions(self, prepared: Prepared, scores: dict[str, list[np.ndarray]]) -> list[dict]:
         """Per passage the last word, its log p, and whether greedy decoding would write it."""

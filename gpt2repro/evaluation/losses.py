@@ -36,7 +36,7 @@ FINEWEB_VALIDATION_TOKENS = 10_485_760  # 20 batches x 8 processes x 64 sequence
 # Before 2.13, FSDP2 counts the modules that have run, and a head that is called once per chunk confuses the next pass.
 CHUNKS_UNDER_FSDP2 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 LOSS_CHUNK_TOKENS = 8192  # 1.6 GB of fp32 logits for GPT-2's vocabulary
-IGNORED = -100  # a target that counts for nothing: cross_entropy's default ignore_index
+IGNORED = -100  # a target that is not scored: cross_entropy's default ignore_index
 
 Forward = Callable[..., object]
 
@@ -56,7 +56,7 @@ def inference(model: torch.nn.Module) -> Iterator[Forward]:
     was_training = unwrapped.training
     unwrapped.eval()
     try:
-        # inference tensors must not get into FSDP's buffers, which training goes on using
+        # Training goes on using FSDP's buffers, so no inference tensor may get into them.
         gradients_off = torch.no_grad() if gathers_parameters else torch.inference_mode()
         with gradients_off, torch.compiler.set_stance("force_eager"):
             yield unwrapped if gathers_parameters else unwrapped.forward
@@ -86,23 +86,23 @@ def sum_over_ranks(values: torch.Tensor, *, device: torch.device | str, world: i
 
 
 def loss_sum(forward: Forward, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Total nats of `targets` (B, T), already shifted, -100 counts for nothing. Returns a scalar.
+    """Total nats of `targets` (B, T), already shifted; -100 is ignored. Returns a scalar.
 
-    Our own model computes it a chunk of (B, T, V) logits at a time, so an evaluation batch never needs more memory than
-    a training batch. It is known by `loss_chunk_tokens`: it keeps `shift_labels` out of its signature.
+    Our own model computes the loss in chunks of the (B, T, V) logits, so an evaluation batch never needs more memory
+    than a training batch. The argument `loss_chunk_tokens` identifies it: `shift_labels` is not in its signature.
     """
     owner = getattr(forward, "__self__", forward)  # the module behind a bound method, or the module itself
     if "loss_chunk_tokens" in inspect.signature(type(owner).forward).parameters:
         chunk = LOSS_CHUNK_TOKENS if CHUNKS_UNDER_FSDP2 or not is_fsdp(owner) else None
         how = {"use_cache": False, "output_logits": False, "loss_chunk_tokens": chunk}
-        # a sum: the mean of nothing would be NaN
+        # A sum: where all targets are ignored, the mean would be NaN.
         return forward(input_ids=inputs, shift_labels=targets, num_items_in_batch=1, **how).loss
     logits = forward(input_ids=inputs, use_cache=False).logits  # (B, T, V)
     return -target_log_probs(logits, targets).sum()
 
 
 def padded(windows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (B, T) of up to B windows of up to T + 1 tokens; what is missing is ignored."""
+    """Inputs and targets (B, T) of up to B windows of up to T + 1 tokens; targets of the padding are ignored."""
     inputs, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
     for row, window in enumerate(windows):
         ids = torch.from_numpy(np.asarray(window).astype(np.int64))
@@ -137,7 +137,7 @@ def token_byte_lengths(tokenizer) -> torch.Tensor:
 def loss_metrics(total_nats: float, predicted_tokens: int, predicted_bytes: float | None) -> dict:
     """The three spellings of one number: nats per token, its exponential, and bits per UTF-8 byte of the same text.
 
-    The nats of `<|endoftext|>` count although it has no bytes: who reads the bits must also learn where documents end.
+    The nats of `<|endoftext|>` count although it has no bytes, since a decoder must also learn where documents end.
     """
     loss = total_nats / predicted_tokens
     bits_per_byte = total_nats / math.log(2) / predicted_bytes if predicted_bytes else None
@@ -159,8 +159,8 @@ def validation_loss(
 ) -> dict:
     """Mean loss over the first `tokens` predictions of `split` (None: all), in windows of `seq_len` back to back.
 
-    split: anything with `.tokens`, `.bytes` and `.read(start, count)`. token_bytes: the bytes of each id (see
-    `token_byte_lengths`), needed where the split does not know its bytes or only a part of it is scored; without it the
+    `split` has `.tokens`, `.bytes` and `.read(start, count)`. `token_bytes` is the bytes of each id (see
+    `token_byte_lengths`), for a split that does not know its bytes, or of which only a part is scored; without it the
     bytes are the split's average per token.
 
     Batches of `batch_size` windows are formed first and dealt out to the ranks then; their sums meet in one all-reduce
@@ -168,6 +168,8 @@ def validation_loss(
     rank makes equally many forward passes.
 
     Returns {"val_loss", "perplexity", "bits_per_byte" (None if the split knows no bytes), "val_tokens"}.
+
+    Raises: InputError for a split of less than 2 tokens.
     """
     predicted = split.tokens - 1 if tokens is None else min(tokens, split.tokens - 1)
     if predicted < 1:
@@ -179,7 +181,7 @@ def validation_loss(
     nats = {}
     with inference(model) as forward:
         for step in range(math.ceil(batches / world)):
-            batch = step * world + rank  # past the end all targets are ignored: a padding pass
+            batch = step * world + rank  # past the last batch all targets are ignored: a padding pass
             starts = range(batch * batch_size * seq_len, predicted, seq_len)[:batch_size]
             windows = [split.read(start, min(seq_len, predicted - start) + 1) for start in starts]
             inputs, targets = padded(windows, (batch_size, seq_len))
@@ -189,7 +191,8 @@ def validation_loss(
                 if token_bytes is not None:
                     sums[batch, 1] = token_bytes[targets[targets != IGNORED]].sum()
     if nats:
-        sums[list(nats), 0] = torch.stack(list(nats.values())).double().cpu()  # only now: no pass waited for a number
+        # Read only here, so that no forward pass waits for a number.
+        sums[list(nats), 0] = torch.stack(list(nats.values())).double().cpu()
     per_batch = sum_over_ranks(sums, device=device, world=world).tolist()
     total_nats, total_bytes = (sum(column) for column in zip(*per_batch, strict=True))
     if token_bytes is None:

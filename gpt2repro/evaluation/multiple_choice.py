@@ -41,8 +41,8 @@ class Protocol:
     name: str
     choices: Callable[[dict], list[tuple[str, str]]]  # an example -> (context, continuation) of each choice
     by_tokens: bool = False
-    """Both parts are encoded separately and `acc_norm` divides by tokens, as in build-nanogpt. Otherwise the whole is
-    encoded and cut at the context's token count, and `acc_norm` divides by the continuation's characters without the
+    """True: both parts are encoded separately and `acc_norm` divides by tokens, as in build-nanogpt. False: the whole
+    is encoded and cut at the context's token count, and `acc_norm` divides by the continuation's characters without the
     space in front, as in lm-evaluation-harness."""
 
 
@@ -64,7 +64,10 @@ class Task:
     source: str = ""  # of the published numbers
 
     def read(self, data: str | Path | None = None, *, split: str | None = None, limit: int | None = None) -> list[dict]:
-        """Examples of a .jsonl file, a directory or a dataset of the Hub (None: the task's own); see `checked`."""
+        """Examples of a .jsonl file, a directory or a dataset of the Hub (None: the task's own).
+
+        Raises: InputError for a split without examples, and as `checked` does.
+        """
         split = split or self.split
         own = data is None or str(data) == self.dataset
         names = [f"{self.name}_{split}.jsonl", f"{split}.jsonl", f"data/{self.name}_{split}.jsonl", "*.jsonl"]
@@ -155,7 +158,7 @@ class Task:
 
 
 def index_of(answer, answers: Sequence[str]) -> int | None:
-    """Where `answer`, a text or an int, stands among `answers`; None without one. Raises: ValueError."""
+    """The index of `answer`, a text or an int, in `answers`; None without an answer. Raises: ValueError."""
     if answer in (None, ""):
         return None
     spellings = list(answers)
@@ -165,7 +168,7 @@ def index_of(answer, answers: Sequence[str]) -> int | None:
 
 
 def standard_error(mean: float, n: int) -> float | None:
-    """Of a mean of n zeros and ones: their sample deviation / sqrt(n); None for one."""
+    """The standard error of a mean of n zeros and ones: their sample deviation / sqrt(n); None for n = 1."""
     return math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None
 
 
@@ -185,7 +188,7 @@ def render(protocol: Protocol, examples: Sequence[dict], tokenizer) -> list[Rend
     texts = [protocol.choices(example) for example in examples]
     pairs = [pair for choices in texts for pair in choices]
     contexts = [context if protocol.by_tokens else context.rstrip() for context, _ in pairs]
-    # spaces at the context's end belong to the continuation
+    # Spaces at the context's end belong to the continuation.
     targets = [target if protocol.by_tokens else context + target for context, target in pairs]
     unique = list(dict.fromkeys([*contexts, *targets]))
     encoded = dict(zip(unique, tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True))
@@ -196,8 +199,7 @@ def render(protocol: Protocol, examples: Sequence[dict], tokenizer) -> list[Rend
         if protocol.by_tokens:  # without a context nothing predicts the first token
             rendered.append(Rendered(ids, [len(target) - (not context) for context, target in ids]))
             continue
-        # Where a token spans the border the context keeps its own tokens and the continuation starts at their count,
-        # whatever its tokens are: the harness does that too.
+        # Where a token spans the border, the continuation still starts at the context's token count, as in the harness.
         ids = [(context, whole[len(context) :]) for context, whole in ids]
         if not all(continuation for _, continuation in ids):
             raise InputError(
@@ -213,7 +215,7 @@ def render(protocol: Protocol, examples: Sequence[dict], tokenizer) -> list[Rend
 
 @dataclass(frozen=True)
 class Group:
-    """A context with the distinct continuations of it, and where the score of each belongs."""
+    """A context with its distinct continuations, and the slots of their scores."""
 
     context: list[int]
     endings: list[list[int]]
@@ -221,7 +223,7 @@ class Group:
 
     @property
     def length(self) -> int:
-        """Input positions of the shared row: nobody needs what an ending's last token predicts."""
+        """Input positions of the shared row, without each ending's last token, whose prediction is not needed."""
         return len(self.context) + self.tail
 
     @property
@@ -231,10 +233,12 @@ class Group:
 
 
 def grouped(rendered: dict[str, list[Rendered]], max_length: int) -> list[Group]:
-    """Groups of all protocols; slots count their choices in order.
+    """The groups of all protocols; slots number the choices in order.
 
     A row that is longer than `max_length` inputs loses tokens on its left, as in the harness, and no longer shares its
     context. An empty context takes the first token of its continuation.
+
+    Raises: InputError for an ending that is longer than `max_length`.
     """
     groups, slot = [], 0
     for number, item in ((number, item) for items in rendered.values() for number, item in enumerate(items, 1)):
@@ -281,21 +285,21 @@ def batches_of(groups: Sequence[Group], batch_tokens: int) -> list[list[Group]]:
 
 # --- scoring --------------------------------------------------------------------------------------------------------
 
-# Of every ending token: the logits (N, V) that predict it and its id (N,), on the device; its ending's number (N,).
+# For every token of the endings: its logits (N, V) and its id (N,), on the device; the number of its ending (N,).
 Predicted = tuple[torch.Tensor, torch.Tensor, list[int]]
 
 
 def predict_shared(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
     """Logits of every token of every group's endings; each group's context is computed once.
 
-    Row: `padding | context | endings`, aligned on the right, so that the logits anybody needs are in the last columns.
+    Row: `padding | context | endings`, aligned on the right, so that the needed logits are in the last columns.
     """
     B, T = len(groups), max(group.length for group in groups)
     first_kept = T - max(group.tail for group in groups) - 1  # the column of the leftmost last context token
     ids = np.zeros((B, T), dtype=np.int64)
     positions = np.zeros((B, T), dtype=np.int64)
     segment = np.full((B, T), -1, dtype=np.int64)  # -1 padding, 0 context, 1… endings
-    # for every token of every ending: row and column that predict it, the token, the ending's number
+    # For every token of the endings: the row and column that predict it, its id, the number of its ending.
     rows, columns, targets, owners = [], [], [], []
     number = 0
     for b, group in enumerate(groups):
@@ -313,7 +317,7 @@ def predict_shared(forward: Forward, groups: Sequence[Group], device: torch.devi
             targets += ending
             owners += [number] * len(ending)
             number += 1
-    # a query sees what precedes it in the row and is context or its own ending; and itself, or padding would be 0 / 0
+    # A query sees the context and its own ending, up to itself. Padding sees itself, or its softmax would be 0 / 0.
     segment = torch.from_numpy(segment).to(device)
     query, key = segment[:, :, None], segment[:, None, :]
     causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
@@ -360,7 +364,7 @@ def token_scores(predicted: Predicted, greedy: bool) -> tuple[list[torch.Tensor]
 def ending_sums(columns: Sequence[torch.Tensor], owners: Sequence[int], endings: int) -> torch.Tensor:
     """Sum over each ending's tokens, (endings, columns) float64 on the CPU.
 
-    Unlike atomic additions on a GPU it is the same in every run.
+    The sum is the same in every run; with a GPU's atomic additions it would not be.
     """
     values = torch.stack([column.cpu().double() for column in columns], dim=1)
     return torch.zeros(endings, len(columns), dtype=torch.float64).index_add_(0, torch.tensor(owners), values)
@@ -415,8 +419,8 @@ def score(
     A `greedy` task has a second column: how many tokens greedy decoding would not have written.
 
     Rank r takes every `world`-th batch; all make the same number of forward passes (FSDP needs them all) and all join
-    one all-reduce at the end. batch_tokens: positions per forward pass, padding included (default 512 on a CPU, 32768
-    elsewhere). share_contexts: None tries it and checks; True and False insist.
+    one all-reduce at the end. `batch_tokens` is positions per forward pass, padding included (default 512 on a CPU,
+    32768 elsewhere). `share_contexts=None` checks whether the model can share contexts; True and False decide it.
     """
     device = torch.device(device)
     if batch_tokens is None:
@@ -439,8 +443,8 @@ def score(
             scored = token_scores(predict(forward, groups, device, dtype), greedy)
             if index < len(batches):  # else a padding pass: every rank makes equally many forward passes
                 results.append(([slots for group in groups for slots in group.slots], scored))
-    for slots, scored in results:  # only now, so that no forward pass waited for a number
-        for where, value in zip(slots, ending_sums(*scored, len(slots)), strict=True):
-            scores[where] = value
+    for slots, scored in results:  # read only here, so that no forward pass waits for a number
+        for own_slots, value in zip(slots, ending_sums(*scored, len(slots)), strict=True):
+            scores[own_slots] = value
     per_example = iter(sum_over_ranks(scores, device=device, world=world).split(counts))
     return {name: [next(per_example).numpy() for _ in items] for name, items in prepared.rendered.items()}

@@ -1,4 +1,4 @@
-"""Perplexity of a text: a window that slides over its tokens, and WikiText's form undone.
+"""Perplexity of a text with a sliding window over its tokens, and the detokenizer of WikiText.
 
 Knows no file and no tokenizer.
 """
@@ -25,11 +25,15 @@ def sliding_window_loss(
 ) -> dict:
     """Nats of ids[1:], each predicted once, from at least `max_length - stride` tokens before it where there are any.
 
-    Windows of `max_length` advance by `stride`; of each only the tokens behind the previous window count. `stride` =
-    `max_length` is the cheap extreme (blocks), 1 the dear one (full context for every token).
+    Windows of `max_length` advance by `stride`; in each window only the tokens behind the previous window count.
+    `stride=max_length` is the cheapest (separate blocks), `stride=1` the most expensive (full context for every token).
 
-    Returns {"total_nats", "predicted_tokens"}. Source: transformers' docs, "Perplexity of fixed-length models". There a
-    window of `max_length` tokens predicts all but its first; ours has as many inputs and predicts one token further.
+    Returns {"total_nats", "predicted_tokens"}.
+
+    Raises: InputError for a stride beyond the window, or a text of less than 2 tokens.
+
+    Source: transformers' docs, "Perplexity of fixed-length models". There a window of `max_length` tokens predicts all
+    but its first; our window has as many inputs and predicts one token further.
     """
     if not 1 <= stride <= max_length:
         raise InputError(f"stride={stride} must be between 1 and the window of {max_length} tokens")
@@ -51,7 +55,7 @@ def sliding_window_loss(
 
 
 def detokenize_wikitext(text: str) -> str:
-    """WikiText's word-tokenised form as ordinary text, so that a byte-level model is not charged for the form.
+    """WikiText's word-tokenised form -> ordinary text, so that the form does not raise a byte-level model's loss.
 
     GPT-2's paper uses such "invertible de-tokenizers" and still divides by the words of the original form. Rules as in
     Megatron-LM's WikiText evaluation: joiners (`@-@`), punctuation, brackets, quotes, headings, contractions.

@@ -18,11 +18,11 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.jsonl)(?<!\.json)(?<!\.txt)")
 def read_rows(
     source: str | Path, *, split: str, subset: str | None = None, names: Sequence[str] = ("*.jsonl",)
 ) -> list[dict]:
-    """Every row, as a dict. Of a directory: the first file that one of `names` fits, or else a dataset's own files.
+    """Every row as a dict; in a directory, of the first file that matches one of `names`, else of the dataset's files.
 
-    split: the Hub's name of it, or "val", which the Hub calls "validation". subset: a dataset's configuration.
+    `split` is the Hub's name, or "val", which the Hub calls "validation". `subset` is a dataset's configuration.
 
-    Raises: InputError for what is not there, cannot be read, is not JSON, or holds text that is not Unicode.
+    Raises: InputError for a source that is missing, unreadable or not JSON, or holds text that is not Unicode.
     """
     path = Path(source)
     if os.path.isdir(source):  # unlike Path.is_dir it also answers for a name that is too long to exist

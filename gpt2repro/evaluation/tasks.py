@@ -1,4 +1,4 @@
-"""The tasks by name. A further one is a file like `piqa.py` and a word in each of the two lists here."""
+"""The tasks by name. A new task is a file like `piqa.py`, and its name in the import and in TASKS here."""
 
 import torch
 
@@ -28,7 +28,7 @@ def parse_specs(specs: list[str]) -> list[tuple[Task, str | None]]:
 def prepare_tasks(specs: list[str], tokenizer, model: torch.nn.Module, limit: int | None = None) -> list[Prepared]:
     """Read and render the tasks that `specs` name, once for a whole run; `Prepared.evaluate` then scores a model.
 
-    limit: the first so many examples of each; None: all.
+    `limit` takes the first so many examples of each task; None takes all.
     """
     max_length = max_length_of(getattr(model, "module", model), tokenizer)
     return [task.prepare(task.read(data, limit=limit), tokenizer, max_length) for task, data in parse_specs(specs)]

@@ -7,7 +7,7 @@
 A plain GPT-2 (ours or transformers') is decoded straight from its weights: a static key-value cache, fixed shapes, no
 Python module in between. On CUDA the whole step (forward, sampling, bookkeeping) is one captured graph. Every other
 causal language model, an edited GPT-2 included, is called as a module. Nothing waits for the device between two tokens,
-except to see now and then whether every row has ended, and where somebody reads a token while it streams.
+except to check at intervals whether every row has ended, and where a caller reads a token while it streams.
 
 Knows no file, no command and no Hub. Shapes: B batch, T prompt, L cache slots, C n_embd, H heads, D head size, V
 vocabulary.
@@ -48,12 +48,11 @@ class Step(NamedTuple):
 
 
 class Decoder:
-    """Calls the model and lets its cache grow: right for every causal language model, however it was edited."""
+    """Calls the model with a growing cache: right for every causal language model, also an edited one."""
 
     def __init__(self, model, *, batch_size: int, length: int):
         self.model, self.batch_size, self.length = model, batch_size, length
-        device = next(model.parameters()).device
-        self.device = device
+        device = self.device = next(model.parameters()).device
         self.token = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self.end_token = torch.zeros((), dtype=torch.long, device=device)  # -1: there is none
@@ -72,10 +71,10 @@ class Decoder:
         seed: int = 0,
         rows: Sequence[int] | None = None,
     ) -> Iterator[Step]:
-        """Yield up to `max_new_tokens` steps; stops early once every row has ended.
+        """Yield up to `max_new_tokens` steps; stop early once every row has ended.
 
-        prompts: one non-empty list of ids per row, of any lengths (padded on the left). rows: the number of each
-        prompt's stream of chance, its position by default.
+        `prompts` has one non-empty list of ids per row, of any lengths (padded on the left). `rows` numbers the stream
+        of random numbers of each prompt; None takes the prompts' positions.
         """
         longest = max(map(len, prompts))
         assert len(prompts) == self.batch_size, f"{len(prompts)} prompts in a decoder for {self.batch_size}"
@@ -122,7 +121,7 @@ class Decoder:
         renamed = "cache" in known and "past_key_values" not in known  # by transformers 5.24
         cache = "cache" if renamed else "past_key_values"
         inputs = {"attention_mask": self.mask, "position_ids": positions, cache: self.cache}
-        # A state-space model's memory is no cache of keys and values; it reads everything again at each step.
+        # A state-space model's memory is no cache of keys and values; such a model reads all tokens again at each step.
         inputs |= {"use_cache": not getattr(self.model, "_is_stateful", False), "logits_to_keep": 1}
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
             inputs = {name: value for name, value in inputs.items() if name in known}
@@ -149,9 +148,9 @@ class Weights(NamedTuple):
 
 
 def is_plain_gpt2(model) -> bool:
-    """Whether the weights say all about the model, so that `pack` may read them and ignore its code.
+    """Whether config and weights determine the model, so that `pack` may read them and ignore its code.
 
-    True for GPT-2 (ours or transformers') just as its class builds it from its config, in eval mode, on one device.
+    True for GPT-2 (ours or transformers') exactly as its class builds it from its config, in eval mode, on one device.
     Every edit that could change a logit gives False: another class anywhere (an adapter, a quantised or parametrised
     layer, a copy of our code), an added, shared or missing module, a hook, a patched `forward`, a changed attribute.
     """
@@ -171,7 +170,7 @@ def is_plain_gpt2(model) -> bool:
 
 
 def behaviour(module: torch.nn.Module) -> tuple:
-    """What decides what a module computes, its weights' numbers aside: class, attributes, kinds of weights, hooks."""
+    """All that decides a module's function, without the weights' values: class, attributes, kinds of weights, hooks."""
     own = vars(module).items()
     attributes = {name: value for name, value in own if name[0] != "_" and name not in NO_PART_OF_FORWARD}
     attributes = {name: value for name, value in attributes.items() if callable(value) or isinstance(value, DECISIVE)}
@@ -180,7 +179,7 @@ def behaviour(module: torch.nn.Module) -> tuple:
 
 
 def has_its_own_forward(cls: type) -> bool:
-    """Whether the class still has the `forward` of the file that defines it; some libraries exchange it."""
+    """Whether the class still has the `forward` of the file that defines it; some libraries replace it."""
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     return owner.forward.__module__ == owner.__module__
 
@@ -190,7 +189,8 @@ def pack(model) -> Weights:
     """Lay the weights out for matrices times a few vectors.
 
     A GPU reads a matrix best along its inputs, a CPU along its outputs (measured: 6.5 ms instead of 11.7 ms for the
-    50,257-word head at batch 1), so the other one of head and blocks is transposed here, once, in memory of its own.
+    50,257-word head at batch 1). So `pack` makes one transposed copy: of the blocks' matrices on a GPU, of the head on
+    a CPU.
     """
     on_gpu = next(model.parameters()).is_cuda
     body = model.transformer
@@ -225,10 +225,11 @@ def gpt2_logits(
     causal: bool = False,
     plain_attention: bool = False,
 ) -> torch.Tensor:
-    """Write (B, T) tokens into `slots` (T,) of every layer's cache (2, B, H, L, D) -> the last one's logits (B, V).
+    """Write (B, T) tokens into `slots` (T,) of every layer's cache (2, B, H, L, D) -> the last token's logits (B, V).
 
-    mask: (B, 1, T, L), True where a slot is seen; None sees all L. plain_attention: three matrix steps in place of the
-    fused kernel, which has too few blocks to fill a GPU when T is 1; a compiler turns them into reductions that do.
+    `mask` (B, 1, T, L) is True where a token sees a slot; None means that it sees all L. `plain_attention` computes
+    three matrix steps instead of the fused kernel, whose few blocks cannot fill a GPU when T is 1; a compiler turns the
+    steps into reductions that can.
     """
     batch, length = ids.shape
     heads, head_size = cache[0].size(2), cache[0].size(4)
@@ -264,7 +265,7 @@ def gpt2_logits(
 class GPT2Decoder(Decoder):
     """Decodes GPT-2 from packed weights with a static cache; on CUDA one step is one graph launch.
 
-    compiled: fuse the step with torch.compile first (a minute, once per batch size and length; for long work on a GPU).
+    `compiled` fuses the step with torch.compile (a minute, once per batch size and length; for long work on a GPU).
     """
 
     def __init__(self, model, *, batch_size: int, length: int, compiled: bool = False):
@@ -273,7 +274,7 @@ class GPT2Decoder(Decoder):
         self.weights = pack(model)
         head_size = config.n_embd // config.n_head
         dtype, shape = self.weights.wte.dtype, (2, batch_size, config.n_head, length, head_size)
-        # A tensor per layer: a compiler that sees one for all would copy it whole to change a slot.
+        # A tensor per layer: if all layers shared one, a compiler would copy the whole tensor to change a slot.
         self.cache = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(config.n_layer)]
         self.slot = torch.zeros(1, dtype=torch.long, device=self.device)
         self.padding = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
@@ -346,7 +347,7 @@ class GPT2Decoder(Decoder):
 def decoder_for(model, *, batch_size: int, length: int, compiled: bool = False) -> Decoder:
     """The fastest decoder that is right for the model, with room for `length` tokens a row, prompt included.
 
-    Raises: InputError if the model has fewer positions than that.
+    Raises: InputError if the model has fewer positions than `length`.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -369,8 +370,8 @@ def complete(
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue every prompt -> (index of the prompt, its new tokens up to the end token), shortest prompts first.
 
-    A prompt's text depends on (seed, index), not on what it is batched with. how: `sampling` and `seed`, as in
-    `Decoder.tokens`.
+    A prompt's text depends on (seed, index), not on the other prompts of its batch. `how` holds `sampling` and `seed`,
+    as in `Decoder.tokens`.
     """
     how |= {"max_new_tokens": max_new_tokens, "end_token": end_token}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

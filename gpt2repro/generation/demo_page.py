@@ -1,8 +1,8 @@
-"""The page of `gpt2repro demo`: a prompt goes in, tokens stream out, coloured by how likely the model found them.
+"""The page of `gpt2repro demo`: it streams the text behind a prompt, each token coloured by its probability.
 
-Knows Gradio and the decode engine; which models there are is decided by the caller at start-up. From a visitor it takes
-text and numbers only, checks all of them again on this side, and answers what is wrong in a sentence. Nothing on the
-page comes from another host, so it works offline.
+Knows Gradio and the decode engine; the caller chooses the models at start-up. A visitor sends text and numbers only;
+the server checks all of them and answers a wrong one in a sentence. The page loads nothing from another host, so it
+works offline.
 """
 
 import base64
@@ -26,14 +26,14 @@ from gpt2repro.generation.sampling import Sampling
 from gpt2repro.options import InputError
 from gpt2repro.training.plotting import draw_runs
 
-MOST_PROMPT_CHARACTERS = 20_000  # what is worth tokenising before the model's own limit is looked at
-MOST_BODY_BYTES = 1 << 18  # of a request: the longest beginning and the settings, every character escaped
+MOST_PROMPT_CHARACTERS = 20_000  # a longer prompt is refused before it is tokenised
+MOST_BODY_BYTES = 1 << 18  # of a request: the longest prompt with every character escaped, and the settings
 SECONDS_BETWEEN_UPDATES = 0.04  # faster than the eye follows, slow enough for a thin connection
-SECONDS_UNHEARD = 3  # a text that nobody listens to is given up
+SECONDS_UNHEARD = 3  # the text ends when its visitor has been gone for so long
 ALTERNATIVES = 5  # how many of the likeliest tokens a tooltip shows
-# Lowest probability -> class of colour: what the model expected stays plain, what surprised it glows.
+# (lowest probability, CSS class, label): an expected token stays plain, a surprising one is coloured.
 LIKELIHOODS = ((0.5, "p1", "≥ 50 %"), (0.2, "p2", "20–50 %"), (0.05, "p3", "5–20 %"), (0.01, "p4", "1–5 %"))
-UNLIKELY = ("p5", "< 1 %")
+LIKELIHOODS += ((0.0, "p5", "< 1 %"),)
 HINT = (
     '<span class="hint">The text appears here. Point at a word, tap it, or walk with Tab and the arrow keys, '
     "to see what else the model had in mind.</span>"
@@ -45,7 +45,7 @@ EXAMPLES = ("The import statement", "Once upon a time", "In this section we")
 
 @dataclass(frozen=True)
 class Served:
-    """A model as the page offers it. `run`: the directory whose metrics.jsonl is drawn, if there is one."""
+    """A model that the page offers. `run` is the run's directory, whose curve the page draws; None: no curve."""
 
     model: object
     tokenizer: object
@@ -53,7 +53,7 @@ class Served:
 
 
 class Wishes(BaseModel, allow_inf_nan=False):
-    """What a visitor sends, within its limits."""
+    """A visitor's input, within its limits."""
 
     prompt: str = Field(max_length=MOST_PROMPT_CHARACTERS)
     temperature: float = Field(ge=0, le=100)
@@ -64,7 +64,7 @@ class Wishes(BaseModel, allow_inf_nan=False):
 
 
 class Door:
-    """Every request passes here: its body has a limit, and a session is counted while it listens for its answer."""
+    """ASGI middleware: limits the body of every request, and counts the open streams of each session."""
 
     def __init__(self, app, listeners: Counter):
         self.app, self.listeners = app, listeners
@@ -76,12 +76,9 @@ class Door:
             await send({"type": "http.response.start", "status": 413})
             await send({"type": "http.response.body", "body": b"this request is too large"})
             return
-        is_listening = scope.get("path", "").endswith("/queue/data")
-        session = (
-            scope["query_string"].decode("latin-1").partition("session_hash=")[2].partition("&")[0]
-            if is_listening
-            else None
-        )
+        session = None
+        if scope.get("path", "").endswith("/queue/data"):  # the stream of an answer
+            session = scope["query_string"].decode("latin-1").partition("session_hash=")[2].partition("&")[0]
         self.listeners[session] += 1
         try:
             await self.app(scope, receive, send)
@@ -90,10 +87,8 @@ class Door:
             self.listeners += Counter()  # drops those that are gone
 
 
-def build(
-    models: dict[str, Served], *, most_new_tokens: int, concurrency: int, queue: int
-) -> tuple[gr.Blocks, dict[str, object]]:
-    """The page for the named models, and what it has to be launched with."""
+def build(models: dict[str, Served], *, most_new_tokens: int, concurrency: int, queue: int) -> tuple[gr.Blocks, dict]:
+    """The page for the named models, and the arguments of its `launch`."""
     names = list(models)
     listeners: Counter = Counter()  # session -> its open streams
 
@@ -102,9 +97,8 @@ def build(
             yield page(HINT), below(f"There is no model {name!r} here; choose one of the list.")
             return
         heard = time.monotonic()
-        for shown in answer(
-            models[name], dict(zip(Wishes.model_fields, wishes, strict=True)), most_new_tokens=most_new_tokens
-        ):
+        named = dict(zip(Wishes.model_fields, wishes, strict=True))
+        for shown in answer(models[name], named, most_new_tokens=most_new_tokens):
             if listeners[request.session_hash]:
                 heard = time.monotonic()
             elif time.monotonic() - heard > SECONDS_UNHEARD:
@@ -159,7 +153,7 @@ def build(
             event(write, inputs, [text, status], api_visibility="private", **job)
             for event in (go.click, prompt.submit, examples.load_input_event.then)
         ]
-        # Only after the cancelling, or a last piece of the text would come behind it.
+        # Only after the cancellation, or a last piece of the text would follow it.
         stop.click(None, cancels=running).then(lambda: below(note="stopped"), None, status, **small)
         clear.click(lambda: ("", page(HINT), below()), None, [prompt, text, status], **small)
         picker.change(show_model, picker, [facts, new_tokens], **small)
@@ -169,7 +163,7 @@ def build(
 
 
 def launch_options(listeners: Counter) -> dict[str, object]:
-    """How the page is launched: its looks, and no door that a visitor does not need."""
+    """The arguments of `launch`: the page's style, and no feature that a visitor does not need."""
     files, colours = Path(__file__), gr.themes.colors
     fonts = {"font": ["ui-sans-serif", "system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Base(primary_hue=colours.teal, neutral_hue=colours.stone, **fonts)
@@ -188,7 +182,7 @@ def launch_options(listeners: Counter) -> dict[str, object]:
 
 
 def answer(served: Served, wishes: dict, *, most_new_tokens: int) -> Iterator[tuple[str, str]]:
-    """The page's text and the line below it, again and again while the text grows; mistakes end in a kind sentence."""
+    """Yield the page's text and the line below it while the text grows; a mistake ends it with a sentence."""
     written = HINT
     try:
         sampling, ids, limit, seed = checked(served, wishes, most_new_tokens)
@@ -244,9 +238,9 @@ class Spans:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.reached_by_tab = "0"  # the first span; from there the arrow keys walk on
-        self.tokens = 0  # whose text is not shown yet
-        self.probability = 1.0  # theirs together
+        self.reached_by_tab = "0"  # only the first span; from there the arrow keys lead to the others
+        self.tokens = 0  # tokens without a span yet
+        self.probability = 1.0  # the product of their probabilities
         self.tip = ""
 
     def add(self, step: Step, text: str) -> tuple[str, float]:
@@ -269,23 +263,22 @@ class Spans:
         return (self.rest(text) if text else ""), -math.log(max(probability, 1e-30))
 
     def rest(self, text: str) -> str:
-        """A span for `text` with everything that is pending; "" without text."""
+        """A span for `text` and all tokens without a span; "" without text."""
         if not text:
             return ""
-        colour = next((name for least, name, _ in LIKELIHOODS if self.probability >= least), UNLIKELY[0])
+        colour = next((name for least, name, _ in LIKELIHOODS if self.probability >= least), "p5")
         several = f"  ({self.tokens} tokens)" if self.tokens > 1 else ""
         tip = f"{visible(text)}  {percent(self.probability)}{several}\n\n{self.tip}"
         line_break = " break" if text.strip(" ") and not text.strip() else ""
         tab, self.reached_by_tab = self.reached_by_tab, "-1"
         self.tokens, self.probability = 0, 1.0
         escaped = html.escape(tip, quote=True).replace("\n", "&#10;")
-        return (
-            f'<span class="tok {colour}{line_break}" tabindex="{tab}" data-tip="{escaped}">{html.escape(text)}</span>'
-        )
+        attributes = f'class="tok {colour}{line_break}" tabindex="{tab}" data-tip="{escaped}"'
+        return f"<span {attributes}>{html.escape(text)}</span>"
 
 
 def visible(text: str) -> str:
-    """A token's text with its spaces and line ends to be seen."""
+    """A token's text with signs for its spaces, tabs and line ends."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
 
 
@@ -304,24 +297,23 @@ def pace(tokens: int, seconds: float) -> str:
 
 
 def page(content: str) -> str:
-    """The sheet with its text. Only ever growing at its end, so that Gradio sends what is new and no more."""
+    """The page's text. It grows only at its end, so that Gradio sends only the new part."""
     return f'<div class="page" aria-live="off">{content}'  # browsers close the div
 
 
 def below(error: str = "", *, note: str = "", writing: bool = False) -> str:
-    """The line under the sheet: what went wrong or how it goes, and what the colours mean.
+    """The line under the text: an error or the progress, and the meaning of the colours.
 
-    `writing` is what the style sheet shows the Stop button by.
+    The style sheet shows the Stop button while `writing` is true.
     """
-    colours = [(name, label) for _, name, label in LIKELIHOODS] + [UNLIKELY]
-    chips = "".join(f'<span class="tok {name}">{label}</span>' for name, label in colours)
+    chips = "".join(f'<span class="tok {name}">{label}</span>' for _, name, label in LIKELIHOODS)
     alert = f'<div class="kind-error" role="alert">{html.escape(error)}</div>' if error else ""
     legend = f'<span class="legend">how likely: {chips}</span>'
     return f'<div class="below{" writing" * writing}">{alert}<span>{note}</span>{legend}</div>'
 
 
 def describe(name: str, served: Served) -> str:
-    """A model in a line: name, size, depth, context."""
+    """A model in a line: name, size, layers, context, vocabulary."""
     config = served.model.config
     parts = [f"<b>{html.escape(name)}</b>", f"<b>{served.model.num_parameters() / 1e6:,.1f}M</b> parameters"]
     if layers := getattr(config, "num_hidden_layers", None):
@@ -333,15 +325,14 @@ def describe(name: str, served: Served) -> str:
 
 
 def loss_curve(run: Path | None) -> str:
-    """The run's curve as it stands now, as a picture inside the page: no path leaves the server."""
-    if run is None:
-        return (
-            '<div class="curve"><p>This model was loaded without its run, so there is no loss curve to show.</p></div>'
-        )
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            picture = draw_runs([run], Path(folder) / "loss.png").read_bytes()
-    except InputError:
-        return '<div class="curve"><p>This run has not logged a loss yet.</p></div>'
-    data = base64.b64encode(picture).decode()
-    return f'<div class="curve"><img alt="loss over training steps" src="data:image/png;base64,{data}"></div>'
+    """The run's curve so far, as a picture inside the page: no path leaves the server."""
+    shown = "<p>This model was loaded without its run, so there is no loss curve to show.</p>"
+    if run is not None:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                picture = draw_runs([run], Path(folder) / "loss.png").read_bytes()
+            data = base64.b64encode(picture).decode()
+            shown = f'<img alt="loss over training steps" src="data:image/png;base64,{data}">'
+        except InputError:
+            shown = "<p>This run has not logged a loss yet.</p>"
+    return f'<div class="curve">{shown}</div>'

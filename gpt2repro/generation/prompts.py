@@ -6,7 +6,7 @@ from gpt2repro.options import InputError
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """A prompt's ids; the empty prompt is the end-of-text token, behind which GPT-2 begins a new document.
+    """A prompt's ids; an empty prompt becomes the end-of-text token, after which GPT-2 begins a new document.
 
     Raises: InputError for text that is no Unicode, or an empty prompt where the tokenizer has no token to start from.
     """
@@ -37,7 +37,7 @@ def room_for(model, prompt_tokens: int) -> int | None:
 class TextStream:
     """Tokens one by one -> text as soon as it is certain; never half a UTF-8 character.
 
-    `DecodeStream` holds back tokens that end inside a character, and has no end; `flush` is that end.
+    `DecodeStream` holds back tokens that end inside a character; `flush` gives them out at the end of the text.
     """
 
     def __init__(self, tokenizer):
@@ -48,13 +48,13 @@ class TextStream:
         self.shown = 0  # characters given out
 
     def push(self, token: int) -> str:
-        """The characters that `token` makes certain; often its text, sometimes none."""
+        """The characters that `token` makes certain: usually its text, sometimes none."""
         self.ids.append(token)
         text = self.stream.step(self.backend, token) or "" if self.backend else ""
         self.shown += len(text)
         return text
 
     def flush(self) -> str:
-        """What was held back, at the end: U+FFFD for a character that its tokens left unfinished."""
+        """The text held back at the end: U+FFFD for a character that the tokens left unfinished."""
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text[self.shown :]

@@ -1,7 +1,7 @@
 """Logits -> token ids: temperature, top-k, top-p, and the random numbers that choose.
 
-Random numbers come from outside: each row has its own stream of uniform numbers, drawn before the first token from
-(seed, row). So a seed gives the same text in every batch, and a captured decode step holds no random state.
+The caller passes the random numbers: each row has its own stream of uniform numbers, drawn from (seed, row) before the
+first token. So a seed gives the same text in every batch, and a captured decode step holds no random state.
 
 Knows no model and no tokenizer. Shapes: B batch (rows), V vocabulary, k candidates of a row.
 """
@@ -19,7 +19,7 @@ SMALLEST_TEMPERATURE = 1e-30  # below it, logits / temperature overflow fp32; th
 class Sampling:
     """How a token is chosen: `temperature=0` is greedy; `top_k` and `top_p` cut the tail, None leaves it.
 
-    Limits: temperature at least 0, top_k at least 1, top_p in (0, 1]. Whoever takes them from a user checks them.
+    Limits: temperature at least 0, top_k at least 1, top_p in (0, 1]. The code that reads them from a user checks them.
     """
 
     temperature: float = 1.0
@@ -27,31 +27,23 @@ class Sampling:
     top_p: float | None = None
 
 
-def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The `top_k` best logits in descending order and their ids; all of them, unsorted, without a cut (ids None)."""
-    if sampling.top_k is None and sampling.top_p is None:
-        return logits, None
-    count = min(sampling.top_k or logits.size(-1), logits.size(-1))
-    return torch.topk(logits, count)  # (B, V) -> (B, k), (B, k)
-
-
-def keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero what lies behind the first `top_p` of the mass; `probs` descend. The likeliest token always stays.
-
-    Source: Holtzman et al. 2020, section 3.1.
-    """
-    return probs * (probs.cumsum(-1) - probs < top_p)
-
-
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Temperature, then top-k, then top-p -> unnormalised probabilities (B, k) and the ids they belong to."""
-    best, ids = candidates(logits.float() / sampling.temperature, sampling)
+    """Temperature, then top-k, then top-p -> unnormalised probabilities (B, k) and their ids.
+
+    With a cut the probabilities descend; without one they are all V in the order of the ids, and the ids are None.
+    Source: for top-p Holtzman et al. 2020, section 3.1; the likeliest token always stays.
+    """
+    best, ids = logits.float() / sampling.temperature, None
+    if sampling.top_k is not None or sampling.top_p is not None:
+        best, ids = torch.topk(best, min(sampling.top_k or best.size(-1), best.size(-1)))  # (B, V) -> (B, k), (B, k)
     probs = best.softmax(-1)
-    return (probs if sampling.top_p is None else keep_nucleus(probs, sampling.top_p)), ids
+    if sampling.top_p is not None:
+        probs = probs * (probs.cumsum(-1) - probs < sampling.top_p)  # 0 behind the first `top_p` of the mass
+    return probs, ids
 
 
 def pick(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Where the sum of `probs` (B, k) passes `uniform` (B,) in [0, 1): an index (B,), never one without mass."""
+    """The index (B,) where the sum of `probs` (B, k) passes `uniform` (B,) in [0, 1); its probability is never 0."""
     mass = probs.cumsum(-1)
     # The factor keeps the target below the last step of the sum, whatever order a parallel sum rounded in.
     target = uniform[:, None] * mass[:, -1:] * (1 - 1e-6)

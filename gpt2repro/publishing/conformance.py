@@ -81,6 +81,7 @@ class Subject:
     def tokenizer(self):
         return AutoTokenizer.from_pretrained(self.place, trust_remote_code=False)
 
+    @torch.inference_mode()
     def difference(self, logits) -> float:
         return float((torch.as_tensor(logits).float().reshape(self.logits.shape) - self.logits).abs().max())
 

@@ -27,8 +27,8 @@ MODEL_FILE = re.compile(
     r"|(merges|vocab)\.txt|(tokenizer|spiece)\.model|chat_template\.jinja|LICENSE(\.md|\.txt)?"
     r"|(configuration|modeling)_gpt2repro\.py"
 )
-# llama.cpp's converter recognises a tokenizer by what it makes of one text, so it does not know one's own vocabulary
-# even where its rules are GPT-2's. This starts the converter and names those rules (llama.cpp of 2026: `conversion/`).
+# llama.cpp's converter recognises a tokenizer by the ids of one text, so it does not know an own vocabulary, even one
+# with GPT-2's rules. This program starts the converter and names those rules (llama.cpp of 2026: `conversion/`).
 AS_GPT2 = """
 import pathlib, runpy, sys
 sys.argv = sys.argv[1:]
@@ -173,13 +173,11 @@ def to_ct2(native: Path, out: Path) -> tuple[str, Callable]:
     try:
         import ctranslate2
     except ImportError as error:
-        raise _missing(error, "export") from None
+        raise _missing(error) from None
     need_tokenizer(native)
-    files = [
-        path.name for path in native.iterdir() if "token" in path.name or path.name in ("vocab.json", "merges.txt")
-    ]
+    files = [path.name for path in native.iterdir() if re.search(r"token|^vocab\.json$|^merges\.txt$", path.name)]
     converter = ctranslate2.converters.TransformersConverter(str(native), copy_files=files)
-    with tempfile.TemporaryDirectory(dir=native.parent) as work:
+    with tempfile.TemporaryDirectory(dir=native.parent) as work:  # it would first empty `out`
         for path in Path(converter.convert(work, force=True)).iterdir():
             path.rename(out / path.name)
     generator = ctranslate2.Generator(str(out), device="cpu", compute_type="float32")
@@ -188,7 +186,7 @@ def to_ct2(native: Path, out: Path) -> tuple[str, Callable]:
 
 
 def to_gguf(native: Path, out: Path, converter: Path) -> tuple[str, Callable | None]:
-    """model.gguf in fp32 by llama.cpp's own convert_hf_to_gguf.py; run, where llama-cpp-python is installed."""
+    """Write model.gguf in fp32 by llama.cpp's convert_hf_to_gguf.py; no logits where llama-cpp-python is missing."""
     need_tokenizer(native)
     gguf = out / "model.gguf"
     start = ["-c", AS_GPT2] if _splits_as_gpt2(native) else []
@@ -225,15 +223,8 @@ def _splits_as_gpt2(native: Path) -> bool:
     return bool(plain and tokenizer.get("normalizer") is None and tokenizer["model"].get("type") == "BPE")
 
 
-def _gguf_version(converter: Path) -> str:
-    """Of the package that the converter takes: its own, where it stands in llama.cpp's tree."""
-    own = converter.parent / "gguf-py" / "pyproject.toml"
-    found = re.search(r'^version\s*=\s*"(.+?)"', own.read_text(), re.MULTILINE) if own.is_file() else None
-    return found[1] if found else version("gguf")
-
-
-def _missing(error: ImportError, extra: str) -> InputError:
-    return InputError(f"this format needs {error.name}: pip install 'gpt2repro[{extra}]'")
+def _missing(error: ImportError) -> InputError:
+    return InputError(f"this format needs {error.name}: pip install 'gpt2repro[export]'")
 
 
 def need_tokenizer(native: Path) -> None:

@@ -27,11 +27,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from gpt2repro.checkpoint.layout import STEP_NAME, from_rank_zero, list_steps, rank_and_world, resolve_pointer
+from gpt2repro.checkpoint.layout import STEP_NAME, from_rank_zero, list_steps, resolve_pointer
 from gpt2repro.checkpoint.reader import check_model_directory, verify_checkpoint
 from gpt2repro.files import read_json, read_json_if_whole, write_json
 from gpt2repro.options import InputError
@@ -43,10 +42,9 @@ CHECKSUMS, TRAINER_STATE, STATE = "checksums.json", "trainer_state", "trainer_st
 STEP_BRANCH = re.compile(r"step-(\d+)")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 300.0  # between attempts; doubled each time, with jitter
-LONGEST_FETCH_HOURS = 6  # 19 GB of the 1558M over a slow line
-FETCH_ATTEMPTS = 5  # whoever resumes is waiting: a broken line is mended, a Hub that is down is reported
-FINAL_STATUS = {400, 401, 402, 403, 404, 413, 422}  # asking again will not change the answer
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 300.0  # between attempts: doubled each time, with jitter
+FETCH_ATTEMPTS = 5  # enough for a broken connection; a user waits, so a Hub that is down is reported soon
+FINAL_STATUS = {400, 401, 402, 403, 404, 413, 422}  # another attempt would get the same answer
 
 
 # --- one repository --------------------------------------------------------------------------------------------------
@@ -227,14 +225,14 @@ class Uploader:
         self._cards = partial(card_files, repo=repo, run_dir=self.run_dir, **(card or {}))
         self._comparable = comparable
         self._said: set[str] = set()
-        self._errors: dict[str, str] = {}  # name of what waits -> why it has not arrived
-        self._refused: set[str] = set()  # what waits and will not be sent, since it is damaged or a link
+        self._errors: dict[str, str] = {}  # name of what has not arrived -> the reason
+        self._refused: set[str] = set()  # names in the queue that are not sent: damaged checkpoints and links
         self._verified: dict[tuple[str, int], dict] = {}  # (name, inode) -> files, so that each is hashed once
         self._wake = threading.Condition()
         self._closing_at: float | None = None  # the deadline, once close() was called
-        logging.set_verbosity_error()  # its warnings are about attempts that fail; this class says what comes of them
+        logging.set_verbosity_error()  # its warnings are about single attempts; this class reports their outcome
         if quiet:
-            disable_progress_bars()  # they would run through the training's own
+            disable_progress_bars()  # they would disturb the training's own bar
         self.api = None
         try:
             self._connected()
@@ -279,13 +277,12 @@ class Uploader:
         with self._wake:
             self._closing_at = time.monotonic() + timeout
             if timeout == 0:
-                self._comparable = None  # nobody waits for the native twin
+                self._comparable = None  # no time for the native twin
             self._wake.notify()
         while self._thread.is_alive() and (left := self._closing_at - time.monotonic()) > 0 and not stop():
             self._thread.join(min(0.2, left))
-        waiting = self.waiting()
-        missing = [f"{name} is not on the Hub: {self._errors.get(name, 'still being sent')}" for name in waiting]
-        missing += [f"{name} is not on the Hub: {why}" for name, why in self._errors.items() if name not in waiting]
+        reasons = dict.fromkeys(self.waiting(), "still being sent") | self._errors
+        missing = [f"{name} is not on the Hub: {reason}" for name, reason in reasons.items()]
         with self._wake:
             self._closing_at = time.monotonic()
             self._wake.notify()
@@ -464,13 +461,7 @@ def fetch_checkpoint(name: str, into: str | Path) -> Path:
 
     Raises: InputError where there is no such repository or revision, or it holds weights only.
     """
-    import torch.distributed as dist
-
-    if rank_and_world()[1] == 1:
-        return _fetch_checkpoint(name, Path(into))
-    # The other ranks wait for the download, and NCCL would give up after 10 minutes.
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=LONGEST_FETCH_HOURS))
-    return from_rank_zero(lambda: _fetch_checkpoint(name, Path(into)), patient)
+    return from_rank_zero(lambda: _fetch_checkpoint(name, Path(into)))
 
 
 def _fetch_checkpoint(name: str, into: Path) -> Path:

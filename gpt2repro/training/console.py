@@ -1,4 +1,4 @@
-"""What a run says on the terminal: a bar where somebody watches, plain lines where a file does, and its summary."""
+"""What a run prints: a progress bar on a terminal, plain lines in a file, and a summary."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ SECONDS_BETWEEN_LINES = 10
 
 
 class Console:
-    """Progress of `total` steps on stderr; silent where `shown` is false (on all ranks but the first)."""
+    """Progress of `total` steps on stderr; prints nothing where `shown` is false (on all ranks but the first)."""
 
     def __init__(self, *, total: int, step: int, shown: bool):
         self.total, self.shown = total, shown
@@ -24,7 +24,7 @@ class Console:
         self._next_line = self._began + SECONDS_BETWEEN_LINES
 
     def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """The run has come to `step`."""
+        """Show that the run has reached `step`."""
         text = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
@@ -35,12 +35,12 @@ class Console:
             self.say(f"step {step:,} of {self.total:,} | {text} | {tqdm.format_interval(left)} left")
 
     def back_to(self, step: int) -> None:
-        """The run goes on from an earlier step."""
+        """Show that the run goes on from an earlier step."""
         self.bar.n = self._first_step = step
         self._began = time.monotonic()
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self.shown:
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
@@ -50,7 +50,7 @@ class Console:
 
 
 def opening(config, accelerator, source, model, checkpoint: Path | None, step: int) -> str:
-    """What is about to happen, in five lines."""
+    """Model, data, batch, machine and run, in five lines."""
     world, device = accelerator.num_processes, device_name(accelerator.device)
     passes = config.batch_tokens // (config.micro_batch_size * config.seq_len * world)
     per_pass = f"{config.micro_batch_size} sequences x {config.seq_len} tokens x {world} processes"
@@ -67,7 +67,7 @@ def opening(config, accelerator, source, model, checkpoint: Path | None, step: i
 
 
 def evaluation_line(record: dict) -> str:
-    """One line for the terminal."""
+    """An evaluation's record in one line."""
     parts = [f"step {record['step']}"]
     if "val_loss" in record:
         parts.append(f"validation loss {record['val_loss']:.4f}")
@@ -102,7 +102,7 @@ def closing(config, source) -> str:
 
 
 def compressed_size(manifest: dict | None) -> str:
-    """What `xz -9` makes of the validation text, where the data's manifest knows it."""
+    """`xz -9` on the validation text, in bits per byte, where the data's manifest holds it; else ""."""
     split = manifest["splits"].get("val", {}) if manifest is not None else {}
     if "xz_bytes" not in split:
         return ""

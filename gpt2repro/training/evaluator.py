@@ -1,4 +1,4 @@
-"""A training run's look at its model: validation loss, tasks and samples, by all ranks in the training process."""
+"""A training run's evaluation: validation loss, tasks and samples, by all ranks in the training process."""
 
 import torch
 
@@ -8,7 +8,7 @@ from gpt2repro.training.machine import step_seed
 
 
 class Evaluator:
-    """What a run measures again and again; whatever is the same each time is prepared once.
+    """The measurements that a run repeats; what is the same each time is prepared once.
 
     `config` is a TrainConfig, `source` the training data with its tokenizer and validation split.
     """
@@ -38,7 +38,7 @@ class Evaluator:
         return record
 
     def samples(self) -> list[str]:
-        """Continuations of `sample_prompts`; empty on all ranks but the first, though FSDP needs them all."""
+        """Continuations of `sample_prompts`; [] on the other ranks, unless FSDP needs every rank to generate."""
         config, tokenizer = self.config, self.source.tokenizer
         plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         sharded = is_fsdp(plain)
@@ -57,7 +57,7 @@ class Evaluator:
                     do_sample=True,
                     top_k=50,
                     pad_token_id=tokenizer.eos_token_id,
-                    synced_gpus=sharded,  # no rank stops while another still gathers; FSDP2 goes unnoticed else
+                    synced_gpus=sharded,  # no rank stops while another still gathers; generate does not detect FSDP2
                 )
                 texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
         return texts

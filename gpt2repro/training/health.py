@@ -1,9 +1,9 @@
-"""When a run's numbers go bad: noticing without making a step wait, and saying what to do.
+"""When a run's numbers go bad: how to notice without making a step wait, and what to do.
 
-Bad is a loss or gradient norm that is not finite, or one that lies more than `z_threshold` standard deviations above
-the mean of the last `window` good ones (the gradient norm by its logarithm, since its tail is long). The mean and the
-deviation are taken on the host, in bulk, when the loop fetches its numbers anyway; in between they are two constants,
-so that the device can compare each step with them by itself.
+A loss or gradient norm is bad if it is not finite, or if it lies more than `z_threshold` standard deviations above the
+mean of the last `window` good ones (the gradient norm by its logarithm, since its tail is long). The host computes mean
+and deviation in bulk, when the loop fetches its numbers. Between two fetches they are two constants, so the device can
+compare each step with them.
 
     per step            ok = monitor.allow(loss, grad_norm)            only for policy "skip"; a tensor, nothing waits
                         step_unless_bad(optimizer, ok, scaler)
@@ -26,16 +26,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# A loss that hardly moves has a deviation near zero, and every flutter would be an outlier: count at least this
-# part of the mean as one deviation (of the logarithm, for the gradient norm: this much absolutely).
+# A loss that hardly moves has a deviation near zero, and every small change would be an outlier. So one deviation is at
+# least this part of the mean; for the gradient norm's logarithm it is at least this number.
 SMALLEST_DEVIATION = 0.01
 COUNTS = ("skipped", "in_a_row", "rewinds", "scaler_skips", "scaler_in_a_row")
-SCALER_PATIENCE = 50  # skipped steps in a row: from 2^16 downwards the scale has then passed every useful value
+MOST_SKIPS_IN_A_ROW = 10
+SCALER_PATIENCE = 50  # skipped steps in a row: the scale, halved from 2^16 on, has then passed every useful value
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What went bad: steps first_step to last_step, windows [start, stop) of the data; and what to do about it."""
+    """The bad steps, first_step to last_step, their windows [start, stop) of the data, and the action to take."""
 
     action: Literal["stop", "skip", "rewind"]
     first_step: int
@@ -45,16 +46,16 @@ class Verdict:
     reason: str
 
     def record(self) -> dict:
-        """For metrics.jsonl, at the first bad step: a resume before it forgets the record and meets the step again."""
+        """For metrics.jsonl, at the first bad step: a resume from before that step drops the record and repeats it."""
         event = {name: value for name, value in asdict(self).items() if name != "action"}
         return {"step": self.first_step, "event": self.action, **event}
 
 
 class HealthMonitor:
-    """Judges every step of a run; alike on all ranks, as long as they hand in the same (reduced) numbers.
+    """Judges every step of a run; alike on all ranks that pass the same (reduced) numbers.
 
-    `z_threshold=None` looks only for numbers that are not finite. Spikes are looked for once `window` good steps
-    are known. More than `max_in_a_row` skipped steps in a row or `max_rewinds` rewinds stop the run.
+    `z_threshold=None` finds only numbers that are not finite. Spikes are found once `window` good steps are known. More
+    than MOST_SKIPS_IN_A_ROW skipped steps in a row or `max_rewinds` rewinds stop the run.
     """
 
     def __init__(
@@ -63,40 +64,37 @@ class HealthMonitor:
         *,
         window: int = 100,
         z_threshold: float | None = 10.0,
-        max_in_a_row: int = 10,
         max_rewinds: int = 3,
     ):
         self.policy, self.window, self.z_threshold = policy, window, z_threshold
-        self.max_in_a_row, self.max_rewinds = max_in_a_row, max_rewinds
+        self.max_rewinds = max_rewinds
         self.losses: deque[float] = deque(maxlen=window)
         self.grad_norms: deque[float] = deque(maxlen=window)
-        for name in COUNTS:
-            setattr(self, name, 0)
+        self.skipped = self.in_a_row = self.rewinds = self.scaler_skips = self.scaler_in_a_row = 0
         self._set_limits()
 
     def allow(self, loss: Tensor, grad_norm: Tensor, *, scaled: bool = False) -> Tensor:
-        """Whether the step may be taken: a 0-dim bool tensor on the device, with no wait for it.
+        """Whether the step may be taken, as a 0-dim bool tensor; the host does not wait for it.
 
-        `loss` has to be the mean over all ranks. With `scaled` (fp16) gradients that overflow are left to the scaler.
+        `loss` must be the mean over all ranks. With `scaled` (fp16) the scaler handles gradients that overflow.
         """
         ok = torch.isfinite(loss) & (loss <= self.loss_limit)
         ok_norm = grad_norm <= self.grad_norm_limit  # also false for NaN
         return ok & (ok_norm | ~torch.isfinite(grad_norm) if scaled else ok_norm & torch.isfinite(grad_norm))
 
     def judge(self, records: list[dict]) -> Verdict | None:
-        """Look at the steps since the last call; None where all were good.
+        """The verdict on the steps since the last call; None where all were good.
 
         A record has "step", "loss", "grad_norm" (floats), "positions" (start, stop) of its windows in the data and,
         with fp16, "scaler_skipped".
         """
         bad, reasons, too_many = [], [], None
         for record in records:
-            reason = self._reason(record)
-            if reason is not None:
+            if reason := self._reason(record):
                 bad.append(record)
                 reasons.append(reason)
                 self.in_a_row += 1
-                if self.policy == "skip" and self.in_a_row > self.max_in_a_row:
+                if self.policy == "skip" and self.in_a_row > MOST_SKIPS_IN_A_ROW:
                     too_many = f"; {self.in_a_row} steps in a row were bad, skipping does not help"
             elif not record.get("scaler_skipped"):
                 self.in_a_row = 0
@@ -111,11 +109,9 @@ class HealthMonitor:
         if not bad:
             return None
 
-        action = self.policy
-        if action == "rewind" and self.rewinds >= self.max_rewinds:
+        if self.policy == "rewind" and self.rewinds >= self.max_rewinds:
             too_many = f"; {self.rewinds} rewinds have not helped"
-        if too_many:
-            action = "stop"
+        action = "stop" if too_many else self.policy
         self.rewinds += action == "rewind"
         self.skipped += len(bad) if action == "skip" else 0
         return Verdict(
@@ -128,19 +124,18 @@ class HealthMonitor:
         )
 
     def state(self) -> dict:
-        """JSON for the checkpoint."""
+        """The window and the counts, as JSON for the checkpoint."""
         windows = {"losses": list(self.losses), "grad_norms": list(self.grad_norms)}
         return windows | {name: getattr(self, name) for name in COUNTS}
 
     def load_state(self, state: dict, *, rewinding: bool = False) -> None:
-        """Take over a checkpoint's state; when `rewinding`, the rewinds counted since then stay counted."""
+        """Load a checkpoint's state; with `rewinding` the monitor keeps its own count of rewinds."""
         rewinds = self.rewinds
         for name in ("losses", "grad_norms"):
             setattr(self, name, deque(map(float, state[name]), maxlen=self.window))
         for name in COUNTS:
             setattr(self, name, int(state[name]))
-        if rewinding:
-            self.rewinds = rewinds
+        self.rewinds = rewinds if rewinding else self.rewinds
         self._set_limits()
 
     def _reason(self, record: dict) -> str | None:
@@ -161,7 +156,7 @@ class HealthMonitor:
         return None
 
     def _set_limits(self) -> None:
-        """From the window to the two numbers that a good step stays below."""
+        """Compute the two limits of a good step from the window."""
         self.loss_limit = self.grad_norm_limit = math.inf
         if self.z_threshold is None or len(self.losses) < self.window:
             return
@@ -170,16 +165,15 @@ class HealthMonitor:
         self.loss_limit = mean + self.z_threshold * deviation
         logs = [math.log(norm) for norm in self.grad_norms]
         mean = fmean(logs)
-        self.grad_norm_limit = math.exp(
-            min(mean + self.z_threshold * max(pstdev(logs, mean), SMALLEST_DEVIATION), 700.0)
-        )
+        deviation = max(pstdev(logs, mean), SMALLEST_DEVIATION)
+        self.grad_norm_limit = math.exp(min(mean + self.z_threshold * deviation, 700.0))
 
 
 def step_unless_bad(optimizer: torch.optim.Optimizer, ok: Tensor, scaler=None) -> None:
-    """`optimizer.step()` where `ok`, nothing at all where not: neither weights nor moments nor step counts change.
+    """`optimizer.step()` where `ok`; where not, neither weights nor moments nor step counts change.
 
-    torch's fused AdamW takes the decision on the device (its `found_inf`, made for fp16); any other optimizer, sharded
-    parameters and fp16 need the answer on the host, which makes this step wait.
+    torch's fused AdamW decides on the device (its `found_inf`, made for fp16). Any other optimizer, sharded parameters
+    and fp16 need the answer on the host, so this step waits.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""The machine that a run is on: Accelerate with the run's precision, the seeds of its steps, and what it is called."""
+"""The machine of a run: Accelerate with the run's precision, the seeds of the steps, and the devices' names."""
 
 import os
 import platform
@@ -7,6 +7,7 @@ import shlex
 import sys
 from dataclasses import replace
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from gpt2repro.options import InputError
 
 
 def build_accelerator(config):
-    """Accelerate with this run's precision; deterministic kernels are chosen before the device wakes up.
+    """Accelerate with this run's precision; deterministic kernels are chosen before the device is initialised.
 
     `config` is a TrainConfig.
 
@@ -60,7 +61,7 @@ def build_accelerator(config):
 
 
 def keep_sums_exact(fsdp_plugin) -> None:
-    """Under FSDP2 Accelerate rounds more to bf16 than DDP does; the weights' bf16 copies are enough.
+    """Keep outputs and gradient sums in fp32 under FSDP2, as DDP does; Accelerate's default rounds them to bf16.
 
     A loss of 3.3 in bf16 moves in steps of 0.016, and gradients summed over many micro-batches in bf16 lose digits.
     """
@@ -75,7 +76,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def whole(norm: torch.Tensor) -> torch.Tensor:
-    """The gradient norm as an ordinary tensor; FSDP2 hands out a DTensor."""
+    """The gradient norm as an ordinary tensor; FSDP2 returns a DTensor."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
@@ -84,20 +85,14 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name, as precisely as the system tells it."""
-    if Path("/proc/cpuinfo").exists():
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
+    """The processor's name, as precisely as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def environment(accelerator) -> dict:
     """Where and how a run runs, for the model card."""
-    import accelerate
-    import transformers
-
-    modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate}
     return {
         "command": shlex.join(sys.orig_argv),
         "device": device_name(accelerator.device),
@@ -105,5 +100,5 @@ def environment(accelerator) -> dict:
         "processes": accelerator.num_processes,
         "distributed": str(accelerator.distributed_type).removeprefix("DistributedType."),
         "precision": accelerator.mixed_precision,
-        "versions": {name: module.__version__ for name, module in modules.items()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
     }

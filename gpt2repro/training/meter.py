@@ -46,11 +46,10 @@ def flops_per_token(n_params_without_positions: int, n_layer: int, n_embd: int, 
 
 
 def flops_per_token_of(model, seq_len: int) -> int:
-    """The same for one of our models; a position is looked up, not multiplied."""
+    """`flops_per_token` of one of our models, without its position embeddings: they are looked up, not multiplied."""
     sizes = model.config
-    return flops_per_token(
-        model.num_parameters() - sizes.n_positions * sizes.n_embd, sizes.n_layer, sizes.n_embd, seq_len
-    )
+    n_params = model.num_parameters() - sizes.n_positions * sizes.n_embd
+    return flops_per_token(n_params, sizes.n_layer, sizes.n_embd, seq_len)
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -60,60 +59,49 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if re.search(name, device_name, re.IGNORECASE)), None)
 
 
-class Throughput:
-    """Tokens per second over all processes, and the share of the devices' peak that makes (MFU, 0..1).
+class Meter:
+    """A run's steps between two readings: what they computed stays on the device until `read`.
 
-    `peak` is FLOP/s of all devices together, None if unknown. Time in `pause()` (evaluation, saving) does not count.
+    `accelerator` averages over the ranks. `device_peak` is one device's FLOP/s, None if unknown. Time in
+    `pause()` (evaluation, saving) does not count.
     """
 
-    def __init__(self, *, flops_per_token: float, peak: float | None):
-        self.flops_per_token, self.peak = flops_per_token, peak
-        self.start = time.perf_counter()
-
-    def measure(self, tokens: int, steps: int) -> dict[str, float | None]:
-        """Rates since the last call, for `tokens` processed in `steps` optimizer steps."""
-        now = time.perf_counter()
-        seconds, self.start = max(now - self.start, 1e-9), now
-        rate = tokens / seconds
-        mfu = None if self.peak is None else rate * self.flops_per_token / self.peak
-        return {"tokens_per_second": rate, "step_seconds": seconds / max(steps, 1), "mfu": mfu}
+    def __init__(self, accelerator, *, batch_tokens: int, flops_per_token: float, device_peak: float | None):
+        self.accelerator, self.batch_tokens = accelerator, batch_tokens
+        self.flops_per_token = flops_per_token
+        self.peak = device_peak * accelerator.num_processes if device_peak else None
+        self._steps: list[dict] = []
+        self._start = time.perf_counter()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
+        """Stop the clock inside the block."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self.start += time.perf_counter() - began
-
-
-class Meter(Throughput):
-    """A run's steps between two readings: what they computed stays on the device until `read`.
-
-    `device_peak` is one device's FLOP/s, None if unknown; `accelerator` says how to average over the ranks.
-    """
-
-    def __init__(self, accelerator, *, batch_tokens: int, flops_per_token: float, device_peak: float | None):
-        peak = device_peak * accelerator.num_processes if device_peak else None
-        super().__init__(flops_per_token=flops_per_token, peak=peak)
-        self.accelerator, self.batch_tokens = accelerator, batch_tokens
-        self._steps: list[dict] = []
+            self._start += time.perf_counter() - began
 
     def add(self, **numbers) -> None:
-        """One step: its "step" and "lr", "loss" and "grad_norm" as 0-dim tensors, "positions" of its windows."""
+        """Keep one step: "step" and "lr", "loss" and "grad_norm" as 0-dim tensors, "positions" of its windows."""
         self._steps.append(numbers)
 
     def read(self) -> list[dict]:
         """The steps since the last reading, oldest first, with numbers averaged over the ranks, and their speed.
 
-        Every rank has to call it. Here, and nowhere else, the loop waits for the device.
+        `tokens_per_second` counts all ranks, and `mfu` (0..1) is that speed's share of `peak`. Every rank has to call
+        `read`. Here, and nowhere else, the loop waits for the device.
         """
         steps, self._steps = self._steps, []
         if not steps:
             return []
         numbers = torch.stack([torch.stack([step["loss"], step["grad_norm"]]) for step in steps])  # (steps, 2)
         numbers = self.accelerator.reduce(numbers, reduction="mean").tolist()
-        rates = self.measure(self.batch_tokens * len(steps), len(steps))
+        now = time.perf_counter()
+        seconds, self._start = max(now - self._start, 1e-9), now
+        rate = self.batch_tokens * len(steps) / seconds
+        mfu = None if self.peak is None else rate * self.flops_per_token / self.peak
+        rates = {"tokens_per_second": rate, "step_seconds": seconds / len(steps), "mfu": mfu}
         rates["memory_gib"] = peak_memory_gib(self.accelerator.device)
         for step, (loss, grad_norm) in zip(steps, numbers, strict=True):
             step |= {"loss": loss, "grad_norm": grad_norm, "tokens": step["step"] * self.batch_tokens, **rates}
@@ -123,5 +111,5 @@ class Meter(Throughput):
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
-    """Most memory that tensors took on the device so far; None where nobody counts."""
+    """Most memory that tensors took on the device so far; None on a device that does not count it."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

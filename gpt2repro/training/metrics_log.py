@@ -1,4 +1,4 @@
-"""metrics.jsonl, read back and cut back: one JSON object a line, of which a killed process leaves at worst half a line.
+"""metrics.jsonl, read and cut: one JSON object a line; a killed process leaves at worst half of its last line.
 
 Knows no metric by name but `step`, `loss` and `val_loss`.
 """

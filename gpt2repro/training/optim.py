@@ -145,6 +145,9 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     `torch.optim.Muon` does the same to one matrix at a time, equal to the last bit on a CPU.
     Source: Keller Jordan, https://kellerjordan.github.io/posts/muon.
     """
+    if len(matrices) > 1 and min(matrices.shape[1:]) <= 16:
+        # Up to 16^3 a CPU multiplies with another kernel, by the size of the whole stack.
+        return torch.cat([newton_schulz(matrix) for matrix in matrices.split(1)])
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

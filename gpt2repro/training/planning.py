@@ -1,17 +1,17 @@
 """A run on paper: memory, batch, time, money and disk before a single step. Arithmetic on a TrainConfig; no loop.
 
-All byte counts are per process. The memory is that of eager execution and so an upper bound: torch.compile fuses much
-of what is counted as activations and logits away.
+All byte counts are per process. A run without `micro_batch_size` chooses its own by them.
 """
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpt2repro.checkpoint.layout import kept_steps
+from gpt2repro.checkpoint.layout import from_all_ranks, kept_steps
 from gpt2repro.data.shards import open_split
 from gpt2repro.data.sources import shards_directory
 from gpt2repro.models import architecture_of
@@ -32,8 +32,16 @@ STATE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}  # weights, gradients
 # Derived as in Korthikanti et al. 2022, section 4.1; test_planning.py counts the tensors that our model really saves.
 BLOCK_BYTES = {"fp64": 128, "fp32": 64, "bf16": 36, "fp16": 36}
 STREAM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}  # the residual stream, all that recomputation keeps
-# At the loss: logits, their fp32 copy and its log-softmax (2 + 4 + 4); fp32 needs no copy (4 + 4).
+# At the loss: logits, their fp32 copy and its log-softmax (2 + 4 + 4); fp32 needs no copy (4 + 4). Compiled, copy and
+# log-softmax are never written, which leaves the logits and their gradient (2 + 2). A block keeps 36 bytes in bf16 if
+# the whole model is compiled too, and 34 where each block is. The tests count both; Inductor's code for a GPU, read
+# without one, needs about 37 GiB for 64 x 1024 tokens of 124M.
 LOGIT_BYTES = {"fp64": 16, "fp32": 8, "bf16": 10, "fp16": 10}
+COMPILED_LOGIT_BYTES = {"fp64": 16, "fp32": 8, "bf16": 4, "fp16": 4}
+# Without `micro_batch_size`: at most so many tokens per forward pass (64 x 1024; more would hardly be faster), in so
+# much of the card. The rest is for what is not counted: no card has measured this estimate.
+MOST_TOKENS, SHARE_OF_CARD = 65_536, 0.9
+SEQUENCES_WITHOUT_CARD = 16
 # More passes over one corpus than this are a forgotten --max_steps, or another corpus than was meant.
 MOST_EPOCHS = 1000
 # On a CPU a run that would take longer than this was meant for a GPU.
@@ -58,6 +66,22 @@ class Layout:
     gradient_checkpointing: bool = False
     sharded: bool = False
     loss_chunk_tokens: int | None = None
+    compiled: bool = False
+
+    @classmethod
+    def of(cls, config, *, on_gpu: bool, **sizes) -> "Layout":
+        """The layout of a TrainConfig's run; `sizes` are the fields that the config does not settle."""
+        # Triton has no build for Windows; models.compile_model has the same rule.
+        auto = on_gpu and sys.platform != "win32"
+        return cls(
+            **sizes,
+            seq_len=config.seq_len,
+            micro_batch_size=config.micro_batch_size or 1,
+            optimizer=config.optimizer,
+            gradient_checkpointing=config.gradient_checkpointing,
+            loss_chunk_tokens=config.loss_chunk_tokens,
+            compiled=auto if config.compile == "auto" else config.compile != "off",
+        )
 
     def memory(self) -> dict[str, int]:
         """Part -> bytes of one process at its peak, the beginning of the backward pass."""
@@ -84,7 +108,7 @@ class Layout:
         recomputed = self.n_layer * stream + block
         parts["activations"] = stream + (recomputed if self.gradient_checkpointing else self.n_layer * block)
         logits = min(tokens, self.loss_chunk_tokens or tokens) * self.vocab_size
-        parts["logits"] = logits * LOGIT_BYTES[self.precision]
+        parts["logits"] = logits * (COMPILED_LOGIT_BYTES if self.compiled else LOGIT_BYTES)[self.precision]
         parts["context, workspaces (estimate)"] = RESERVE_BYTES
         return parts
 
@@ -95,6 +119,44 @@ class Layout:
     def moments(self) -> int:
         """Numbers that the optimizer keeps."""
         return 2 * self.n_params - (self.matrices() if self.optimizer == "muon" else 0)
+
+
+def choose_micro_batch(layout: Layout, memory_gib: float | None, batch_rows: int) -> int:
+    """The largest power of two that divides each process' share of `batch_rows` sequences and fits, at least 1.
+
+    It fits into MOST_TOKENS and 90 % of a card of `memory_gib`; without a card (None), 16 is the most.
+    """
+    most = SEQUENCES_WITHOUT_CARD if memory_gib is None else max(1, MOST_TOKENS // layout.seq_len)
+    for size in (2**power for power in reversed(range(1, most.bit_length()))):
+        needed = sum(replace(layout, micro_batch_size=size).memory().values())
+        if batch_rows % (size * layout.processes) == 0 and needed <= SHARE_OF_CARD * GIB * (memory_gib or float("inf")):
+            return size
+    return 1
+
+
+def micro_batch_of_run(config, accelerator, model, kept: int | None) -> int:
+    """What a run without `micro_batch_size` takes: what it `kept` where that still divides the batch, else its choice.
+
+    Every process calls it; the card with the least memory decides.
+    """
+    processes, rows = accelerator.num_processes, config.batch_tokens // config.seq_len
+    if kept is not None and rows % (kept * processes) == 0:
+        return kept
+    on_gpu, sizes = accelerator.device.type == "cuda", model.config
+    precision = accelerator.mixed_precision
+    layout = Layout.of(
+        config,
+        on_gpu=on_gpu,
+        n_params=model.num_parameters(),
+        n_layer=sizes.n_layer,
+        n_embd=sizes.n_embd,
+        vocab_size=sizes.vocab_size,
+        processes=processes,
+        precision=precision if precision in STATE_BYTES else "fp64" if config.precision == "fp64" else "fp32",
+        sharded=accelerator.distributed_type == "FSDP",
+    )
+    memory_gib = min(from_all_ranks(_memory_of_this_gpu(accelerator.device))) if on_gpu else None
+    return choose_micro_batch(layout, memory_gib, rows)
 
 
 @dataclass
@@ -123,7 +185,7 @@ class Plan:
         card = f" of {self.gpu_memory_gib:,.0f} GiB" if self.gpu_memory_gib else ""
         stated = f"{self.mfu:.0%} MFU" + (f", ${price:.2f} per GPU and hour" if price is not None else "")
         epochs = "epochs n/a" if self.epochs is None else f"{self.epochs:,.2f} epochs"
-        n_params = self.layout.n_params
+        n_params, how = self.layout.n_params, "compiled" if self.layout.compiled else "not compiled"
         lines = [
             f"parameters   {n_params:,}",
             f"batch        {self.batch}",
@@ -131,7 +193,7 @@ class Plan:
             f"{self.tokens / n_params:,.1f} tokens per parameter",
             f"work         {self.flops_per_token / 1e6:,.1f} MFLOP per token, "
             f"{self.flops_per_token * self.tokens:.3g} FLOP in all",
-            f"memory       {_gib(sum(memory.values()))}{card} per process, at most (torch.compile needs less)",
+            f"memory       {_gib(sum(memory.values()))}{card} per process, {how}",
             *(f"  {_gib(size):>11}  {part}" for part, size in memory.items()),
             f"time         at {stated}, {processes} process{'es' if processes > 1 else ''}",
         ]
@@ -170,22 +232,24 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
         except InputError as error:
             problems.append(str(error))
     n_layer, n_embd = sizes["n_layer"], sizes["n_embd"]
-    layout = Layout(
+    gpu_memory_gib, on_gpu = config.gpu_memory_gib or _memory_of_this_gpu(), not _on_cpu(config)
+    layout = Layout.of(
+        config,
+        on_gpu=on_gpu,
         n_params=parameter_count(**{name: size for name, size in sizes.items() if name != "n_head"}),
         n_layer=n_layer,
         n_embd=n_embd,
         vocab_size=sizes["vocab_size"],
-        seq_len=config.seq_len,
-        micro_batch_size=config.micro_batch_size,
         processes=processes,
         precision="bf16" if config.precision == "auto" else config.precision,
-        optimizer=config.optimizer,
-        gradient_checkpointing=config.gradient_checkpointing,
         sharded=sharded,
-        loss_chunk_tokens=config.loss_chunk_tokens,
     )
-    passes = config.batch_tokens // (config.micro_batch_size * config.seq_len * processes)
-    multiply = f"{config.micro_batch_size} sequences x {config.seq_len} tokens x {processes} processes"
+    if config.micro_batch_size is None:
+        rows = config.batch_tokens // config.seq_len
+        size = choose_micro_batch(layout, gpu_memory_gib if on_gpu else None, rows)
+        layout = replace(layout, micro_batch_size=size)
+    passes = config.batch_tokens // (layout.micro_batch_size * config.seq_len * processes)
+    multiply = f"{layout.micro_batch_size} sequences x {config.seq_len} tokens x {processes} processes"
     tokens = config.max_steps * config.batch_tokens
     work = flops_per_token(layout.n_params - sizes["n_positions"] * n_embd, n_layer, n_embd, config.seq_len)
 
@@ -194,7 +258,6 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
         problems.append(f"the data has {split.tokens:,} tokens, fewer than one batch of {config.batch_tokens:,}")
     problems += doubts(config, epochs, work * tokens)
 
-    gpu_memory_gib = config.gpu_memory_gib or _memory_of_this_gpu()
     needed = sum(layout.memory().values())
     if needed > gpu_memory_gib * GIB:
         problems.append(
@@ -255,13 +318,10 @@ def print_plan(config, may_write: Callable) -> int:
 
 def doubts(config, epochs: float | None, flops: float) -> list[str]:
     """What about a run is possible but can hardly be meant: many epochs, or a GPU's work on a CPU."""
-    import torch
-
     found = []
     if epochs is not None and epochs > MOST_EPOCHS:
         found.append(f"{epochs:,.0f} epochs of {config.data}; lower --max_steps, or take a larger corpus")
-    on_cpu = not torch.accelerator.is_available() and config.gpu_memory_gib is None
-    if on_cpu and flops > SMALL_RUN_FLOPS:
+    if _on_cpu(config) and flops > SMALL_RUN_FLOPS:
         rate = matmul_flops()
         if (hours := flops / rate / CPU_SHARE / 3600) > MOST_CPU_HOURS:
             found.append(
@@ -291,11 +351,18 @@ def parameter_count(*, vocab_size: int, n_positions: int, n_embd: int, n_layer: 
     return (vocab_size + n_positions) * n_embd + n_layer * (attention + mlp + norms) + 2 * n_embd
 
 
-def _memory_of_this_gpu() -> float:
+def _on_cpu(config) -> bool:
+    """Whether the run would be on this machine's CPU; `gpu_memory_gib` speaks of a GPU elsewhere."""
+    import torch
+
+    return not torch.accelerator.is_available() and config.gpu_memory_gib is None
+
+
+def _memory_of_this_gpu(device=0) -> float:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    return torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else DEFAULT_GPU_GIB
+    return torch.cuda.get_device_properties(device).total_memory / GIB if on_gpu else DEFAULT_GPU_GIB
 
 
 def _what_would_fit(layout: Layout, gpu_memory_gib: float) -> str:

@@ -2,9 +2,9 @@
 
 import itertools
 import math
-import os
 from pathlib import Path
 
+from gpt2repro.files import atomic_file
 from gpt2repro.options import InputError
 from gpt2repro.training.metrics_log import read_metrics
 
@@ -26,9 +26,7 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
     }
     for name, (train, evaluations) in runs.items():
         if not series(train, "loss")[0] and not series(evaluations, "val_loss")[0]:
-            raise InputError(
-                f"{name} has no metrics.jsonl with a loss in it; give the directory of a run that has trained"
-            )
+            raise InputError(f"{name} has no metrics.jsonl with a loss; give the directory of a run that has trained")
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[2.2, 1])
@@ -66,20 +64,19 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
 
     out_png = Path(out_png)
     out_png.parent.mkdir(parents=True, exist_ok=True)
-    rest = out_png.with_name(out_png.name + ".tmp")
-    figure.savefig(rest, dpi=120, format="png")
-    os.replace(rest, out_png)
+    with atomic_file(out_png, "wb") as file:
+        figure.savefig(file, dpi=120, format="png")
     return out_png
 
 
 def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of the records that have a number under `name`; a loss that was not a number is left out."""
+    """(steps, values) of the records that have a finite number under `name`."""
     points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float)) and math.isfinite(r[name])]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean over about a fiftieth of the run around each point: it does not lag behind a fall as a running one does."""
+    """Mean over about a fiftieth of the run, centred on each point: a running mean would lag behind a fall."""
     half = len(values) // 100
     sums = [0.0, *itertools.accumulate(values)]
     borders = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
@@ -87,11 +84,9 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def run_names(run_dirs: list[Path]) -> list[str]:
-    """The directories' names, with as much of the path in front as it takes to tell them apart."""
+    """The directories' names, with as few parents in front as tell them apart."""
     paths = [run.resolve() for run in run_dirs]
-    longest = max(len(path.parts) for path in paths)
-    for depth in range(1, longest + 1):
+    for depth in itertools.count(1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(set(paths)):
             return names
-    return [str(path) for path in paths]

@@ -13,6 +13,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile, schedule
@@ -23,22 +24,15 @@ ATTENTION = re.compile(r"scaled_dot_product|flash|fmha|sdpa|mha_|cudnn.*attn", r
 TABLE_ROWS = 30
 
 
-class NoProfiler:
-    """Stands in where nothing is profiled."""
-
-    def step(self) -> None:
-        pass
-
-
 @contextlib.contextmanager
-def profiling(out: Path, steps: int | None, *, logits: tuple[int, int]) -> Iterator[profile | NoProfiler]:
+def profiling(out: Path, steps: int | None, *, logits: tuple[int, int]) -> Iterator[profile | SimpleNamespace]:
     """Profile `steps` steps after the first five into the directory `out`; `steps=None` profiles nothing.
 
     `logits` is the shape (rows of one micro-batch = B*T, vocab_size). A run shorter than `steps + 5` leaves no profile,
-    but a sentence in `summary.txt` that says so.
+    only a sentence in `summary.txt` that says so.
     """
     if steps is None:
-        yield NoProfiler()
+        yield SimpleNamespace(step=lambda: None)
         return
 
     out.mkdir(parents=True, exist_ok=True)
@@ -86,11 +80,8 @@ def attention_report(averages, steps: int) -> str:
             microseconds = event.device_time_total or event.cpu_time_total
             kind = "kernel" if event.device_type == DeviceType.CUDA else "operator"
             lines.append(f"  {kind:8} {event.count / steps:6.1f} {microseconds / steps / 1000:9.3f} ms  {event.key}")
-    if len(lines) == 1:
-        lines.append(
-            "  no fused attention ran: it is computed as matrix products and a softmax (eager), or by Inductor"
-        )
-    return "\n".join(lines)
+    none = "  no fused attention ran: it is computed as matrix products and a softmax (eager), or by Inductor"
+    return "\n".join(lines if len(lines) > 1 else [*lines, none])
 
 
 def allocations(profiler: profile) -> list[int]:

@@ -1,13 +1,13 @@
-"""Is my curve normal? Reference curves this project produced itself, published milestones, and a live comparison.
+"""Is my curve normal? Reference curves of this project, published milestones, and a comparison while a run trains.
 
-A reference curve belongs to one text and one recipe: it is found by the sha256 of the data set's manifest and by every
-setting that decides the curve (the documentation that ships with Python differs between Python versions, so the same
-preset has one curve per text). Where no curve fits, the field's published numbers are named if tokenizer and data are
-theirs; where these don't fit either, nothing is said. The curves are JSON files in `gpt2repro/references/`:
+A reference curve belongs to one text and one recipe: the sha256 of the data set's manifest and every setting that
+decides the curve find it. (Python's documentation differs between Python versions, so the same preset has one curve per
+text.) Where no curve fits, `comment` names the published numbers for this tokenizer and data; where there are none, it
+says nothing. The curves are JSON files in `gpt2repro/references/`. A finished run makes one:
 
-    python -c "from gpt2repro import reference; print(reference.record('runs/quickstart', name='quickstart'))"
+    python -c "from gpt2repro.training import reference as r; print(r.record('runs/quickstart', name='quickstart'))"
 
-makes one from a finished run. Knows runs by their files only; no model, no training loop.
+Knows runs by their files only; no model, no training loop.
 """
 
 import importlib.metadata
@@ -19,7 +19,12 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import yaml
+
+from gpt2repro.data.shards import load_manifest
+from gpt2repro.files import write_json
 from gpt2repro.options import InputError
+from gpt2repro.training.metrics_log import read_metrics
 
 DIRECTORY = Path(__file__).parents[1] / "references"
 
@@ -30,8 +35,8 @@ RECIPE = (
     "beta2", "eps", "muon_lr_scale", "grad_clip", "init_from", "val_tokens",
 )  # fmt: skip
 
-CLOSE = 0.02  # nats: what another seed or another precision may move
-OFF = 0.1  # nats: more than that has a cause
+CLOSE = 0.02  # nats: another seed or precision may move a curve by so much
+OFF = 0.1  # nats: a larger difference has a cause
 
 # Validation loss over the first 10,485,760 predictions (see evaluation/losses.py) of models with GPT-2's tokenizer.
 MILESTONES = {
@@ -51,7 +56,7 @@ class Reference:
     name: str
     manifest_sha256: str
     recipe: dict
-    curve: list[tuple[int, float]]
+    curve: list  # of [step, loss]
     made: dict  # command, commit, date, versions, machine
 
     def at(self, step: int) -> float | None:
@@ -63,19 +68,14 @@ class Reference:
 
 
 def load_references(directory: Path = DIRECTORY) -> list[Reference]:
-    references = []
-    for path in sorted(directory.glob("*.json")):
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        fields["curve"] = [(step, loss) for step, loss in fields["curve"]]
-        references.append(Reference(**fields))
-    return references
+    return [Reference(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(directory.glob("*.json"))]
 
 
 class Referee:
     """Compares a run's validation losses with the reference of its data and recipe, one evaluation at a time.
 
-    config: the run's options as a flat dict. manifest: the data set's manifest (a dict with `.sha256`), None where the
-    data has none; then there is nothing to compare with, and `comment` stays silent.
+    `config` is the run's options as a flat dict. `manifest` is the data set's manifest (a dict with `.sha256`), None
+    where the data has none; then `comment` has nothing to compare with and returns None.
     """
 
     def __init__(self, config: dict, manifest, *, references: list[Reference] | None = None):
@@ -85,39 +85,30 @@ class Referee:
         self.reference = next((r for r in known if r.manifest_sha256 == sha256 and r.recipe == recipe), None)
         self.warmup_steps = config.get("warmup_steps") or 0
         self.milestones = milestones_for(manifest) if manifest is not None else ()
-        self._passed: set[str] = set()
+        self._passed: set[tuple] = set()  # milestones
 
     def comment(self, step: int, val_loss: float) -> str | None:
         """A sentence about `val_loss` after `step` optimizer steps, or None where there is nothing to say."""
         if not math.isfinite(val_loss):
-            return None  # the health monitor's business
+            return None  # the health monitor reports it
         expected = self.reference.at(step) if self.reference else None
-        if expected is not None:
-            return self._against_reference(step, val_loss, expected)
-        return self._against_milestones(step, val_loss)
-
-    def _against_reference(self, step: int, val_loss: float, expected: float) -> str:
+        if expected is None:
+            reached = [entry for entry in self.milestones if val_loss <= entry[1] and entry not in self._passed]
+            self._passed.update(reached)
+            passed = ", ".join(f"{who} ({loss}, {source})" for who, loss, source in reached)
+            return f"at or below {passed} at step {step}, if this is the same validation text" if reached else None
         difference = val_loss - expected
         name = f"the reference '{self.reference.name}' ({expected:.4f})"
         if abs(difference) <= CLOSE:
             return f"within {CLOSE} of {name} at step {step}"
-        side = "above" if difference > 0 else "below"
-        text = f"{abs(difference):.3f} {side} {name} at step {step}"
+        text = f"{abs(difference):.3f} {'above' if difference > 0 else 'below'} {name} at step {step}"
         if abs(difference) <= OFF:
             return text
         return f"warning: the curve is off, {text}. Usual causes: {usual_causes(step, difference, self.warmup_steps)}"
 
-    def _against_milestones(self, step: int, val_loss: float) -> str | None:
-        reached = [entry for entry in self.milestones if val_loss <= entry[1] and entry[0] not in self._passed]
-        if not reached:
-            return None
-        self._passed.update(entry[0] for entry in reached)
-        passed = ", ".join(f"{who} ({loss}, {source})" for who, loss, source in reached)
-        return f"at or below {passed} at step {step}, if this is the same validation text"
-
 
 def usual_causes(step: int, difference: float, warmup_steps: int) -> str:
-    """What usually moves a whole curve, by where it is off."""
+    """The usual causes of a curve that is off, by the step and the side where it is off."""
     if step == 0:
         return (
             "initial weights (a fresh model starts near ln(vocabulary size)), another tokenizer, labels shifted twice"
@@ -141,26 +132,21 @@ def milestones_for(manifest) -> tuple:
 
 
 def recipe_of(config: dict) -> dict:
-    """The part of a run's options that decides its curve; numbers compare as numbers, however they were written."""
+    """The options that decide a run's curve; numbers become floats, so that 500 and 500.0 are equal."""
     return {name: float(v) if isinstance(v := config.get(name), (int, float)) else v for name in RECIPE}
 
 
-def record(run_dir: str | Path, *, name: str, data: str | Path | None = None, directory: Path = DIRECTORY) -> Path:
-    """Write the reference curve of a finished run as `directory/NAME-<first of the sha256>.json`.
+def record(run_dir: str | Path, *, name: str, directory: Path = DIRECTORY) -> Path:
+    """Write the reference curve of a finished run as `directory/NAME-<start of the sha256>.json`.
 
-    data: the data set's directory, if it is no longer where the run's config.yaml says. Raises InputError.
+    Raises: InputError for a directory that is no run, or a run that has not ended.
     """
-    import yaml
-
-    from gpt2repro.data.shards import load_manifest
-    from gpt2repro.training.metrics_log import read_metrics
-
     run_dir = Path(run_dir)
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"{run_dir} is no run: it has no config.yaml") from None
-    manifest = load_manifest(data or config["data"])
+    manifest = load_manifest(config["data"])
     _, evaluations = read_metrics(run_dir)
     curve = [(entry["step"], round(entry["val_loss"], 4)) for entry in evaluations if "val_loss" in entry]
     if not curve or curve[-1][0] < config["max_steps"]:
@@ -180,7 +166,7 @@ def record(run_dir: str | Path, *, name: str, data: str | Path | None = None, di
         },
     }
     path = directory / f"{name}-{manifest.sha256[:8]}.json"
-    path.write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
+    write_json(path, reference)
     return path
 
 

@@ -1,4 +1,4 @@
-"""A run's directory while the run trains in it: lock, log, checkpoints, health, status; opened and closed as one.
+"""A training run around its steps: lock, log, checkpoints, health, status; opened and closed together.
 
     with Run(config, accelerator, model, optimizer, source, fetch=fetch_checkpoint) as run:
         … one step …            run.state.step += 1
@@ -6,7 +6,7 @@
         run.evaluate(); run.save()                  metrics, samples; a checkpoint, written by a thread
     return run.exit_code
 
-It owns what outlives a step. Knows neither how a step is made nor which data or model it is made with.
+Owns the run's directory and state. Knows neither how a step is made nor which data or model it uses.
 """
 
 import contextlib
@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
-from gpt2repro.checkpoint.layout import POINTERS
+from gpt2repro.checkpoint.layout import POINTERS, from_all_ranks
 from gpt2repro.checkpoint.reader import find_checkpoint
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
@@ -34,26 +33,21 @@ from gpt2repro.training.evaluator import Evaluator
 from gpt2repro.training.health import HealthMonitor, Verdict
 from gpt2repro.training.machine import environment
 from gpt2repro.training.meter import flops_per_token_of
-from gpt2repro.training.planning import doubts
+from gpt2repro.training.planning import doubts, micro_batch_of_run
 from gpt2repro.training.plotting import draw_runs
 from gpt2repro.training.reference import Referee
 from gpt2repro.training.state import Best, RunState, find_resume, load_run_state
-from gpt2repro.training.stopping import (
-    EXIT_BAD_NUMBERS,
-    EXIT_DONE,
-    EXIT_STOPPED,
-    StopSignal,
-    lost_a_process,
-    said_to_the_user,
-)  # fmt: skip
+from gpt2repro.training.stopping import StopSignal, lost_a_process, said_to_the_user
 from gpt2repro.training.tracking import RunLog
 
 BATCHES_AHEAD = 4  # made in a thread while the device computes
-UPLOAD_SECONDS_AT_EXIT = 1800  # how long a finished run waits for uploads; a stopped one leaves them to the next start
+# Seconds that a finished run waits for uploads. A stopped run does not wait; the next start sends them.
+UPLOAD_SECONDS_AT_EXIT = 1800
+EXIT_DONE, EXIT_STOPPED, EXIT_BAD_NUMBERS = 0, 3, 4
 
 
 class Run:
-    """See the module. Every rank opens one; only the main one writes files.
+    """A context manager, used as the module shows. Every rank opens a Run; only the main rank writes files.
 
     `compiled` is how the model was (model, block, off), `fetch(place, directory)` brings a checkpoint from the Hub.
     `state` changes from step to step. `uploader` (None: no uploads) is set by whoever opens the run.
@@ -113,6 +107,9 @@ class Run:
                     self.state.parent = {"checkpoint": str(checkpoint), "step": self.state.step, "sha256": digest}
                     self.state.best = self.state.run_ids = None  # the branch is a run of its own
             self.state.digests = self.source.digests()
+            if config.micro_batch_size is None:
+                kept = self.state.micro_batch_size
+                config.micro_batch_size = micro_batch_of_run(config, self.accelerator, self.plain_model, kept)
             options = yaml.safe_load(to_yaml(config))
             n_params, world = self.plain_model.num_parameters(), self.accelerator.num_processes
             self.log = RunLog(
@@ -136,12 +133,13 @@ class Run:
             self._referee = Referee(options, self.source.manifest)
             self._console = console.Console(total=config.max_steps, step=self.state.step, shown=is_main)
             opened.callback(self._console.close)
+            from_all_ranks()  # the first one opens the log and the trackers: no wait for the training's own group
             self._at_exit = opened.pop_all()
         self.log.status("running", self.state.step)
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        """Let go of everything; whatever ended the run early also ends up in status.json, since launchers hide codes.
+        """Close everything; an error also goes into status.json, since launchers hide exit codes.
 
         Raises: InputError in place of an error that a sentence explains better than a traceback.
         """
@@ -157,7 +155,7 @@ class Run:
                 raise SystemExit(1) from None
             sentence = said_to_the_user(error)
             message = f"{type(error).__name__}: {error}" if sentence is None else str(sentence)
-            if not self.accelerator.is_main_process:  # the main one will only notice that somebody is gone
+            if not self.accelerator.is_main_process:  # the main rank only learns that a process has gone
                 message = f"rank {self.accelerator.process_index}: {message}"
             self.log.failed(self.state.step, 1 if sentence is None else 2, message)
             if sentence is not None and sentence is not error:
@@ -173,7 +171,7 @@ class Run:
         return made_ahead
 
     def record(self, steps: list[dict]) -> Verdict | None:
-        """Log, judge and show what the meter has read; returns the verdict where steps were bad."""
+        """Log, judge and show the steps that the meter has read; returns the verdict where steps were bad."""
         if not steps:
             return None
         for step in steps:
@@ -198,19 +196,21 @@ class Run:
             self._console.say(console.evaluation_line(record) + (f" | {comment}" if comment else ""))
         if samples := self.evaluator.samples():
             self.log.samples(step, samples)
+        from_all_ranks()  # the samples are the first one's alone
         return record
 
     def save(self, val_loss: float = math.inf) -> None:
-        """Start writing a checkpoint of this step; `val_loss`, if it was measured, decides whether it is the best."""
+        """Start writing a checkpoint of this step, which becomes `best` if `val_loss` is the lowest so far."""
         state, scaler = self.state, self.accelerator.scaler
-        if val_loss < (state.best["val_loss"] if state.best else math.inf):  # NaN compares false: it is never the best
+        # NaN compares false, so a diverged model never becomes `best`.
+        if val_loss < (state.best["val_loss"] if state.best else math.inf):
             state.best = Best(step=state.step, val_loss=val_loss)
-        state.run_ids = self.log.run_ids
+        state.run_ids, state.micro_batch_size = self.log.run_ids, self.config.micro_batch_size
         state.scaler = scaler.state_dict() if scaler is not None else None
         state.health = self.monitor.state()
         state.environment = environment(self.accelerator)
         content = state.model_dump(exclude={name for name in ("digests", "parent") if not getattr(state, name)})
-        content["source"] = merge_states(gather_object([state.source]))  # a stream's ranks each know their own lanes
+        content["source"] = merge_states(from_all_ranks(state.source))  # a stream's ranks each know their own lanes
         self.writer.save(
             state.step,
             model=self.model,
@@ -223,24 +223,24 @@ class Run:
             self.writer.point("best", state.step)
 
     def rewind(self, verdict: Verdict) -> bool:
-        """Back to the newest checkpoint before the bad steps, their windows passed over; False if there is none."""
-        self.writer.wait()  # first: a save that is under way may be the one to return to, and prunes older ones
+        """Return to the newest checkpoint before the bad steps and skip their data; False without a checkpoint."""
+        self.writer.wait()  # first: the save that is under way may be that checkpoint, and it deletes older ones
         checkpoint = find_checkpoint(self.config.run_dir, all_ranks=True, at_most=verdict.first_step - 1)
         if checkpoint is None:
             return False
         self._restore(checkpoint, rewinding=True)
         self.state.source = skip_ahead(self.state.source, verdict.start, verdict.stop)
         self.log.rewind(self.state.step)
-        # At the first step of the new way: a resume from before it meets the bad steps again and logs them itself.
+        # Logged at the first new step: a resume from an earlier step makes the bad steps again and logs them again.
         self.log.log(verdict.record() | {"step": self.state.step + 1})
         self._console.back_to(self.state.step)
         return True
 
     def finish(self, verdict: Verdict | None, stop: StopSignal) -> None:
-        """The end of the run, or of this process' part in it: last checkpoint, uploads, status and exit code.
+        """End the run, or this process' part of it: last checkpoint, uploads, status and exit code.
 
-        `verdict` says why the numbers ended it. A signal ends the wait for uploads; what waits is sent by the next
-        start or by `gpt2repro push`.
+        `verdict` is given where bad numbers ended the run. A signal ends the wait for uploads; the next start or
+        `gpt2repro push` sends the rest.
         """
         config, state, done = self.config, self.state, self.state.step == self.config.max_steps
         if verdict is None and not done:
@@ -253,9 +253,8 @@ class Run:
         missing: list[str] = []
         if self.uploader is not None:
             waiting = ", ".join(self.uploader.waiting())
-            self.log.status(
-                "running", state.step, message=f"training has ended; uploading {waiting}" if waiting else ""
-            )
+            message = f"training has ended; uploading {waiting}" if waiting else ""
+            self.log.status("running", state.step, message=message)
             seconds = UPLOAD_SECONDS_AT_EXIT if done else 0
             missing = self.uploader.close(timeout=seconds, stop=lambda: stop.received)
         if verdict is not None:
@@ -280,7 +279,7 @@ class Run:
         self.log.status(state, self.state.step, code, message)
 
     def _restore(self, checkpoint: Path, *, rewinding: bool = False) -> None:
-        """Put everything back to what it was when `checkpoint` was saved; those of later steps are abandoned."""
+        """Restore everything that `checkpoint` holds, and discard the checkpoints of later steps."""
         self.state = load_run_state(checkpoint, self.identity)
         restore(checkpoint, self.model, self.optimizer)
         if self.state.scaler is not None and self.accelerator.scaler is not None:
@@ -291,7 +290,7 @@ class Run:
             self.writer.point("best", self.state.best["step"])
 
     def _written(self, checkpoint: Path) -> None:
-        """What follows a checkpoint; called by the thread that wrote it, so that the loop does not wait for it."""
+        """Draw, upload and log a written checkpoint, in the thread that wrote it: the loop does not wait."""
         if not self._hurried:  # by whoever sent a signal and may kill in a moment
             self._draw()
         step, place = step_in_name(checkpoint), str(checkpoint)
@@ -301,7 +300,7 @@ class Run:
         self.log.checkpoint_link(step, place)
 
     def _draw(self) -> None:
-        """Refresh the run's picture; no picture is a reason to end a run."""
+        """Draw the run's picture again; a failure is printed and does not end the run."""
         try:
             draw_runs([self.config.run_dir], self.config.run_dir / "loss.png")
         except Exception as error:
@@ -309,7 +308,7 @@ class Run:
 
 
 def lock_run(run_dir: Path) -> FileLock:
-    """A lock that dies with its process. Raises: InputError where another process already trains this run."""
+    """A lock that ends with its process. Raises: InputError where another process already trains this run."""
     run_dir.mkdir(parents=True, exist_ok=True)
     kinds = dict.fromkeys(("checkpoints", "samples"), Path.is_dir)
     kinds |= dict.fromkeys((".lock", "config.yaml", "metrics.jsonl", "status.json", "loss.png"), Path.is_file)

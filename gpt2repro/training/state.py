@@ -1,6 +1,6 @@
-"""What a run carries from step to step, and finds again in its checkpoints; checked before anything is done with it.
+"""The state that a run keeps from step to step and stores in its checkpoints; a loaded state is checked before its use.
 
-Knows no optimizer and no file: tensors are the checkpoint room's.
+Knows no optimizer and no file format: the checkpoint room owns the tensors.
 """
 
 import shutil
@@ -32,7 +32,7 @@ class Best(TypedDict):
 
 
 class Identity(TypedDict):
-    """What makes a run this run: with another value, the rest of it would be another run."""
+    """The settings that identify a run: with another value, its remaining steps would belong to another run."""
 
     data: dict[str, Any]
     batch_tokens: int
@@ -42,7 +42,7 @@ class Identity(TypedDict):
 
 
 class Source(TypedDict):
-    """Where the data stands: windows consumed, ranges skipped on purpose, and for streams each lane's place."""
+    """The position in the data: windows consumed, ranges skipped on purpose, and for streams each lane's place."""
 
     position: Count
     skipped: list[Range]
@@ -62,7 +62,7 @@ class Health(TypedDict):
 
 
 class RunState(BaseModel):
-    """The one object that changes from step to step; `model_dump()` is what a checkpoint keeps of it."""
+    """The one object that changes from step to step; a checkpoint keeps its `model_dump()`."""
 
     model_config = ConfigDict(strict=True)
 
@@ -77,6 +77,7 @@ class RunState(BaseModel):
     parent: dict[str, Any] | None = None  # the checkpoint that a cool-down branched off
     digests: dict[str, str] = {}
     environment: dict[str, Any] = {}
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None  # None in checkpoints from before it was kept
 
 
 def load_run_state(checkpoint: Path, identity: Identity) -> RunState:
@@ -98,7 +99,7 @@ def load_run_state(checkpoint: Path, identity: Identity) -> RunState:
 
 
 def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path) -> None:
-    """Raises InputError where an option changed that would make the rest of the run another run.
+    """Raises: InputError where an option changed that would make the rest of the run another run.
 
     Free to change on resume: processes, micro_batch_size, precision, workers, trackers, intervals; max_steps, lr and
     the rest of the schedule change lr(step) from here on. Not free: the data and its order (data, seed, seq_len,
@@ -145,8 +146,8 @@ def cooled_down(config):
 def find_resume(run_dir: Path, resume: str, *, fetch: Callable[[str, Path], Path], is_main: bool) -> Path | None:
     """The checkpoint that `--resume` means, None for a new run. Every rank calls it; `fetch` gets one from the Hub.
 
-    A run that was started from elsewhere and interrupted continues from its own checkpoints: the same command again.
-    Naming an earlier checkpoint of the run itself goes back to it and abandons the later ones.
+    A run that started from another run's checkpoint and was interrupted continues from its own checkpoints, by the same
+    command. With an earlier checkpoint of the run itself, it goes back to that step and abandons the later ones.
     """
     own = find_checkpoint(run_dir, all_ranks=True)
     if resume == "auto":

@@ -1,4 +1,4 @@
-"""How a run ends before its time: signals that ask for a checkpoint, errors that say what to do, exit codes."""
+"""How a run ends early: signals that ask for a checkpoint, and errors that say what to do."""
 
 import signal
 import sys
@@ -9,14 +9,13 @@ import torch.distributed as dist
 from gpt2repro.options import InputError, sentence_for
 
 SECONDS_BETWEEN_LOOKS = 0.5  # at the signals, while there is no data
-EXIT_DONE, EXIT_STOPPED, EXIT_BAD_NUMBERS = 0, 3, 4
 
 
 class StopSignal:
     """SIGTERM, SIGINT, SIGHUP and SIGUSR1 (Slurm's warning) ask for a checkpoint; a second SIGINT leaves at once.
 
-    Whichever rank it reaches, all ranks stop after the same step: each step's answer travels while the next step
-    computes, so agreeing costs no waiting. A context manager: at its end the process has its old handlers again.
+    A signal may reach any rank; all ranks stop after the same step. The answer of one step travels while the next step
+    computes, so no step waits for it. A context manager: at its end the process has its old handlers again.
     """
 
     def __init__(self, world: int):
@@ -54,20 +53,20 @@ class StopSignal:
     def next_of(self, batches) -> tuple | None:
         """The next item of a Prefetch; None where a signal comes while there is none.
 
-        Raises: InputError in that case on several processes: the others are inside the step, so nothing can be saved.
+        Raises: InputError instead of None on several processes: the others are inside the step, so none can save.
         """
         while not batches.ready(SECONDS_BETWEEN_LOOKS):
-            if self.received and self._group is not None:
+            if self.received and self._group is None:
+                return None
+            if self.received:
                 raise InputError(
                     f"stopped by {self.name} while the data kept this process waiting; the same command goes on from "
                     "the last checkpoint"
                 )
-            if self.received:
-                return None
         return next(batches)
 
     def agreed(self) -> bool:
-        """Whether to stop before the next step. Every rank must ask equally often."""
+        """Whether to stop before the next step. Every rank must call it equally often."""
         if self._group is None:
             return self.received
         if self._work is not None:
@@ -93,6 +92,6 @@ def said_to_the_user(error: BaseException) -> InputError | None:
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Whether a collective failed since another process has ended: gloo's RuntimeError, or NCCL's DistError."""
+    """Whether a collective failed because another process has ended: gloo's RuntimeError, or NCCL's DistError."""
     by_gloo = isinstance(error, RuntimeError) and ("gloo" in str(error) or "by peer" in str(error))
     return by_gloo or isinstance(error, dist.DistError)

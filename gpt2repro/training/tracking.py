@@ -1,9 +1,9 @@
-"""What a run leaves behind while it trains: metrics.jsonl, samples, status.json, and views of it in trackers.
+"""The log of a run: metrics.jsonl, samples, status.json, and the same records in trackers.
 
     record -> metrics.jsonl        the truth: one JSON object per line, cut back to the checkpoint's step on resume
-           -> TensorBoard, W&B, Trackio   views of it, by accelerate.tracking; one that fails is named and dropped
+           -> TensorBoard, W&B, Trackio   by accelerate.tracking; a tracker that fails is named and dropped
 
-Owns the files named above. Knows nothing of models, data or checkpoints, and no metric by name but `step`, `val_loss`.
+Owns the files named above. Knows no model, data or checkpoint, and no metric by name but `step`.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import sys
 import threading
 import uuid
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
@@ -26,9 +25,9 @@ from gpt2repro.training.metrics_log import cut_metrics
 class RunLog:
     """The log of one run. Every process may build and call it; only the main one writes.
 
-    `config` is shown in the trackers, scrubbed of secrets. `run_ids` are those of the run that is continued: they go
-    into its checkpoints, and a resumed W&B run is the same run. `resume_step` is the step of the checkpoint that is
-    continued from, None for a run from the start: whatever was logged after it is dropped and will be logged again.
+    The trackers show `config` without secrets. `run_ids` are the trackers' names of the run, which its checkpoints
+    keep: a resumed W&B run is the same run. `resume_step` is the step of the checkpoint that the run continues from,
+    None for a run from the start: later records are dropped, and the run logs them again.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class RunLog:
         self._metrics = open(self.run_dir / "metrics.jsonl", "a", buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`, which the run goes through once more."""
+        """Drop the records after `step`: the run makes these steps again."""
         if self.is_main:
             self._metrics.close()
             self._open_metrics(step)
@@ -77,42 +76,41 @@ class RunLog:
         if not self.is_main:
             return
         record = {name: value.item() if hasattr(value, "item") else value for name, value in record.items()}
-        self._metrics.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+        numbers = {name: value for name, value in record.items() if isinstance(value, float)}
+        nulls = {name: None for name, value in numbers.items() if not math.isfinite(value)}
+        self._metrics.write(json.dumps(record | nulls, ensure_ascii=False, allow_nan=False) + "\n")
         self._send("log", record)
 
     def samples(self, step: int, texts: list[str]) -> None:
         """Keep generated texts: samples/step_N.md and the trackers' tables."""
         if not self.is_main:
             return
-        # Four spaces make a block whatever the text holds, fences and headings included.
-        blocks = ["\n".join("    " + line for line in text.splitlines()) for text in texts]
-        parts = [f"## {number}\n\n{block}\n" for number, block in enumerate(blocks, 1)]
+        parts = [f"## {number}\n\n{_code_block(text)}\n" for number, text in enumerate(texts, 1)]
         path = self.run_dir / "samples" / f"step_{step:06d}.md"
         path.write_text(f"# Samples at step {step}\n\n" + "\n".join(parts), encoding="utf-8", newline="\n")
         self._send("samples", step, texts)
 
-    def checkpoint_link(self, step: int, path_or_url: str | Path) -> None:
+    def checkpoint_link(self, step: int, path_or_url: str) -> None:
         """Note in the trackers where the checkpoint of `step` is (metadata only: nothing is uploaded)."""
         if self.is_main:
-            self._send("checkpoint_link", step, scrub(str(path_or_url)))
+            self._send("checkpoint_link", step, scrub(path_or_url))
 
     def status(self, state: str, step: int, exit_code: int | None = None, message: str = "") -> None:
-        """Replace status.json, for whoever only sees the launcher's exit code."""
-        if not self.is_main:
-            return
-        write_json(self.run_dir / "status.json", _status(state, step, exit_code, message))
+        """Replace status.json, since launchers hide the exit code."""
+        if self.is_main:
+            write_json(self.run_dir / "status.json", _status(state, step, exit_code, message))
 
     def failed(self, step: int, exit_code: int, message: str) -> None:
-        """The same by whichever process has failed, and also where the disk is full."""
+        """Replace status.json from any process that has failed, and also where the disk is full."""
         content, path = _status("failed", step, exit_code, message), self.run_dir / "status.json"
         with contextlib.suppress(OSError):
             try:
                 write_json(path, content)
-            except OSError:  # no room for a second file: take that of the first
+            except OSError:  # no room for a second file: overwrite the first
                 path.write_text(json.dumps(content), encoding="utf-8")
 
     def close(self) -> None:
-        """Finish the trackers. Calling it twice does no harm."""
+        """Finish the trackers; a second call does nothing."""
         if self.is_main and not self._metrics.closed:
             self._send("finish")
             self._trackers.clear()
@@ -120,7 +118,7 @@ class RunLog:
                 self._metrics.close()
 
     def _send(self, method: str, *arguments) -> None:
-        """Call `method` of every tracker; one that raises is named once and dropped, and training goes on."""
+        """Call `method` of every tracker; a tracker that raises is named once and dropped, and training goes on."""
         with self._lock:
             for name, tracker in list(self._trackers.items()):
                 try:
@@ -145,7 +143,7 @@ class _TensorBoard(TensorBoardTracker):
 
 
 class _WandB(WandBTracker):
-    """Accelerate's tracker with our step as the x axis, not the counter of log calls: a resume logs steps again."""
+    """Accelerate's tracker with our step as the x axis: the counter of log calls would count resumed steps twice."""
 
     def start(self) -> None:
         super().start()
@@ -188,10 +186,10 @@ def _open_tracker(name: str, run_dir: Path, *, config: dict, project: str, run_i
     elif name == "wandb":
         import wandb
 
-        # No login and nobody to ask, or no network: give up and train on.
+        # Without a login or a network: give up and train on.
         settings = wandb.Settings(login_timeout=30, init_timeout=60, finish_timeout=60)
-        where = {"dir": str(run_dir), "settings": settings}
-        tracker = _WandB(project, name=run_name, id=run_id, resume="allow", config=config, **where)
+        how = {"dir": str(run_dir), "settings": settings, "resume": "allow", "config": config}
+        tracker = _WandB(project, name=run_name, id=run_id, **how)
     else:
         tracker = _Trackio(project, name=f"{run_name}-{run_id}", resume="allow", config=config, embed=False)
     tracker.start()
@@ -205,17 +203,9 @@ def _status(state: str, step: int, exit_code: int | None, message: str) -> dict:
     return {"state": state, "step": step, "exit_code": exit_code, "message": scrub(message)}
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: null stands for them."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _code_block(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())  # TensorBoard reads markdown
+    """Markdown, also TensorBoard's: four spaces make a block of any text, with fences and headings in it."""
+    return "\n".join("    " + line for line in text.splitlines())
 
 
 def _say_dropped(name: str, error: Exception) -> None:

@@ -18,10 +18,10 @@ from typing import Literal
 from gpt2repro.commands.bench.harness import RECORDS
 from gpt2repro.options import Positive, parse_options
 
-# What each may take of ten minutes. On a GPU the first four measure it; what one leaves over goes to the next ones.
+# Minutes of each out of ten. On a GPU the first four measure it; the time that one leaves goes to the next ones.
 SHARES = {"train": 5.0, "generate": 2.0, "hellaswag": 1.0, "checkpoint": 1.0, "data": 0.5, "tokenize": 0.5}
-GRACE_SECONDS = 20  # beyond its share, for what a benchmark has begun
-LEAST_SECONDS = 10  # below which its imports alone would take the time
+GRACE_SECONDS = 20  # beyond its share, for a measurement that has begun
+LEAST_SECONDS = 10  # in less time a benchmark could only import
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def transformers_gpt2(shape: dict, attention: str = "sdpa"):
-    """transformers' GPT-2 without dropout; random biases and layer norms too, so that a dropped one shows."""
+    """transformers' GPT-2 without dropout; random biases and layer norms, so that the guard notices a missing one."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
@@ -40,7 +40,7 @@ def our_gpt2(shape: dict):
 
 
 def hand_written_gpt2(shape: dict) -> "HandWrittenGPT2":
-    """The hand-written one with the same weights: Conv1D's (in, out) matrices become nn.Linear's (out, in)."""
+    """The hand-written model with the same weights: Conv1D's (in, out) matrices become nn.Linear's (out, in)."""
     model = HandWrittenGPT2(**shape)
     model.load_state_dict({key: t.T if ".h." in key and t.dim() == 2 else t for key, t in _weights(**shape).items()})
     return model

@@ -2,9 +2,9 @@
 
 gpt2repro bench checkpoint
 
-All four write the weights and AdamW's two moments. "Stall" is the time the training loop is held up. Since a thread
-that writes also takes something from the steps beside it, the record has the whole cost as well: training steps with
-one save among them against as many without. Ours also hashes, fsyncs and renames what it writes; the others do not.
+All three write the weights and AdamW's two moments. The stall is the time that the training loop waits for a save.
+Since a thread that writes also slows the steps beside it, the record has the whole cost too: training steps with one
+save among them against as many without. Ours also hashes, fsyncs and renames what it writes; the others do not.
 On a GPU the model is the 124M (1.5 GB per checkpoint), on a CPU one of 17M parameters.
 """
 
@@ -17,8 +17,7 @@ from pathlib import Path
 from gpt2repro.commands.bench.harness import CommonOptions, NotEqual, Record, summary, timed
 from gpt2repro.options import AtLeastOne, parse_options
 
-OURS, SYNCHRONOUS = "ours, asynchronous", "ours, synchronous"
-ACCELERATE, TORCH = "accelerator.save_state", "torch.save"
+OURS, ACCELERATE, TORCH = "ours, asynchronous", "accelerator.save_state", "torch.save"
 CPU_SIZES = {"vocab_size": 8192, "n_positions": 256, "n_embd": 384, "n_layer": 8, "n_head": 6}
 
 
@@ -41,7 +40,10 @@ def main(argv: list[str]) -> int:
 
 
 def measure(record: Record, folder: Path) -> None:
-    """Raises: NotEqual where a checkpoint of ours does not hold what torch.save wrote."""
+    """Check, then time the saves, and fill the record.
+
+    Raises: NotEqual where a checkpoint of ours does not hold what torch.save wrote.
+    """
     import torch
     from accelerate import Accelerator
 
@@ -70,7 +72,6 @@ def measure(record: Record, folder: Path) -> None:
         optimizer.zero_grad()
 
     ours = CheckpointWriter(folder / "ours", keep_last=1)
-    blocking = CheckpointWriter(folder / "blocking", keep_last=1, asynchronous=False)
     numbers = itertools.count(1)
 
     def save_by_torch() -> None:
@@ -79,7 +80,6 @@ def measure(record: Record, folder: Path) -> None:
 
     candidates = {
         OURS: lambda: ours.save(next(numbers), model=model, optimizer=optimizer, state={}),
-        SYNCHRONOUS: lambda: blocking.save(next(numbers), model=model, optimizer=optimizer, state={}),
         ACCELERATE: lambda: accelerator.save_state(str(folder / "accelerate")),
         TORCH: save_by_torch,
     }
@@ -103,13 +103,13 @@ def measure(record: Record, folder: Path) -> None:
     bytes_written = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
     record.save(checks={"weights and optimizer restored": "equal to torch.save's, bit by bit"})
 
-    # --- the stall of one save, in turns; what the thread still has to write is waited for outside the clock
+    # --- the stall of one save, in turns; the rest of the thread's writing is waited for outside the clock
     times = record.compare(candidates, after=ours.wait)
     record.headline("training waits for a save", times, ours=OURS, baseline=ACCELERATE, unit="s")
 
     # --- the whole cost: so many steps that the writing fits beside them, with and without a save before the first
-    writing = [timed(lambda: (candidates[OURS](), ours.wait()))[0] for _ in range(3)]
-    step_seconds = timed(lambda: [step() for _ in range(3)])[0] / 3
+    writing = [timed(lambda: (candidates[OURS](), ours.wait())) for _ in range(3)]
+    step_seconds = timed(lambda: [step() for _ in range(3)]) / 3
     steps = max(3, min(60, round(1.2 * statistics.median(writing) / step_seconds) + 1))
     saves = {"no save": lambda: None, OURS: candidates[OURS], ACCELERATE: candidates[ACCELERATE]}
     loops = {name: lambda save=save: (save(), [step() for _ in range(steps)]) for name, save in saves.items()}

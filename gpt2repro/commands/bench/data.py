@@ -38,7 +38,7 @@ class Options(CommonOptions):
 
 
 class TrillionTokens:
-    """Stands in for a split of 10^12 tokens; only its size is asked for."""
+    """Replaces a split of 10^12 tokens, of which only the size is read."""
 
     tokens, vocab_size, sha256 = 10**12, VOCAB_SIZE, ""
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 
 def loaders(record: Record, folder: Path, batches: int) -> None:
-    """Tokens per second of the three loaders, after a look at whether ours holds what it should."""
+    """Tokens per second of the three loaders, after a check of the windows and tokens of ours."""
     import torch
 
     from gpt2repro.data.shards import open_split, write_shard
@@ -116,7 +116,7 @@ def arrow_batches(directory: Path, tokens: np.ndarray):
 
 
 def indices(record: Record) -> None:
-    """Milliseconds for the windows of a batch of 512 sequences, at a corpus that no disk here would hold."""
+    """Milliseconds for the windows of a batch of 512 sequences, in a corpus that no disk here could hold."""
     from gpt2repro.data.ordering import next_positions
     from gpt2repro.data.sources import ShardSource
 
@@ -130,10 +130,12 @@ def indices(record: Record) -> None:
 
 def stream(record: Record, folder: Path) -> None:
     """Tokens per second from text to batches, one tokenising thread, from an empty and from a full cache."""
+    from pydoc_data.topics import topics
+
     from gpt2repro.data.sources import open_source, prefetch
     from gpt2repro.data.tokenization import Encoder, bpe_tokenizer, gpt2_tokenizer
 
-    texts = python_topics()
+    texts = list(topics.values())  # the documents of `help()`: about 465 KB that every CPython brings
     try:
         tokenizer = gpt2_tokenizer()
     except (InputError, ImportError):  # no network and no cached vocabulary, or no tiktoken
@@ -160,10 +162,3 @@ def stream(record: Record, folder: Path) -> None:
     measure, rate = f"streaming text, one thread, vocabulary {len(tokenizer):,}", times[EMPTY_CACHE]["per_second"]
     record.figure(measure, rate, unit="tokens/s", goal=GPU_TOKENS_PER_SECOND)
     record.headline("a second epoch", times, ours=FULL_CACHE, baseline=EMPTY_CACHE, unit="tokens/s")
-
-
-def python_topics() -> list[str]:
-    """The documents of `help()`: about 465 KB that every CPython brings."""
-    from pydoc_data.topics import topics
-
-    return list(topics.values())

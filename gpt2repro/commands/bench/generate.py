@@ -4,14 +4,13 @@
     gpt2repro bench generate --size 1558M --batch 1
 
 All candidates have the same weights, prompts, precision and sampling (temperature 1, top-k 50) and write the same
-number of tokens; prefill is part of the time, loading, packing and compiling are not (see `first_call_seconds`).
+number of tokens; prefill is part of the time, loading, packing and compiling are not.
 Before any timing, greedy text in fp32 must be transformers', token by token, with prompts padded on the left.
 """
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -29,7 +28,7 @@ GOALS_H200 = {1: 4_000, 64: 60_000}  # tokens/s at 124M; rooflines 16k and 189k
 
 @dataclass(kw_only=True)
 class Options(CommonOptions):
-    size: list[Literal["small", "124M", "350M", "774M", "1558M"]] | None = None
+    size: list[harness.Size] | None = None
     "Models; none: small and 124M on a CPU, 124M on a GPU."
     batch: list[AtLeastOne] | None = None
     "Sequences at a time; none: 1 and 8 on a CPU, 1 and 64 on a GPU."
@@ -58,7 +57,9 @@ def main(argv: list[str]) -> int:
         if not record.time_for(kind):
             continue
         print(f"{kind}: {options.prompt_tokens} + {new_tokens} tokens", flush=True)
-        reference, ours = build_pair(size, device)
+        # Both have the same random weights, in fp32.
+        reference = baselines.transformers_gpt2(SIZES[size]).to(device).eval()
+        ours = baselines.our_gpt2(SIZES[size]).to(device).eval()
         check_greedy(reference, ours)
         if on_gpu:
             reference, ours = reference.bfloat16(), ours.bfloat16()
@@ -66,8 +67,6 @@ def main(argv: list[str]) -> int:
         calls = candidates(reference, ours, prompts, new_tokens)
         if not options.static or (on_gpu and options.minutes):
             del calls[STATIC]
-        first = {name: record.attempt(name, lambda call=call: harness.timed(call)[0]) for name, call in calls.items()}
-        calls = {name: call for name, call in calls.items() if first[name] is not None}
         times = record.compare(calls, units=batch * new_tokens)
         best = OURS_COMPILED if on_gpu else OURS
         for name in (DYNAMIC, STATIC):
@@ -76,7 +75,7 @@ def main(argv: list[str]) -> int:
         if on_gpu and size == "124M" and batch in GOALS_H200 and best in times:
             record.figure(kind, times[best]["per_second"], unit="tokens/s", goal=GOALS_H200[batch])
         case = {"size": size, "batch": batch, "prompt_tokens": options.prompt_tokens, "new_tokens": new_tokens}
-        case |= {"dtype": str(ours.dtype).removeprefix("torch."), "first_call_seconds": first, "times": times}
+        case |= {"dtype": str(ours.dtype).removeprefix("torch."), "times": times}
         case["peak_memory_gib"] = {name: harness.peak_memory_gib(calls[name]) for name in times}
         record.results["measured"].append(case)
         del reference, ours, calls
@@ -84,15 +83,8 @@ def main(argv: list[str]) -> int:
     return record.finish()
 
 
-def build_pair(size: str, device: torch.device):
-    """transformers' GPT-2 and ours with the same random weights, in fp32."""
-    shape = dict(zip(("n_layer", "n_head", "n_embd", "vocab_size"), SIZES[size], strict=True))
-    reference = baselines.transformers_gpt2(shape)
-    return tuple(model.to(device).eval() for model in (reference, baselines.our_gpt2(shape)))
-
-
 def check_greedy(reference, ours) -> None:
-    """Raises NotEqual unless greedy fp32 text of left-padded prompts equals transformers'."""
+    """Raises: NotEqual unless greedy fp32 text of left-padded prompts equals transformers'."""
     lengths, new_tokens = (3, 9, 16), 24
     prompts = [torch.randint(reference.config.vocab_size, (length,)).tolist() for length in lengths]
     ids = torch.tensor([[0] * (16 - len(prompt)) + prompt for prompt in prompts], device=reference.device)

@@ -1,4 +1,4 @@
-"""How every benchmark measures and what it writes down; knows no benchmark.
+"""How every benchmark measures and what its record holds; knows no benchmark.
 
     record = Record("tokenize", argv, options)
     times = record.compare({"ours": ours, "theirs": theirs}, units=tokens_per_call)
@@ -9,8 +9,8 @@ A benchmark first shows that its candidates compute the same thing, on random in
 do not: a fast wrong answer is never timed. Candidates run in one process and take turns round by round, so that a
 change in the machine's speed meets all of them, and speed-ups are medians of the rounds' own ratios.
 
-The JSON record is written anew after every row, so a machine that is taken away leaves what was measured until then. A
-candidate that runs out of memory is lost alone, and the record says so.
+The JSON record is written again after every row, so a run that is cut off leaves what it has measured. A candidate that
+runs out of memory is lost, the others are measured, and the record says so.
 """
 
 import datetime
@@ -25,33 +25,35 @@ import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
-from gpt2repro.files import write_json
-from gpt2repro.options import AtLeastOne, InputError, Positive
+from gpt2repro.files import check_outputs, write_json
+from gpt2repro.options import AtLeastOne, Positive
 
 RECORDS = Path("results/benchmarks")  # seen from the project's root, where the commands are run
+# What speed depends on.
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tiktoken", "datasets")
 GIB = 2**30
-# layers, heads, width, vocabulary. Radford et al. 2019, table 2; `small` is for CPUs.
+# Radford et al. 2019, table 2; `small` is for CPUs.
 SIZES = {
-    "small": (4, 4, 256, 512),
-    "124M": (12, 12, 768, 50257),
-    "350M": (24, 16, 1024, 50257),
-    "774M": (36, 20, 1280, 50257),
-    "1558M": (48, 25, 1600, 50257),
+    "small": {"n_layer": 4, "n_head": 4, "n_embd": 256, "vocab_size": 512},
+    "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257},
+    "350M": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "vocab_size": 50257},
+    "774M": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "vocab_size": 50257},
+    "1558M": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "vocab_size": 50257},
 }
+Size = Literal["small", "124M", "350M", "774M", "1558M"]
 
 
 @dataclass(kw_only=True)
 class CommonOptions:
-    """What every benchmark can be told."""
+    """The options of every benchmark."""
 
     rounds: AtLeastOne = 7
     "Measurements of each candidate; the candidates take turns."
@@ -74,13 +76,9 @@ class Record:
     def __init__(self, name: str, argv: list[str], options: CommonOptions):
         self.path, self.rounds = options.out / f"{name}-{host_kind()}.json", options.rounds
         self.deadline = time.monotonic() + 60 * (options.minutes or math.inf)
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=options.out).close()
-        except OSError as error:
-            raise InputError(f"--out {options.out} is no directory to write to: {error.strerror}") from None
-        if self.path.is_dir():
-            raise InputError(f"the record cannot be written: {self.path} is a directory")
+        check_outputs(self.path)
+        distributions = {package: list(importlib.metadata.distributions(name=package)) for package in PACKAGES}
+        versions = {package: found[0].version for package, found in distributions.items() if found}
         self.results: dict = {"headlines": [], "lost": {}, "dropped": []}
         self.content = {
             "name": name,
@@ -88,7 +86,7 @@ class Record:
             "commit": commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "hardware": hardware(),
-            "versions": {"python": platform.python_version(), **versions()},
+            "versions": {"python": platform.python_version(), **versions},
             "complete": False,
             "results": self.results,
         }
@@ -106,7 +104,7 @@ class Record:
         return 1 if self.results["lost"] else 0
 
     def time_for(self, what: str) -> bool:
-        """Whether the minutes are not over yet; the record names what they were too short for."""
+        """Whether there is time left for `what`; if not, the record says so."""
         if time.monotonic() < self.deadline:
             return True
         self.results["dropped"].append(what)
@@ -118,7 +116,7 @@ class Record:
         return None if math.isinf(self.deadline) else max(1.0, self.deadline - time.monotonic())
 
     def attempt(self, name: str, call: Callable):
-        """What `call` returns; None where it ran out of memory or failed otherwise, which the record then says."""
+        """The result of `call`; None where it ran out of memory or failed otherwise, and the record says so."""
         try:
             return call()
         # torch's OutOfMemoryError and its compiler's errors are RuntimeErrors.
@@ -135,9 +133,8 @@ class Record:
     ) -> dict[str, dict]:
         """Time the candidates in interleaved rounds: each is called once per round, in alternating order.
 
-        `rounds`: 0 takes the options' own. `after` is called after each measurement, outside the clock. Returns, per
-        candidate that was not lost, `summary` and `median_cpu_seconds`, the processor time of this process over all
-        threads: where it is far below the seconds, something else kept the machine busy.
+        `rounds=0` takes the options' own. `after` is called after each measurement, outside the clock. Returns the
+        `summary` of each candidate that was not lost.
         """
         candidates, took = dict(candidates), {name: [] for name in candidates}
         gc.collect()
@@ -151,11 +148,7 @@ class Record:
                     del candidates[name]
                 elif turn >= 0:
                     took[name].append(seconds)
-        times = {}
-        for name in candidates:
-            wall, cpu = zip(*took[name], strict=True)
-            times[name] = {**summary(wall, units), "median_cpu_seconds": statistics.median(cpu)}
-        return times
+        return {name: summary(took[name], units) for name in candidates}
 
     def headline(
         self, measure: str, times: dict[str, dict], *, ours: str, baseline: str, unit: str, goal: float | None = None
@@ -196,19 +189,19 @@ def cells(row: dict) -> list[str]:
     return [row["measure"], shown, baseline, ratio, goal]
 
 
-def timed(call: Callable) -> tuple[float, float]:
-    """Seconds of one call by the clock, and of processor time; the accelerator's work is waited for."""
+def timed(call: Callable) -> float:
+    """Seconds of one call, the accelerator's work included."""
     synchronize()
-    start, cpu_start = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     call()
     synchronize()
-    return time.perf_counter() - start, time.process_time() - cpu_start
+    return time.perf_counter() - start
 
 
-def summary(seconds, units: float | None = None) -> dict:
+def summary(seconds: list[float], units: float | None = None) -> dict:
     """Median, spread and the single measurements, in seconds; with `units` of work per call also units per second."""
     median = statistics.median(seconds)
-    result = {"median_seconds": median, "min": min(seconds), "max": max(seconds), "rounds": list(seconds)}
+    result = {"median_seconds": median, "min": min(seconds), "max": max(seconds), "rounds": seconds}
     return result if units is None else {**result, "per_second": units / median}
 
 
@@ -224,7 +217,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def peak_memory_gib(call: Callable) -> float:
-    """What one call needs at its peak above what was allocated before it, counted by torch's allocator, in GiB."""
+    """The peak memory of one call, without the memory allocated before it, counted by torch's allocator, in GiB."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -244,14 +237,14 @@ def peak_memory_gib(call: Callable) -> float:
 
 
 def synchronize() -> None:
-    """Wait for the accelerator, if one is in use, so that a clock read next tells of finished work."""
+    """Wait for the accelerator, if one is in use, so that the clock measures finished work."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, on the device as well."""
+    """Free the memory of objects without a reference, on the device as well."""
     import torch
 
     gc.collect()
@@ -280,12 +273,6 @@ def hardware() -> dict:
         "load_average": round(psutil.getloadavg()[0], 2),
         "system": platform.system(),
     }
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that speed depends on, where they are installed."""
-    installed = {package: list(importlib.metadata.distributions(name=package)) for package in PACKAGES}
-    return {package: found[0].version for package, found in installed.items() if found}
 
 
 def commit() -> str:

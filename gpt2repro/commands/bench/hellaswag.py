@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from gpt2repro.commands.bench.harness import SIZES, CommonOptions, NotEqual, Record
+from gpt2repro.commands.bench.harness import SIZES, CommonOptions, NotEqual, Record, Size
 from gpt2repro.options import AtLeastOne, parse_options
 
 # Deciles of the lengths in GPT-2 tokens, build-nanogpt's rendering. Measured on 500 examples of the validation set.
@@ -26,7 +26,7 @@ OURS, LOOP = "gpt2repro", "build-nanogpt's loop"
 
 @dataclass(kw_only=True)
 class Options(CommonOptions):
-    size: Literal["small", "124M", "350M", "774M", "1558M"] = "124M"
+    size: Size = "124M"
     "Model."
     data: Path | None = None
     "HellaSwag's original .jsonl (needs GPT-2's vocabulary); none: random tokens with the lengths of 500 real examples."
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     on_gpu = device.type != "cpu"
     if on_gpu:
         torch.set_float32_matmul_precision("high")
-    shape = dict(zip(("n_layer", "n_head", "n_embd", "vocab_size"), SIZES[options.size], strict=True))
+    shape = SIZES[options.size]
     count = options.examples or (500 if on_gpu else 32)
     rendered = read_rendered(options.data, count) if options.data else random_rendered(count, shape["vocab_size"])
     model = baselines.our_gpt2(shape).eval().to(device, pick_dtype(device, options.dtype))
@@ -131,7 +131,7 @@ def score_four_rows(model, example, device) -> list[float]:
 
 
 def check_choices(mine: np.ndarray, theirs: np.ndarray, units: np.ndarray, tolerance: float) -> None:
-    """Raises NotEqual where scores differ by more than `tolerance` of themselves, or a clear choice is another one."""
+    """Raises: NotEqual where scores differ by more than `tolerance` of themselves, or a clear choice differs."""
     difference = (np.abs(mine - theirs) / np.abs(theirs)).max()
     if not difference <= tolerance:
         raise NotEqual(f"HellaSwag scores differ from the loop's by {difference:.1e}, allowed {tolerance}")
@@ -150,7 +150,7 @@ def loop_work(rendered: list) -> np.ndarray:
 
 
 def shared_work(groups: list) -> np.ndarray:
-    """The same of the shared rows: each position once, logits where an ending's token is predicted."""
+    """`loop_work` of the shared rows: each position once, logits only where a row predicts an ending's token."""
     work = np.zeros(3)
     for group in groups:
         c = len(group.context)

@@ -44,12 +44,12 @@ def render(records: list[dict]) -> str:
             measure, *rest = cells(row)
             host = hardware["gpu"] or f"{hardware['cores']} CPU cores"
             lines.append(f"| {' | '.join([f'{measure} [{number}]', host, *rest])} |")
-        where = f"{record['date'][:10]}, {hardware['gpu'] or hardware['cpu']}, load {hardware['load_average']}"
+        run = f"{record['date'][:10]}, {hardware['gpu'] or hardware['cpu']}, load {hardware['load_average']}"
         packages = f"torch {versions['torch']}, transformers {versions.get('transformers', '-')}"
         missing = [f"{name} lost ({why})" for name, why in results.get("lost", {}).items()]
         missing += [f"no time for {name}" for name in results.get("dropped", [])]
         missing += [] if record.get("complete", True) or missing else ["interrupted"]
-        note = f"{number}. `{record['command']}`: commit {record['commit']}, {where}, {packages}"
+        note = f"{number}. `{record['command']}`: commit {record['commit']}, {run}, {packages}"
         notes.append("; ".join([note, *missing]))
     if not any(record["hardware"]["gpu"] for record in records):
         lines.append("| every measure | GPU | not run | not run | | |")

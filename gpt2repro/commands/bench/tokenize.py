@@ -8,9 +8,9 @@ shards, as build-nanogpt's fineweb.py does: with half the cores (as it ships) an
 writes with the engine of `preparation`, with tiktoken and, where it is installed, with gigatoken. All read the same
 file and must write the same tokens, or nothing is timed.
 
-The text is what is at hand: docstrings of Python and its installed packages and the files of --input, cut into
-documents of a web page's length and repeated up to --megabytes. Starting the pools counts; reading GPT-2's vocabulary
-and the two seconds that comparing gigatoken with tiktoken takes do not (they are the same for 10B tokens).
+The text is the docstrings of Python and of its installed packages and the files of --input, cut into documents of a web
+page's length and repeated up to --megabytes. The start of the pools counts. Reading GPT-2's vocabulary and the two
+seconds of comparing gigatoken with tiktoken do not count, since they are the same for 10B tokens.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class Options(harness.CommonOptions):
     input: list[Path] = field(default_factory=list)
     "More text: UTF-8 files."
     megabytes: AtLeastOne = 400
-    "Text to tokenise; what is at hand is repeated. Less, and the start of the pools is what is measured."
+    "Text to tokenise; shorter text is repeated. With less text the start of the pools takes most of the time."
     rounds: AtLeastOne = 3
     "Measurements of each; they take turns."
     shard_tokens: AtLeastOne = 10_000_000
@@ -123,7 +123,7 @@ def write_text(path: Path, inputs: list[Path], text_bytes: int) -> int:
 
 
 def ours(source: Path, out: Path, shard_tokens: int, workers: int, tokenizer, encoder: Encoder) -> None:
-    """The engine of prepare_fineweb.py, first shard for validation and all."""
+    """The engine of prepare_fineweb.py, with the first shard for validation as there."""
     shutil.rmtree(out, ignore_errors=True)
     files = find_text([str(source)])
     units = [unit | {"split": "train" if index else "val"} for index, unit in enumerate(files.units(shard_tokens))]

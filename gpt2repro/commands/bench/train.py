@@ -6,9 +6,9 @@
 
 Compared are ours, eager and compiled; transformers' `GPT2LMHeadModel` in an eager Accelerate loop; and a GPT-2 written
 by hand as build-nanogpt's is, eager and compiled, in its loop. All have the same weights, tokens, precision, fused
-AdamW and SDPA attention, and no dropout. Before any timing, every candidate's loss and gradients are held against
-transformers' eager fp32 model. Then `train_accelerate.py` itself runs as a process of its own: its tokens per second
-stand beside the bare step's, its way to the first step beside the time that its imports take.
+AdamW and SDPA attention, and no dropout. Before any timing, every candidate's loss and gradients are compared with
+those of transformers' eager fp32 model. Then `train_accelerate.py` runs as a process of its own: its tokens per second
+are compared with the bare step's, and its time to the first step with the time of its imports.
 """
 
 import statistics
@@ -42,9 +42,9 @@ OURS, OURS_COMPILED = "ours, eager", "ours, compiled"
 OURS_BF16_RESIDUAL = "ours, bf16 residual stream, compiled"  # an option of training, off by default
 TRANSFORMERS = "transformers GPT2LMHeadModel, eager Accelerate loop"
 BY_HAND, BY_HAND_COMPILED = "hand-written SDPA GPT-2, eager", "hand-written SDPA GPT-2, compiled"
-# In the order in which they are built: where time runs out, the last ones are missing.
+# In the order of building: where the time ends early, the last ones are missing.
 CANDIDATES = (OURS_COMPILED, BY_HAND_COMPILED, OURS_BF16_RESIDUAL, TRANSFORMERS, BY_HAND, OURS)
-# (ours, baseline): goals of the speed-up on a CPU and on a GPU. A compiled loop of the same arithmetic can be equalled.
+# (ours, baseline) -> goals of the speed-up on a CPU and on a GPU; a compiled loop of the same arithmetic is as fast.
 GOALS = {
     (OURS, TRANSFORMERS): (1.0, None),
     (OURS_COMPILED, TRANSFORMERS): (1.2, 2.0),
@@ -58,7 +58,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @dataclass(kw_only=True)
 class Options(harness.CommonOptions):
-    size: Literal["small", "124M", "350M", "774M", "1558M"] | None = None
+    size: harness.Size | None = None
     "Model; none: small on a CPU and 124M on a GPU."
     vocab_size: list[AtLeastOne] | None = None
     "Vocabularies to measure; none: 512 and 50257 on a CPU and 50257 on a GPU."
@@ -108,8 +108,7 @@ def main(argv: list[str]) -> int:
     cases: dict[str, dict] = {}
     record.results |= {"config": config, "cases": cases}
     for vocab_size in options.vocab_size or ([50257] if on_gpu else [512, 50257]):
-        shape = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[size], strict=False))
-        shape |= {"vocab_size": vocab_size, "n_positions": max(seq_len, 1024)}
+        shape = {**SIZES[size], "vocab_size": vocab_size, "n_positions": max(seq_len, 1024)}
         what = f"training step, {size}, vocabulary {vocab_size:,}, {batch} x {seq_len}, {precision}"
         print(f"== {what}", flush=True)
         case = cases[f"vocabulary {vocab_size}"] = {}
@@ -149,14 +148,15 @@ def measure(
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T) ids and already shifted targets
 
     torch.set_float32_matmul_precision("highest")
-    checks, steps, parameters = {}, {}, {}
+    checks, steps = {}, {}
     references = {sizes["vocab_size"]: reference(sizes, x, y, device) for sizes in (padded, shape)}
 
     def ready(name: str, sizes: dict) -> Callable:
         """A candidate's checked step; one whose batch does not fit takes it in as few micro-batches as do."""
         start = time.perf_counter()
         loss_of, step, model = candidate(name, sizes, device, precision)
-        parameters[name] = sum(p.numel() for p in model.parameters())
+        # The first candidate is ours or transformers', without the padded vocabulary.
+        case.setdefault("parameters", sum(p.numel() for p in model.parameters()))
         for passes in (count for count in range(1, batch + 1) if batch % count == 0):
             try:
                 rows = [tokens.chunk(passes)[0] for tokens in (x, y)]
@@ -184,8 +184,6 @@ def measure(
         "checks": checks,
         "times": times,
         "step_memory_gib": {name: harness.peak_memory_gib(steps[name]) for name in times},  # gradients and activations
-        "state_memory_gib": {name: count * 12 / harness.GIB for name, count in parameters.items()},  # fp32, 2 moments
-        "parameters": next(iter(parameters.values()), None),  # ours or transformers', never the padded vocabulary
     }
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
     if peak is not None and times:
@@ -199,7 +197,7 @@ def measure(
 
 
 def candidate(name: str, shape: dict, device: torch.device, precision: str) -> tuple:
-    """A candidate: its loss of (x, y), its step on (x, y) in some passes, its model."""
+    """(loss of (x, y), step on (x, y) in several passes, model) of a candidate."""
     if name in (BY_HAND, BY_HAND_COMPILED):
         model = baselines.hand_written_gpt2(shape).to(device)
         optimizer = build_optimizer(model, name="adamw", **RECIPE)
@@ -272,7 +270,7 @@ def guard(name: str, loss_of: Callable, model, expected: tuple[float, dict], x, 
 def measure_loop(record: Record, name: str, shape: dict, batch: int, seq_len: int, precision: str) -> dict:
     """Tokens per second of train_accelerate.py as its users start it, on shards of random tokens, from its own log.
 
-    Each run stands beside the bare step's mean just before and just after it: a machine's speed drifts.
+    Each run is compared with the bare step's mean just before and just after it, since a machine's speed drifts.
     """
     torch.compiler.reset()  # forget the compiled candidates, so that their memory can go back
     harness.free_memory()
@@ -283,7 +281,7 @@ def measure_loop(record: Record, name: str, shape: dict, batch: int, seq_len: in
     x, y = torch.randint(0, shape["vocab_size"], (2, batch, seq_len), device=device)
 
     def bare_rate(count: int) -> float:
-        seconds, _ = harness.timed(lambda: [step(x, y) for _ in range(count)])
+        seconds = harness.timed(lambda: [step(x, y) for _ in range(count)])
         harness.free_memory()
         return count * x.numel() / seconds
 

@@ -32,7 +32,7 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machin
 
 
 def measure(record: Record, nanogpt: Path) -> None:
-    """Both programs in turns, at most three times."""
+    """Run both programs in turns, at most three times; fill and save the record."""
     data = {name: np.fromfile(nanogpt / f"data/shakespeare_char/{name}.bin", np.uint16) for name in ("train", "val")}
     parts = {part: {OURS: [], NANOGPT: []} for part in PARTS}
     losses = {OURS: [], NANOGPT: []}
@@ -71,7 +71,7 @@ def run_ours(_, folder: Path, turn: int) -> tuple[list[float], float]:
 
 
 def run_nanogpt(checkout: Path, folder: Path, turn: int) -> tuple[list[float], float]:
-    """The same of nanoGPT, from what it prints; an iteration's time there has the evaluation before it inside."""
+    """The same of nanoGPT, from its output; the time of an iteration there includes the evaluation before it."""
     steps = [f"--max_iters={STEPS}", f"--lr_decay_iters={STEPS}", f"--eval_interval={EVAL_STEPS}"]
     config = ["config/train_shakespeare_char.py", *RECIPE.split(), *steps, f"--out_dir={folder}/nanogpt-{turn}"]
     start = time.perf_counter()
@@ -99,7 +99,7 @@ def our_command(folder: Path, run: str, *options, launcher: list[str] = ()) -> l
 
 
 def finished(command: list[str], directory: Path) -> str:
-    """What a program printed. Raises: InputError with its last words where it failed."""
+    """The output of a program. Raises: InputError with the last line of stderr where the program failed."""
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
     if done.returncode != 0:
         words = (done.stderr.strip() or "nothing on stderr").splitlines()[-1]
