@@ -184,6 +184,14 @@ def test_our_own_data_without_its_manifest_is_not_taken_for_foreign_shards(tmp_p
         open_split(data, "train")
 
 
+@pytest.mark.parametrize("known", [True, None, "x", {}, [1]])
+def test_remembered_hashes_that_are_none_are_taken_again(known, tmp_path):
+    data = tiny_run.write_tiny_shards(tmp_path / "data")
+    (data / ".sha256.json").write_text(json.dumps({"train_000000.bin": known}))
+    verify_dataset(data, remember=True)
+    assert len(json.loads((data / ".sha256.json").read_text())["train_000000.bin"]) == 5
+
+
 def test_mixed_foreign_formats_are_refused(tmp_path):
     np.save(tmp_path / "a_train_0.npy", np.arange(10, dtype="<u2"))
     write_shard(tmp_path / "a_train_1.bin", np.arange(10), 50257)

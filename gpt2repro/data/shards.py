@@ -383,7 +383,11 @@ def digests_of(directory: Path, names: list[str], *, remember: bool = True) -> d
         known = (files.read_json_if_whole(place) if remember else None) or {}
         stats = {name: (directory / name).stat() for name in names}
         facts = {name: [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino] for name, now in stats.items()}
-        found = {name: known[name][-1] for name in names if list(known.get(name, ()))[:-1] == facts[name]}
+        found = {
+            name: known[name][-1]
+            for name in names
+            if isinstance(known.get(name), list) and known[name][:-1] == facts[name]
+        }
         new = [name for name in names if name not in found]
         total = sum(facts[name][0] for name in new)
         with (
