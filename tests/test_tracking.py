@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -242,6 +243,7 @@ def test_an_offline_wandb_run_reads_back_and_a_resume_continues_it(tmp_path, mon
     log.samples(2, ["once upon"])
     log.checkpoint_link(2, "https://huggingface.co/me/model/tree/step-2")
     log.close()
+    time.sleep(1.1)  # W&B names the directory of an offline run by the second
     again = run_log(
         run_dir, trackers=["wandb"], project="p", run_ids=json.loads(json.dumps(log.run_ids)), resume_step=2
     )

@@ -48,7 +48,7 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
     return None
 
 
-def resolve_model(model: str, *, any_architecture: bool = False) -> str:
+def find_model(model: str, *, any_architecture: bool = False) -> str:
     """RUN | DIR | HUB_ID -> what `from_pretrained` takes: a run's best (else latest) checkpoint, a directory, an id.
 
     `user/name@revision` becomes the directory of that revision in the Hub's cache.
@@ -76,6 +76,15 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
         if path is None:
             raise InputError(f"{model} holds neither a model (config.json) nor a run's checkpoints")
     check_model_directory(path, any_architecture=any_architecture)
+    return str(path)
+
+
+def resolve_model(model: str, *, any_architecture: bool = False) -> str:
+    """`find_model`, whose weights and tokenizer are what was written: the way to everything that loads one.
+
+    Raises: InputError also where model.safetensors or tokenizer.json differs from checksums.json.
+    """
+    path = Path(find_model(model, any_architecture=any_architecture))
     # What is about to be loaded, and no more: the optimizer's files are several times as large.
     checksums = read_json_if_whole(path / "checksums.json") or {}
     for name in {"model.safetensors", "tokenizer.json"} & checksums.keys():

@@ -53,10 +53,11 @@ class Options:
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro push", description=__doc__)
     from gpt2repro.checkpoint.layout import find_run
-    from gpt2repro.checkpoint.reader import resolve_model
+    from gpt2repro.checkpoint.reader import find_model
     from gpt2repro.publishing import hub
 
-    model = Path(resolve_model(options.model))
+    # Checksums are compared as each part is sent: one damaged step does not keep the others back.
+    model = Path(find_model(options.model))
     if not model.is_dir():
         raise InputError(f"--model {options.model} is not here: push sends a run's or a model's directory")
     run_dir = find_run(model)
