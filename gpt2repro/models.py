@@ -69,10 +69,10 @@ def architecture_of(name: str) -> dict:
     Raises: InputError if there is no GPT-2 of that name.
     """
     from configuration_gpt2repro import GPT2ReproConfig
-    from gpt2repro.checkpoint.reader import resolve_model
+    from gpt2repro.checkpoint.reader import find_model
 
     try:
-        found = GPT2ReproConfig.from_pretrained(resolve_model(name))
+        found = GPT2ReproConfig.from_pretrained(find_model(name))
     except (OSError, ValueError) as error:
         raise InputError(f"init_from={name}: {str(error).splitlines()[0]}") from error
     return {size: getattr(found, size) for size in ARCHITECTURE if size != "activation_function"}
@@ -160,13 +160,16 @@ def plain_twin(model):
 
 
 def load_for_comparison(name: str | Path):
-    """A model of ours in fp32 on the CPU, without a tokenizer: the reference for its native export."""
+    """A model of ours in fp32 on the CPU, without a tokenizer: the reference for its native export.
+
+    Its checksums are the caller's part: export and push have compared them.
+    """
     import torch
 
-    from gpt2repro.checkpoint.reader import resolve_model
+    from gpt2repro.checkpoint.reader import find_model
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
-    source = resolve_model(str(name))
+    source = find_model(str(name))
     how = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": None}
     try:
         return GPT2ReproForCausalLM.from_pretrained(source, **how).eval()
@@ -216,8 +219,9 @@ def _first_weights(config, vocab_size: int, tokenizer):
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     try:
+        source = resolve_model(config.init_from)
         model = GPT2ReproForCausalLM.from_pretrained(
-            resolve_model(config.init_from),
+            source,
             dtype=torch.float32,
             use_safetensors=True,  # nothing is ever unpickled
             attn_implementation=config.attn_implementation,
@@ -233,7 +237,7 @@ def _first_weights(config, vocab_size: int, tokenizer):
     if config.seq_len > model.config.n_positions:
         raise InputError(f"seq_len={config.seq_len} is longer than n_positions={model.config.n_positions} of init_from")
     try:
-        own = load_tokenizer(resolve_model(config.init_from))
+        own = load_tokenizer(source)
     except InputError:  # a model without a tokenizer, such as a bare export: nothing to compare with
         return model
     # Fingerprints, not bytes of files: OpenAI's own files and our rebuilt ones are the same tokenizer.
