@@ -178,11 +178,8 @@ def test_what_follows_a_save_may_fail_without_ending_the_run(tmp_path, trained, 
     assert "after saving" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_full_disk_leaves_earlier_checkpoints_whole_and_ends_with_a_sentence(
-    tmp_path, trained, monkeypatch, asynchronous
-):
-    writer = save(tmp_path, trained, 1, asynchronous=asynchronous)
+def test_a_full_disk_leaves_earlier_checkpoints_whole_and_ends_with_a_sentence(tmp_path, trained, monkeypatch):
+    writer = save(tmp_path, trained, 1)
     monkeypatch.setattr(writing, "save_file", sharded_worker.full_disk)
     with pytest.raises(SaveError, match=r"step 2 could not be written .*No space left.*are whole; make room.*MB"):
         writer.save(2, model=trained[0], optimizer=trained[1], state={})

@@ -54,7 +54,6 @@ class CheckpointWriter:
     """Saves checkpoints under `directory`. Every rank builds one and makes the same calls in the same order.
 
     The newest `keep_last` are kept (None keeps all), and also the best, the final and every `milestone_steps`-th step.
-    `asynchronous=False` waits for each save, for comparison and for debugging.
 
     Raises: InputError if the ranks do not see one common `directory`.
     """
@@ -65,10 +64,9 @@ class CheckpointWriter:
         *,
         keep_last: int | None = None,
         milestone_steps: int | None = None,
-        asynchronous: bool = True,
     ):
         self.directory = Path(directory)
-        self.keep_last, self.milestone_steps, self.asynchronous = keep_last, milestone_steps, asynchronous
+        self.keep_last, self.milestone_steps = keep_last, milestone_steps
         self.rank, self.world = layout.rank_and_world()
         # The writing threads have a process group of their own: the training loop's is busy, and may be NCCL.
         self._group = layout.patient_group() if self.world > 1 else None
@@ -105,7 +103,7 @@ class CheckpointWriter:
         config.json. `on_written` is called on rank 0, in the writing thread, when the checkpoint is whole; its errors
         are printed and do not end the run.
 
-        Raises: SaveError if this save (synchronous) or the one before (asynchronous) could not be written.
+        Raises: SaveError if the save before could not be written; `wait` says it of the last one.
         """
         started = time.perf_counter()
         self.wait()
@@ -124,8 +122,6 @@ class CheckpointWriter:
         # Not a daemon, so the interpreter finishes the writing before it ends.
         self._thread = threading.Thread(target=self._write, args=work, name=f"checkpoint-{step}")
         self._thread.start()
-        if not self.asynchronous:
-            self.wait()
         return time.perf_counter() - started
 
     def point(self, name: str, step: int) -> None:
