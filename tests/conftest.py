@@ -31,6 +31,22 @@ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
     os.environ.pop(name, None)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """`small_disk("600k")`: a directory with a file system of that size, gone after the test."""
+    place = tmp_path / "small"
+
+    def mount(size: str) -> Path:
+        place.mkdir()
+        if os.system(f"mount -t tmpfs -o size={size} tmpfs {place} 2>/dev/null"):
+            pytest.skip("mounting a small tmpfs needs root, and a machine that lets it")
+        return place
+
+    yield mount
+    if os.path.ismount(place):
+        os.system(f"umount -l {place}")
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The project's root directory."""

@@ -336,46 +336,32 @@ def test_the_rank_that_fails_says_why_in_the_status(shards, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small tmpfs needs root")
-def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_it_goes_on_when_there_is_room(shards, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if os.system(f"mount -t tmpfs -o size=600k tmpfs {small} 2>/dev/null"):
-        pytest.skip("this machine does not let root mount a tmpfs")
-    try:
-        flags = tiny_run.flags(shards, small / "run", keep_last="none", save_steps=1, eval_steps=8)
-        output = finished(PLAIN, flags, code=2)
-        assert "could not be written" in output and "o space left" in output and "Traceback" not in output, output
-        steps = [step for step, _ in list_steps(small / "run/checkpoints")]
-        assert steps == list(range(1, len(steps) + 1)) and steps
-        for _, path in list_steps(small / "run/checkpoints"):
-            verify_checkpoint(path)
-        for line in (small / "run/metrics.jsonl").read_text().splitlines():
-            json.loads(line)
-        assert status(small / "run")["state"] == "failed"
-        os.system(f"mount -o remount,size=20m {small}")
-        finished(PLAIN, flags)
-        assert sorted(losses(small / "run")) == list(range(1, 25))
-    finally:
-        os.system(f"umount -l {small}")
+def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_it_goes_on_when_there_is_room(shards, small_disk):
+    small = small_disk("600k")
+    flags = tiny_run.flags(shards, small / "run", keep_last="none", save_steps=1, eval_steps=8)
+    output = finished(PLAIN, flags, code=2)
+    assert "could not be written" in output and "o space left" in output and "Traceback" not in output, output
+    steps = [step for step, _ in list_steps(small / "run/checkpoints")]
+    assert steps == list(range(1, len(steps) + 1)) and steps
+    for _, path in list_steps(small / "run/checkpoints"):
+        verify_checkpoint(path)
+    for line in (small / "run/metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    assert status(small / "run")["state"] == "failed"
+    os.system(f"mount -o remount,size=20m {small}")
+    finished(PLAIN, flags)
+    assert sorted(losses(small / "run")) == list(range(1, 25))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small tmpfs needs root")
-def test_a_disk_that_the_log_fills_ends_the_run_with_a_sentence_and_a_status(shards, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if os.system(f"mount -t tmpfs -o size=64k tmpfs {small} 2>/dev/null"):
-        pytest.skip("this machine does not let root mount a tmpfs")
-    try:
-        output = finished(PLAIN, tiny_run.flags(shards, small / "run", **ENDLESS), code=2)
-        assert "error: the run stopped: No space left on device; make room" in output and "Traceback" not in output
-        said = status(small / "run")
-        assert (said["state"], said["exit_code"]) == ("failed", 2) and "No space left" in said["message"]
-        for line in (small / "run/metrics.jsonl").read_text().splitlines()[:-1]:
-            json.loads(line)
-    finally:
-        os.system(f"umount -l {small}")
+def test_a_disk_that_the_log_fills_ends_the_run_with_a_sentence_and_a_status(shards, small_disk):
+    small = small_disk("64k")
+    output = finished(PLAIN, tiny_run.flags(shards, small / "run", **ENDLESS), code=2)
+    assert "error: the run stopped: No space left on device; make room" in output and "Traceback" not in output
+    said = status(small / "run")
+    assert (said["state"], said["exit_code"]) == ("failed", 2) and "No space left" in said["message"]
+    for line in (small / "run/metrics.jsonl").read_text().splitlines()[:-1]:
+        json.loads(line)
 
 
 # --- more than one node
