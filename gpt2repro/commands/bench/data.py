@@ -15,10 +15,16 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
+import torch
 
 from gpt2repro.commands.bench.harness import CommonOptions, NotEqual, Record
+from gpt2repro.data.ordering import next_positions
+from gpt2repro.data.shards import open_split, write_shard
+from gpt2repro.data.sources import ShardSource, open_source, prefetch
+from gpt2repro.data.tokenization import Encoder, bpe_tokenizer, gpt2_tokenizer
 from gpt2repro.options import AtLeastOne, InputError, parse_options
 
 SEQ_LEN, SEQUENCES = 1024, 16
@@ -56,11 +62,6 @@ def main(argv: list[str]) -> int:
 
 def loaders(record: Record, folder: Path, batches: int) -> None:
     """Tokens per second of the three loaders, after a check of the windows and tokens of ours."""
-    import torch
-
-    from gpt2repro.data.shards import open_split, write_shard
-    from gpt2repro.data.sources import ShardSource, prefetch
-
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, TOKENS, dtype=np.uint16)
     for number, piece in enumerate(np.array_split(tokens, SHARDS)):  # in llm.c's layout, which is used in place
         (folder / "shards").mkdir(exist_ok=True)
@@ -101,7 +102,6 @@ def loaders(record: Record, folder: Path, batches: int) -> None:
 
 def arrow_batches(directory: Path, tokens: np.ndarray):
     """Endless (x, y) in one shuffled order from an Arrow dataset on disk, T + 1 tokens in each row."""
-    import torch
     from datasets import Dataset, disable_progress_bars, load_from_disk
 
     disable_progress_bars()
@@ -117,9 +117,6 @@ def arrow_batches(directory: Path, tokens: np.ndarray):
 
 def indices(record: Record) -> None:
     """Milliseconds for the windows of a batch of 512 sequences, in a corpus that no disk here could hold."""
-    from gpt2repro.data.ordering import next_positions
-    from gpt2repro.data.sources import ShardSource
-
     source = ShardSource(TrillionTokens(), seq_len=SEQ_LEN, seed=0)
     position = itertools.count(source.windows // 3, 512)
     calls = {"indices": lambda: [source.windows_at(next_positions(next(position), [], 512)) for _ in range(100)]}
@@ -130,11 +127,6 @@ def indices(record: Record) -> None:
 
 def stream(record: Record, folder: Path) -> None:
     """Tokens per second from text to batches, one tokenising thread, from an empty and from a full cache."""
-    from pydoc_data.topics import topics
-
-    from gpt2repro.data.sources import open_source, prefetch
-    from gpt2repro.data.tokenization import Encoder, bpe_tokenizer, gpt2_tokenizer
-
     texts = list(topics.values())  # the documents of `help()`: about 465 KB that every CPython brings
     try:
         tokenizer = gpt2_tokenizer()

@@ -24,7 +24,6 @@ import re
 import shlex
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -238,8 +237,9 @@ def peak_memory_gib(call: Callable) -> float:
 
 def synchronize() -> None:
     """Wait for the accelerator, if one is in use, so that the clock measures finished work."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    import torch
+
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

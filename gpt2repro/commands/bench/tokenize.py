@@ -14,7 +14,6 @@ seconds of comparing gigatoken with tiktoken do not count, since they are the sa
 """
 
 import contextlib
-import functools
 import importlib.util
 import itertools
 import multiprocessing
@@ -136,6 +135,7 @@ def build_nanogpt(source: Path, out: Path, shard_tokens: int, processes: int) ->
 
     Source: how build-nanogpt's fineweb.py works, written anew; documents end with `<|endoftext|>` as here.
     """
+    import tiktoken
     from pyarrow import parquet
 
     shutil.rmtree(out, ignore_errors=True)
@@ -143,7 +143,7 @@ def build_nanogpt(source: Path, out: Path, shard_tokens: int, processes: int) ->
     names = (out / f"bench_{'train' if index else 'val'}_{index:06d}.npy" for index in itertools.count())
     # As it ships where there is fork: the vocabulary is inherited.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    _tiktoken()
+    tiktoken.get_encoding("gpt2")
     shard, count = np.empty(shard_tokens, np.uint16), 0
     rows = (text for batch in parquet.ParquetFile(source).iter_batches(1000) for text in batch.column(0).to_pylist())
     with multiprocessing.get_context(method).Pool(processes) as pool:
@@ -159,15 +159,11 @@ def build_nanogpt(source: Path, out: Path, shard_tokens: int, processes: int) ->
         np.save(next(names), shard[:count])
 
 
-@functools.cache
-def _tiktoken():
+def _tokenise_document(text: str) -> np.ndarray:
     import tiktoken
 
-    return tiktoken.get_encoding("gpt2")
-
-
-def _tokenise_document(text: str) -> np.ndarray:
-    tokens = np.array([*_tiktoken().encode_ordinary(text), _tiktoken().eot_token])
+    encoding = tiktoken.get_encoding("gpt2")  # made once per process
+    tokens = np.array([*encoding.encode_ordinary(text), encoding.eot_token])
     assert (tokens >= 0).all() and (tokens < 2**16).all(), "token ids beyond uint16"
     return tokens.astype(np.uint16)
 
