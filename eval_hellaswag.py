@@ -10,11 +10,11 @@ Takes any causal language model of transformers. Expect about 0.2955 (build-nano
 because that is what the references run in; bf16 moves a few near-ties.
 """
 
+import atexit
 import json
 import os
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -57,15 +57,14 @@ class Options(ModelOptions):
 
 def main(argv: list[str]) -> int:
     try:
-        with ExitStack() as at_exit:
-            return evaluate(parse_options(Options, argv, prog="eval_hellaswag.py", description=__doc__), argv, at_exit)
+        return evaluate(parse_options(Options, argv, prog="eval_hellaswag.py", description=__doc__), argv)
     except InputError:
         if int(os.environ.get("RANK", 0)) == 0:
             raise
         return 2  # the first process prints the message
 
 
-def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
+def evaluate(options: Options, argv: list[str]) -> int:
     check_outputs(options.out, options.predictions)
     from gpt2repro.evaluation.losses import max_length_of  # after the options: a typing error should not wait for torch
     from gpt2repro.evaluation.multiple_choice import score
@@ -87,7 +86,7 @@ def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
         from accelerate import PartialState
 
         state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available())
-        at_exit.callback(state.destroy_process_group)
+        atexit.register(state.destroy_process_group)
         rank, world, device = state.process_index, state.num_processes, str(state.device)
     model, tokenizer, device = options.load(device=device)
     how = {"device": device, "batch_tokens": options.batch_tokens, "rank": rank, "world": world}

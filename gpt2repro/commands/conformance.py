@@ -9,8 +9,6 @@ skipped; `make conformance` installs it. An --out that exists keeps the rows of 
 that programs whose requirements disagree can be run from several environments. The exit code is 0 where nothing failed.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -8,8 +8,6 @@ Every form is made from the plain gpt2, after a comparison of its logits with th
 compared too. export.json beside it names the converter, its version and the differences.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ Each checkpoint of a run becomes a branch `step-N`; the newest one keeps the opt
 `train_accelerate.py --resume hub:user/gpt2-124M` can go on from it. Log in with `hf auth login`, or set HF_TOKEN.
 """
 
-from __future__ import annotations
-
 import re
 from configparser import ConfigParser
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt2repro.evaluation.losses import Forward, inference, sum_over_ranks, target_log_probs
+from gpt2repro.evaluation.losses import IGNORED, Forward, inference, padded, sum_over_ranks, target_log_probs
 from gpt2repro.evaluation.rows import read_rows
 from gpt2repro.options import InputError
 
@@ -339,17 +339,12 @@ def predict_rows(forward: Forward, groups: Sequence[Group], device: torch.device
     """The same logits with a row of its own for every ending: plain causal input, padded on the right."""
     sequences = [(group.context, ending) for group in groups for ending in group.endings]
     width = max(len(context) + len(ending) - 1 for context, ending in sequences)
-    ids = np.zeros((len(sequences), width), dtype=np.int64)
-    rows, columns, targets = [], [], []
-    for row, (context, ending) in enumerate(sequences):
-        length = len(context) + len(ending) - 1
-        ids[row, :length] = [*context, *ending[:-1]]
-        rows += [row] * len(ending)
-        columns += range(len(context) - 1, length)
-        targets += ending
-    logits = forward(input_ids=torch.from_numpy(ids).to(device), use_cache=False).logits
-    index = torch.tensor([rows, columns, targets], device=device)
-    return logits[index[0], index[1]], index[2], rows
+    inputs, targets = padded([[*context, *ending] for context, ending in sequences], (len(sequences), width))
+    for row, (context, _) in enumerate(sequences):
+        targets[row, : len(context) - 1] = IGNORED
+    index = (targets != IGNORED).nonzero(as_tuple=True)  # rows, columns
+    logits = forward(input_ids=inputs.to(device), use_cache=False).logits
+    return logits[index], targets[index].to(device), index[0].tolist()
 
 
 def token_scores(predicted: Predicted, greedy: bool) -> tuple[list[torch.Tensor], list[int]]:

@@ -13,8 +13,6 @@ Knows no file, no command and no Hub. Shapes: B batch, T prompt, L cache slots, 
 vocabulary.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial

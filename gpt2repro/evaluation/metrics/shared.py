@@ -7,8 +7,13 @@ import evaluate
 SUMS = {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
 
 
-def info(metric, description: str, citation: str, features: dict, *urls: str) -> evaluate.MetricInfo:
-    """`MetricInfo` of a metric whose class docstring says what goes in and what comes out."""
+def info(metric, module_docstring: str, features: dict, *urls: str) -> evaluate.MetricInfo:
+    """`MetricInfo` of a metric.
+
+    Its module's docstring is the description and, behind "Cite:", the BibTeX entry; the class docstring says what goes
+    in and what comes out.
+    """
+    description, _, citation = module_docstring.partition("\nCite:\n")
     return evaluate.MetricInfo(
         description=description,
         citation=citation,
