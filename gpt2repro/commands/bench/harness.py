@@ -34,6 +34,7 @@ import psutil
 
 from gpt2repro.files import check_outputs, write_json
 from gpt2repro.options import AtLeastOne, Positive
+from gpt2repro.training.reference import commit
 
 RECORDS = Path("results/benchmarks")  # seen from the project's root, where the commands are run
 # What speed depends on.
@@ -273,13 +274,3 @@ def hardware() -> dict:
         "load_average": round(psutil.getloadavg()[0], 2),
         "system": platform.system(),
     }
-
-
-def commit() -> str:
-    """The checkout's commit, `+changes` where files differ from it; without git GPT2REPRO_COMMIT, else `unknown`."""
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        found = ""
-    return found or os.environ.get("GPT2REPRO_COMMIT", "unknown")
