@@ -23,7 +23,7 @@ from typing import Literal
 
 from gpt2repro.files import check_outputs, write_output
 from gpt2repro.models import ModelOptions
-from gpt2repro.options import AtLeastOne, InputError, parse_options, run_main
+from gpt2repro.options import AtLeastOne, InputError, Problems, parse_options, run_main
 
 SIZES = ("124M", "350M", "774M", "1558M")
 
@@ -47,12 +47,11 @@ class Options(ModelOptions):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     "Precision of the weights."
 
-    def problems(self) -> list[str]:
+    def problems(self) -> Problems:
         if not self.task:
-            return ["--task needs a name"]
-        if self.data is not None and (len(self.task) > 1 or "=" in self.task[0]):
-            return ["--data belongs to a single --task; of several each can be given as --task NAME=FILE"]
-        return []
+            yield "--task needs a name"
+        elif self.data is not None and (len(self.task) > 1 or "=" in self.task[0]):
+            yield "--data belongs to a single --task; of several each can be given as --task NAME=FILE"
 
 
 def main(argv: list[str]) -> int:

@@ -8,7 +8,7 @@ Owns how options are written, read, checked and explained. Knows no program's fi
         "What `--help` says about the field: a string literal right under it."
         runs: list[str] = field(default_factory=list, metadata={"positional": True})
         out: Path | None = field(default=None, metadata={"config": False})  # cannot stand in a YAML file
-        def problems(self) -> list[str]: ...                              # optional: what types cannot check
+        def problems(self) -> Problems: yield "…"                         # optional: what types cannot check
 
     def main(argv: list[str]) -> int:
         options = parse_options(Options, argv, prog="gpt2repro plot", description=__doc__)
@@ -33,7 +33,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -53,6 +53,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegativeNumber = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+Problems = Iterable[str]  # of an options class: a sentence for each
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from pydantic import Field
 from gpt2repro.files import atomic_file, read_json_lines
 from gpt2repro.generation.prompts import TextStream, encode_prompt, room_for
 from gpt2repro.models import ModelOptions
-from gpt2repro.options import AtLeastOne, InputError, NotNegativeNumber, parse_options
+from gpt2repro.options import AtLeastOne, InputError, NotNegativeNumber, Problems, parse_options
 
 MOST_SAMPLES = 1_000_000  # of one call: all of them are kept until the file is written
 MOST_CHARACTERS = 64 << 20  # of a prompts file
@@ -55,18 +55,16 @@ class Options(ModelOptions):
     compile: bool = False
     "Fuse the decode step with torch.compile: slower to start, faster for many tokens on a GPU."
 
-    def problems(self) -> list[str]:
-        found = []
+    def problems(self) -> Problems:
         sources = [self.prompt is not None, self.interactive, self.prompts_file is not None]
         if sum(sources) != 1:
-            found.append("give exactly one of --prompt TEXT, --interactive and --prompts_file FILE")
+            yield "give exactly one of --prompt TEXT, --interactive and --prompts_file FILE"
         if self.prompts_file is not None and self.out is None:
-            found.append("--prompts_file needs --out FILE.jsonl for the samples")
+            yield "--prompts_file needs --out FILE.jsonl for the samples"
         if self.prompts_file is None and self.out is not None:
-            found.append("--out belongs to --prompts_file; redirect the output of --prompt with > FILE")
+            yield "--out belongs to --prompts_file; redirect the output of --prompt with > FILE"
         if self.interactive and self.num_samples > 1:
-            found.append(f"--interactive streams one text at a time; num_samples={self.num_samples} needs --prompt")
-        return found
+            yield f"--interactive streams one text at a time; num_samples={self.num_samples} needs --prompt"
 
 
 def main(argv: list[str]) -> int:
