@@ -103,11 +103,11 @@ def measure(record: Record, folder: Path) -> None:
     bytes_written = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
     record.save(checks={"weights and optimizer restored": "equal to torch.save's, bit by bit"})
 
-    # --- the stall of one save, in turns; the rest of the thread's writing is waited for outside the clock
+    # --- the stall of one save, the candidates in turns; the clock stands while our thread writes the rest
     times = record.compare(candidates, after=ours.wait)
     record.headline("training waits for a save", times, ours=OURS, baseline=ACCELERATE, unit="s")
 
-    # --- the whole cost: so many steps that the writing fits beside them, with and without a save before the first
+    # --- the whole cost: steps with a save before the first, and without; as many as the writing takes, or more
     writing = [timed(lambda: (candidates[OURS](), ours.wait())) for _ in range(3)]
     step_seconds = timed(lambda: [step() for _ in range(3)]) / 3
     steps = max(3, min(60, round(1.2 * statistics.median(writing) / step_seconds) + 1))

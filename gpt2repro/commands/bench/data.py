@@ -5,8 +5,9 @@ gpt2repro bench data
 All three give 16 x 1024 tokens at a time from the same 32M tokens. The slicing loader is what build-nanogpt does: the
 whole shard in memory, the next B T + 1 tokens, in the order of the file, never shuffled; it is as fast as a loader can
 be. `datasets` reads rows of 1025 tokens from an Arrow file on disk in shuffled order; ours reads shuffled windows, also
-across shard borders, from disk; both in the thread that feeds a training loop. Then the indices of one batch at a
-simulated 10^12 tokens, and a stream: text to batches through a tokenising thread, from an empty cache and a full one.
+across shard borders, from disk; both in the thread that feeds a training loop. Two more measures have no rival: the
+windows of one batch are chosen among 10^12 simulated tokens; and a stream makes batches of text in one tokenising
+thread, with an empty cache and with a full one.
 """
 
 import importlib.util
@@ -44,7 +45,7 @@ class Options(CommonOptions):
 
 
 class TrillionTokens:
-    """Replaces a split of 10^12 tokens, of which only the size is read."""
+    """Stands in for a split of 10^12 tokens; only its size is read."""
 
     tokens, vocab_size, sha256 = 10**12, VOCAB_SIZE, ""
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
 def loaders(record: Record, folder: Path, batches: int) -> None:
     """Tokens per second of the three loaders, after a check of the windows and tokens of ours."""
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, TOKENS, dtype=np.uint16)
-    for number, piece in enumerate(np.array_split(tokens, SHARDS)):  # in llm.c's layout, which is used in place
+    for number, piece in enumerate(np.array_split(tokens, SHARDS)):  # llm.c's layout, which needs no manifest
         (folder / "shards").mkdir(exist_ok=True)
         write_shard(folder / "shards" / f"bench_train_{number:06d}.bin", piece, VOCAB_SIZE)
     source = ShardSource(open_split(folder / "shards", "train"), seq_len=SEQ_LEN, seed=0)
@@ -85,7 +86,7 @@ def loaders(record: Record, folder: Path, batches: int) -> None:
 
     def take(loader) -> None:
         for x, y, *_ in itertools.islice(loader, batches):
-            x.clone(), y.clone()  # copied, as to a GPU: a view costs nothing and holds nothing yet
+            x.clone(), y.clone()  # training copies a batch to its GPU; a view alone would read no token
 
     feeds = {OURS: prefetch(source.batches(source.initial_state(), **BATCH), depth=4), SLICING: slices()}
     if importlib.util.find_spec("datasets"):
@@ -136,7 +137,7 @@ def stream(record: Record, folder: Path) -> None:
     path = folder / "text.jsonl"
     path.write_text("\n".join(lines * repeats), encoding="utf-8")
     tokens = repeats * sum(map(len, Encoder(tokenizer).encode_batch(texts)))
-    batches = max(1, int(0.8 * tokens / (SEQUENCES * SEQ_LEN)))  # most of an epoch, so that the cache cannot help
+    batches = max(1, int(0.8 * tokens / (SEQUENCES * SEQ_LEN)))  # a second epoch would come from the cache
     caches = (folder / f"cache-{number}" for number in itertools.count())
     how = {"tokenizer": tokenizer, "seq_len": SEQ_LEN, "seed": 0, "sequences": SEQUENCES, "workers": 1}
 

@@ -3,10 +3,10 @@
 gpt2repro bench hellaswag                          # random tokens with the lengths of real examples: no download
 
 The loop scores one example at a time as four padded rows with all their logits. Both run the same GPT-2 with random
-weights in the same precision on the same examples, and must give the same predictions, or nothing is timed.
+weights in the same precision on the same examples. Both must choose the same endings; otherwise nothing is timed.
 
-On a CPU arithmetic is everything, so the goal is 80 % of the ratio of both ways' FLOPs (about 2.4 at 124M); on a GPU
-the loop mostly waits for kernels to start, and the goal is 10x.
+On a CPU the arithmetic takes the time: the loop needs about 2.4 times our FLOPs at 124M, and the goal is 80 % of that
+ratio. On a GPU the loop mostly waits for kernels to start, and the goal is 10x.
 """
 
 from dataclasses import dataclass
@@ -40,11 +40,11 @@ class Options(CommonOptions):
     data: Path | None = None
     "HellaSwag's original .jsonl (needs GPT-2's vocabulary); none: random tokens with the lengths of 500 real examples."
     examples: AtLeastOne | None = None
-    "How many, spread over the data; none: 32 on a CPU, 500 on a GPU."
+    "How many examples, spread over the data; none: 32 on a CPU, 500 on a GPU."
     batch_tokens: AtLeastOne | None = None
     "Tokens per forward pass of ours; none: what eval_hellaswag.py takes."
     rounds: AtLeastOne = 3
-    "Measurements of each; they take turns."
+    "Measurements of each way; the two take turns."
     device: str | None = None
     "cuda, mps or cpu; none: the best one here."
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -112,7 +112,7 @@ def random_rendered(count: int, vocab_size: int) -> list[Rendered]:
 
 
 def score_four_rows(model, example, device) -> list[float]:
-    """build-nanogpt's evaluate() for one example: four rows, all logits, the mask picks the ending's losses."""
+    """build-nanogpt's evaluate() for one example: four rows, all logits; the mask picks the losses of the endings."""
     rows = [torch.tensor(context + ending) for context, ending in example.choices]
     masks = [torch.tensor([0] * len(context) + [1] * len(ending)) for context, ending in example.choices]
     tokens, mask = (pad_sequence(tensors, batch_first=True).to(device) for tensors in (rows, masks))  # (4, T)

@@ -1,7 +1,7 @@
 """`evaluate` module: perplexity from sums of nats and numbers of tokens.
 
 exp of the mean nats per predicted token, over all texts together. It depends on the tokenizer; bits per byte does not.
-Unlike evaluate-metric/perplexity it loads no model: it takes what the model's forward passes gave.
+Unlike evaluate-metric/perplexity it loads no model: it takes the sums that the caller's model gave.
 
 Cite:
 @article{jelinek1977perplexity,

@@ -1,9 +1,9 @@
-"""What the three modules tell `evaluate` in the same way; its loader copies this file beside the module it loads."""
+"""What the three metrics share. The loader of `evaluate` copies this file beside the metric that it loads."""
 
 import datasets
 import evaluate
 
-# of a text or window: total nats (sum, not mean), and what they are divided by
+# For each text or window: its total nats (a sum, not a mean), and the number that they are divided by.
 SUMS = {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
 
 
