@@ -10,7 +10,6 @@ windows of one batch are chosen among 10^12 simulated tokens; and a stream makes
 thread, with an empty cache and with a full one.
 """
 
-import importlib.util
 import itertools
 import json
 import tempfile
@@ -89,8 +88,7 @@ def loaders(record: Record, folder: Path, batches: int) -> None:
             x.clone(), y.clone()  # training copies a batch to its GPU; a view alone would read no token
 
     feeds = {OURS: prefetch(source.batches(source.initial_state(), **BATCH), depth=4), SLICING: slices()}
-    if importlib.util.find_spec("datasets"):
-        feeds[DATASETS] = prefetch(arrow_batches(folder / "arrow", tokens), depth=4)
+    feeds[DATASETS] = prefetch(arrow_batches(folder / "arrow", tokens), depth=4)
     calls = {name: lambda feed=feed: take(feed) for name, feed in feeds.items()}
     times = record.compare(calls, units=batches * SEQUENCES * SEQ_LEN)
     for feed in feeds.values():
@@ -131,7 +129,7 @@ def stream(record: Record, folder: Path) -> None:
     texts = list(topics.values())  # the documents of `help()`: about 465 KB that every CPython brings
     try:
         tokenizer = gpt2_tokenizer()
-    except (InputError, ImportError):  # no network and no cached vocabulary, or no tiktoken
+    except InputError:  # no network and no cached vocabulary
         tokenizer = bpe_tokenizer(texts, 8192)
     lines, repeats = [json.dumps({"text": text}) for text in texts], STREAM_BYTES // sum(map(len, texts)) + 1
     path = folder / "text.jsonl"

@@ -14,7 +14,6 @@ read GPT-2's vocabulary and to compare gigatoken with tiktoken (two seconds) doe
 """
 
 import contextlib
-import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -27,6 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow
+import tiktoken
+from pyarrow import parquet
 
 from gpt2repro.commands.bench import harness
 from gpt2repro.data.preparation import prepare
@@ -55,9 +57,7 @@ class Options(harness.CommonOptions):
     "Processes of ours, and of the baseline with all cores."
 
     def problems(self) -> list[str]:
-        absent = [name for name in ("pyarrow", "tiktoken") if not importlib.util.find_spec(name)]
-        problems = [f"bench tokenize needs {', '.join(absent)}; install it, or leave it out"] if absent else []
-        return problems + [f"input={path} does not exist" for path in self.input if not path.exists()]
+        return [f"input={path} does not exist" for path in self.input if not path.exists()]
 
 
 def main(argv: list[str]) -> int:
@@ -99,9 +99,6 @@ def main(argv: list[str]) -> int:
 
 def write_text(path: Path, inputs: list[Path], text_bytes: int) -> int:
     """Write about `text_bytes` of real text as FineWeb-like parquet. Returns its exact size."""
-    import pyarrow
-    from pyarrow import parquet
-
     libraries = Path(sysconfig.get_paths()["purelib"])
     texts = [*python_docs(), *(text for package in PACKAGES for text in docstrings(libraries / package))]
     if inputs:
@@ -134,9 +131,6 @@ def build_nanogpt(source: Path, out: Path, shard_tokens: int, processes: int) ->
 
     Source: the method of build-nanogpt's fineweb.py, written anew. Documents end with `<|endoftext|>`, as ours do.
     """
-    import tiktoken
-    from pyarrow import parquet
-
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     names = (out / f"bench_{'train' if index else 'val'}_{index:06d}.npy" for index in itertools.count())
@@ -159,8 +153,6 @@ def build_nanogpt(source: Path, out: Path, shard_tokens: int, processes: int) ->
 
 
 def _tokenise_document(text: str) -> np.ndarray:
-    import tiktoken
-
     encoding = tiktoken.get_encoding("gpt2")  # made once per process
     tokens = np.array([*encoding.encode_ordinary(text), encoding.eot_token])
     assert (tokens >= 0).all() and (tokens < 2**16).all(), "token ids beyond uint16"
