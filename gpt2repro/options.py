@@ -87,7 +87,9 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
 
     raw: dict[str, tuple[Any, str]] = {}  # field -> value as written, and where it was written
     config = None if "config" in fields else given.pop("config", None)  # a class may have a `config` of its own
-    if config is not None and config is not _NO_VALUE:
+    if config is _NO_VALUE:
+        problems.append("--config needs a value: a YAML file, or a preset that --help names")
+    elif config is not None:
         for name, value in _read_yaml(config).items():
             if name not in fields:
                 problems.append(f"unknown option {name!r} in {config}{_nearest(str(name), fields, '')}")
@@ -95,12 +97,9 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
                 problems.append(f"{name} cannot be set in {config}; use the flag --{name}")
             else:
                 raw[name] = value, str(config)
-    elif config is _NO_VALUE:
-        problems.append("--config needs a value: a YAML file, or a preset that --help names")
     raw.update({name: (value, "flag") for name, value in given.items()})
 
     checked: dict[str, Any] = {}
-    wrong: set[str] = set()
     for name, (value, source) in raw.items():
         try:
             if not fields[name].metadata.get("free_text") and isinstance(value, (str, list)):
@@ -110,16 +109,16 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
                     raise ValueError("should be UTF-8 text")
             checked[name] = _convert(value, kinds[name])
         except ValueError as error:
-            wrong.add(name)
             shown = f"--{name}" if source == "flag" else f"{name} in {source}"
             problems.append(f"{shown} needs a value" if value is _NO_VALUE else f"{shown}: {error}, not {value!r}")
-    missing = [name for name, field in fields.items() if _default(field) is dataclasses.MISSING and name not in raw]
-    problems += [f"--{name} is required" for name in missing]
+    required = [name for name, field in fields.items() if _default(field) is dataclasses.MISSING]
+    problems += [f"--{name} is required" for name in required if name not in raw]
 
-    if not missing and not any(_default(fields[name]) is dataclasses.MISSING for name in wrong):
+    if checked.keys() >= set(required):
         options = cls(**checked)
         if hasattr(options, "problems"):
             # A mistyped field has its default here, so a problem that names this field would be one of the default.
+            wrong = raw.keys() - checked.keys()
             problems += [text for text in options.problems() if not any(name in text for name in wrong)]
     if problems:
         many = f"{len(problems)} problems with the options:\n  - " if len(problems) > 1 else ""
