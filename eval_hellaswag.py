@@ -88,13 +88,12 @@ def evaluate(options: Options, argv: list[str]) -> int:
         atexit.register(state.destroy_process_group)
         rank, world, device = state.process_index, state.num_processes, str(state.device)
     model, tokenizer, device = options.load(device=device)
-    how = {"device": device, "batch_tokens": options.batch_tokens, "rank": rank, "world": world}
     bar = partial(tqdm, unit="batch", disable=rank > 0, file=sys.stderr)
     records, lines = [], []
     for task, data, split, examples in tasks:
         start = time.perf_counter()
         prepared = task.prepare(examples, tokenizer, max_length_of(model, tokenizer))
-        scores = score(model, prepared, progress=partial(bar, desc=task.title), **how)
+        scores = score(model, prepared, batch_tokens=options.batch_tokens, progress=partial(bar, desc=task.title))
         rows = task.predictions(prepared, scores)
         lines += [json.dumps({"task": task.name, **row} if len(tasks) > 1 else row) for row in rows]
         record = {"task": task.name, "data": data, "split": split, "examples": len(rows)}

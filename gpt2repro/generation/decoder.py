@@ -37,6 +37,7 @@ PLAIN |= {"add_cross_attention": False}
 HOOKS = ("ward_hooks", "ward_pre_hooks")  # forward and backward; those of state dicts change no logit
 DECISIVE = (int, float, str, tuple, PretrainedConfig)  # types of attributes that a forward may look at
 NO_PART_OF_FORWARD = {"name_or_path", "gradient_checkpointing"}
+Prompts = Sequence[Sequence[int]]  # token ids, one sequence per row, of any lengths
 
 
 class Step(NamedTuple):
@@ -61,19 +62,12 @@ class Decoder:
 
     @torch.inference_mode()
     def tokens(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling,
-        end_token: int | None,
-        seed: int = 0,
-        rows: Sequence[int] | None = None,
+        self, prompts: Prompts, *, max_new_tokens: int, sampling: Sampling, end_token: int | None, seed=0, rows=None
     ) -> Iterator[Step]:
         """Yield up to `max_new_tokens` steps; stop early once every row has ended.
 
-        `prompts` has one non-empty list of ids per row, of any lengths (padded on the left). `rows` numbers the stream
-        of random numbers of each prompt; None takes the prompts' positions.
+        Each prompt has at least one id; shorter ones are padded on the left. `rows` numbers each prompt's stream of
+        random numbers, which begins with `seed`; None takes the prompts' positions.
         """
         longest = max(map(len, prompts))
         assert len(prompts) == self.batch_size, f"{len(prompts)} prompts in a decoder for {self.batch_size}"
@@ -351,14 +345,7 @@ def decoder_for(model, *, batch_size: int, length: int, compiled: bool = False) 
 
 
 def complete(
-    model,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    end_token: int | None,
-    batch_size: int = 64,
-    compiled: bool = False,
-    **how,
+    model, prompts: Prompts, *, max_new_tokens: int, end_token: int | None, batch_size=64, compiled=False, **how
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue every prompt -> (index of the prompt, its new tokens up to the end token), shortest prompts first.
 

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     prepared = Prepared(TASK, [], {"tokens": rendered}, grouped({"tokens": rendered}, 1024), {})
 
     def ours(**how) -> np.ndarray:
-        scores = score(model, prepared, device=device, batch_tokens=options.batch_tokens, **how)["tokens"]
+        scores = score(model, prepared, batch_tokens=options.batch_tokens, **how)["tokens"]
         return np.stack(scores)[:, :, 0]  # (examples, 4)
 
     def loop() -> np.ndarray:
