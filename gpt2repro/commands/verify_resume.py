@@ -263,13 +263,10 @@ def compare(reference: Path, run_dir: Path, tolerance: float) -> list[str]:
         wrong = [f"metrics.jsonl first differs at step {a['step']}: {b}, expected {a}" for a, b in pairs[:1]]
     else:
         largest = differences(reference, run_dir)
-        wrong = [
-            f"{name} differs by {difference:.3g}" for name, difference in largest.items() if difference > tolerance
-        ]
+        wrong = [f"{name} differs by {size:.3g}" for name, size in largest.items() if size > tolerance]
     theirs, ours = (ending(directory, exact=tolerance == 0) for directory in (reference, run_dir))
-    return wrong + [
-        f"{name} is {ours.get(name)}, expected {theirs[name]}" for name in theirs if ours.get(name) != theirs[name]
-    ]
+    other = [name for name in theirs if ours.get(name) != theirs[name]]
+    return wrong + [f"{name} is {ours.get(name)}, expected {theirs[name]}" for name in other]
 
 
 def ending(run_dir: Path, *, exact: bool) -> dict:

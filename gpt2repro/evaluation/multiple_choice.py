@@ -85,15 +85,13 @@ class Task:
         """The rows with an int or None as `label`. Raises: InputError that lists what is wrong with up to five."""
         examples, problems = [], []
         for number, row in enumerate(rows, 1):
-            missing = [name for name, kind in self.fields.items() if not isinstance(row.get(name), kind)]
-            if missing:
-                problems.append(f"example {number} has no {', '.join(missing)}")
-                continue
             try:
+                if missing := [name for name, kind in self.fields.items() if not isinstance(row.get(name), kind)]:
+                    raise ValueError(f"no {', '.join(missing)}")
                 for protocol in self.protocols.values():
                     protocol.choices(row)
                 examples.append({**row, "label": self.label(row)})
-            except ValueError as error:  # a task's own sentence
+            except ValueError as error:  # also a task's own
                 problems.append(f"example {number} has {error}")
             except (LookupError, TypeError, AttributeError):
                 problems.append(f"example {number} has choices of another form")
