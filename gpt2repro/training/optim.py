@@ -9,7 +9,6 @@ groups at every step, so that a wrapper may exchange them for sharded ones (`DTe
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ MUON_MOMENTUM = 0.95  # Keller Jordan, https://kellerjordan.github.io/posts/muon
 def build_optimizer(
     model: nn.Module,
     *,
-    name: Literal["adamw", "muon"],
+    name: str,
     lr: float,
     weight_decay: float,
     betas: tuple[float, float],
@@ -40,7 +39,12 @@ def build_optimizer(
     from AdamW's learning rate to Muon's; its update is already scaled to AdamW's usual size, so 1 is a good start.
     So many `processes` of the default group, which all hold the same gradients, share Muon's work; `compiled` is for
     GPUs.
+
+    Raises:
+        ValueError: for an unknown `name`.
     """
+    if name not in ("adamw", "muon"):
+        raise ValueError(f"unknown optimizer {name!r}; known are adamw and muon")
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
     fused = all(p.device.type in FUSED_DEVICES for p in parameters.values())
 
