@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import shlex
 import subprocess
 from dataclasses import dataclass
 from datetime import date
@@ -152,8 +151,6 @@ def record(run_dir: str | Path, *, name: str, directory: Path = DIRECTORY) -> Pa
     curve = [(entry["step"], round(entry["val_loss"], 4)) for entry in evaluations if "val_loss" in entry]
     if not curve or curve[-1][0] < config["max_steps"]:
         raise InputError(f"{run_dir} has not evaluated its last step, {config['max_steps']}; finish the run first")
-    root = Path(__file__).resolve().parents[2]
-    failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(root))} rev-parse --short=12 HEAD")
     reference = {
         "name": name,
         "manifest_sha256": manifest.sha256,
@@ -161,7 +158,7 @@ def record(run_dir: str | Path, *, name: str, directory: Path = DIRECTORY) -> Pa
         "curve": curve,
         "made": {
             "command": f"python train_accelerate.py --config {run_dir.as_posix()}/config.yaml",
-            "commit": "unknown" if failed else commit,
+            "commit": _commit(),
             "date": date.today().isoformat(),
             "python": platform.python_version(),
             "torch": importlib.metadata.version("torch"),
@@ -171,3 +168,12 @@ def record(run_dir: str | Path, *, name: str, directory: Path = DIRECTORY) -> Pa
     path = directory / f"{name}-{manifest.sha256[:8]}.json"
     write_json(path, reference)
     return path
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        shown = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return shown.stdout.strip() or "unknown"
