@@ -71,10 +71,14 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(tmp_path, ti
 def test_a_checkpoint_loads_with_from_pretrained_and_has_the_model_once(tmp_path, trained):
     writer = CheckpointWriter(tmp_path)
     tokenizer = char_tokenizer(["to be or not"])
-    writer.save(7, model=trained[0], optimizer=trained[1], tokenizer=tokenizer, state={})
+    writer.save(
+        7, model=trained[0], optimizer=trained[1], tokenizer=tokenizer, state={}, extra_files={"README.md": "hi"}
+    )
     writer.close()
     path = tmp_path / "step_000007"
-    assert {"configuration_gpt2repro.py", "modeling_gpt2repro.py", "generation_config.json"} <= set(names(path))
+    assert {"README.md", "configuration_gpt2repro.py", "modeling_gpt2repro.py", "generation_config.json"} <= set(
+        names(path)
+    )
     assert {"tokenizer.json", "checksums.json", "trainer_state"} <= set(names(path))
     assert "lm_head.weight" not in load_file(path / "model.safetensors")
     loaded = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)

@@ -89,12 +89,14 @@ class CheckpointWriter:
         optimizer: torch.optim.Optimizer,
         tokenizer=None,
         state: dict,
+        extra_files: dict[str, bytes | str] | None = None,
         on_written: Callable[[Path], None] | None = None,
     ) -> None:
         """Write step_N. The caller waits for the copy to host memory, and for an unfinished earlier save.
 
-        `read_state` returns `state`, scrubbed, since checkpoints are published. `on_written` is called on rank 0, in
-        the writing thread, when the checkpoint is whole; its errors are printed and do not end the run.
+        `read_state` returns `state`, scrubbed, since checkpoints are published. `extra_files` are written beside
+        config.json. `on_written` is called on rank 0, in the writing thread, when the checkpoint is whole; its errors
+        are printed and do not end the run.
 
         Raises: SaveError if the save before could not be written; `wait` says it of the last one.
         """
@@ -102,8 +104,13 @@ class CheckpointWriter:
         model, optimizer = unwrap(model), getattr(optimizer, "optimizer", optimizer)
         header = {"format": layout.FORMAT, "version": layout.VERSION, "step": step}
         header |= {"optimizer": type(optimizer).__name__, "state": scrub(state)}
-        work = (step, model, tokenizer, *self._host_copy(model, optimizer), json.dumps(header, indent=1), on_written)
+        small_files = {"trainer_state/state.json": json.dumps(header, indent=1).encode()}
+        for name, content in (extra_files or {}).items():
+            small_files[name] = content.encode() if isinstance(content, str) else content
+        weights, pieces, rows = self._host_copy(model, optimizer)
+
         self._in_flight = step
+        work = (step, model, tokenizer, weights, pieces, rows, small_files, on_written)
         # Not a daemon, so the interpreter finishes the writing before it ends.
         self._thread = threading.Thread(target=self._write, args=work, name=f"checkpoint-{step}")
         self._thread.start()
@@ -211,7 +218,7 @@ class CheckpointWriter:
             copied = self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return copied.copy_(tensor, non_blocking=tensor.is_cuda)  # elsewhere nobody would wait for it
 
-    def _write(self, step, model, tokenizer, weights, pieces, rows, header, on_written) -> None:
+    def _write(self, step, model, tokenizer, weights, pieces, rows, small_files, on_written) -> None:
         """The work of the thread. On every rank the next `wait` raises what went wrong."""
         target = layout.step_path(self.directory, step)
         aside = self.directory / f".{target.name}.tmp-{self._token}"
@@ -231,8 +238,7 @@ class CheckpointWriter:
                     checksums["model.safetensors"] = _settle(aside / "model.safetensors")
                     if not self._constant_files:
                         self._constant_files = _model_files(model, tokenizer)
-                    small_files = self._constant_files | {"trainer_state/state.json": header.encode()}
-                    for name, content in small_files.items():
+                    for name, content in {**self._constant_files, **small_files}.items():
                         (aside / name).parent.mkdir(parents=True, exist_ok=True)
                         (aside / name).write_bytes(content)
                         checksums[name] = _settle(aside / name)
