@@ -36,7 +36,7 @@ from pydantic import Field
 from gpt2repro.data.preparation import check_place, prepare
 from gpt2repro.data.text import find_text
 from gpt2repro.data.tokenization import Encoder, gpt2_tokenizer, load_tokenizer
-from gpt2repro.data.upload import check_push, push_dataset
+from gpt2repro.data.upload import push_dataset
 from gpt2repro.options import AtLeastOne, InputError, NotNegative, Problems, parse_options, run_main
 
 
@@ -98,7 +98,11 @@ def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="prepare_fineweb.py", description=__doc__)
     check_place(options.out)
     if options.push_to_hub:
-        check_push(options.push_to_hub)
+        from gpt2repro.publishing.hub import may_write  # imports torch
+
+        _, complaint = may_write(options.push_to_hub)
+        if complaint is not None:
+            raise InputError(complaint)
     if options.executor == "datatrove":
         from gpt2repro.data.datatrove_task import run_locally
 
