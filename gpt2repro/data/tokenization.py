@@ -75,19 +75,27 @@ def char_tokenizer(texts: Iterable[str]):
 
     Raises: InputError for empty texts.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     characters = set()
     for text in texts:
         characters.update(well_formed(text))
     if not characters:
         raise InputError("a character tokenizer needs text, and there is none")
-    vocab = {character: id for id, character in enumerate(sorted(characters))}
-    backend = Tokenizer(models.WordLevel({**vocab, EOT: len(vocab)}, unk_token=EOT))
+    return tokenizer_of_characters([*sorted(characters), EOT], unknown=EOT, **SPECIAL)
+
+
+def tokenizer_of_characters(tokens: list[str], *, unknown: str, **how):
+    """One token per character, with its place in `tokens` as id; a character that is not there becomes `unknown`.
+
+    `how` is for the tokenizer's class: special tokens, the model's length.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: id for id, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **how)
 
 
 def bpe_tokenizer(texts: Iterable[str], vocab_size: int):

@@ -23,18 +23,12 @@ class Evaluator:
 
     def measure(self) -> dict:
         """Validation loss and accuracies of the model as it is now, as one flat record; every rank calls it."""
-        config, accelerator = self.config, self.accelerator
-        ranks = {
-            "device": accelerator.device, "rank": accelerator.process_index, "world": accelerator.num_processes
-        }  # fmt: skip
-        record = {}
+        config, record = self.config, {}
         if self.source.validation is not None:
             batch = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-            record |= validation_loss(
-                self.model, self.source.validation, token_bytes=self._token_bytes, **batch, **ranks
-            )
+            record |= validation_loss(self.model, self.source.validation, token_bytes=self._token_bytes, **batch)
         for task in self._tasks:
-            record |= task.evaluate(self.model, **ranks)
+            record |= task.evaluate(self.model)
         return record
 
     def samples(self) -> list[str]:
