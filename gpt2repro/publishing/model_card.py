@@ -133,7 +133,6 @@ def card_files(
         cost_dollars=cost_dollars,
         co2_kg=co2_kg,
         conformance=(read_json_if_whole((run_dir or directory) / "conformance.json") or {}).get("rows", []),
-        command=facts.environment.get("command"),
         options=options,
         data=_data(facts),
     )
