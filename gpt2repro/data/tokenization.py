@@ -12,7 +12,6 @@ or loaded, so a worker process starts in a fraction of a second.
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
 import tempfile
@@ -317,13 +316,11 @@ def _gigatoken(ranks: dict[bytes, int]):
     """A gigatoken tokenizer with tiktoken's ranks and no special tokens."""
     import gigatoken
 
+    lines = [b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])]
     with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, "gpt2.tiktoken")
-        with open(path, "wb") as file:
-            file.writelines(
-                b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])
-            )
-        return gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2", special_tokens={})
+        path = Path(directory, "gpt2.tiktoken")
+        path.write_bytes(b"".join(lines))
+        return gigatoken.Tokenizer.from_tiktoken(str(path), pretokenizer="gpt2", special_tokens={})
 
 
 def _gigatoken_disagreements(encoding) -> tuple[np.ndarray | None, str | None]:

@@ -48,31 +48,11 @@ def push_dataset(directory: str | Path, repo: str) -> None:
 
 
 def dataset_card(manifest: Manifest, repo: str) -> str:
-    """The README.md of the repository."""
-    source, tokenizer, splits = manifest["source"], manifest["tokenizer"], manifest["splits"]
-    front, text = "tags: [gpt2repro, pretokenized]", source.get("corpus", "local files")
-    if origin := source.get("dataset"):
-        front += f"\nsource_datasets: [{origin}]"
-        text = f"[{origin}](https://huggingface.co/datasets/{origin}) ({source['config']})"
-        text += f", revision `{source['revision']}`"
-    rows = "\n".join(
-        f"| {name} | {split['tokens']:,} | {split['documents']:,} | {split['bytes']:,} | {len(split['shards'])} |"
-        for name, split in splits.items()
-    )
-    return f"""---
-{front}
----
-# {repo}: token shards
+    """The README.md of the repository: dataset_card.md, filled in."""
+    from huggingface_hub import DatasetCard, DatasetCardData
 
-Text: {text}. Tokenizer: {tokenizer.get("kind")}, {tokenizer["vocab_size"]:,} entries, in `tokenizer/`; every document
-is followed by token {tokenizer["eot_id"]} (`<|endoftext|>`).
-
-| split | tokens | documents | bytes of text | shards |
-|---|---|---|---|---|
-{rows}
-
-Each `.bin` is 256 int32 of header (llm.c's: magic, version, token count) and then {manifest["dtype"]} tokens;
-`manifest.json` lists them with their sha256. Its own sha256 is `{manifest.sha256}`.
-
-    python train_accelerate.py --config 124M --data hf://{repo}
-"""
+    origin = manifest["source"].get("dataset")
+    metadata = DatasetCardData(tags=["gpt2repro", "pretokenized"], source_datasets=[origin] if origin else None)
+    template = str(Path(__file__).with_name("dataset_card.md"))
+    card = DatasetCard.from_template(metadata, template_path=template, repo=repo, sha256=manifest.sha256, **manifest)
+    return card.content

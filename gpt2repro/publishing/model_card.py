@@ -106,9 +106,7 @@ def card_files(
         eval_results=[result for result, _ in results] or None,
         co2_eq_emissions=None if co2_kg is None else {"emissions": 1000 * co2_kg, **emissions},  # the Hub wants grams
     )
-    sizes, weights = facts.model, directory / "model.safetensors"
-    shape = f"{sizes.get('n_layer')} layers, {sizes.get('n_head')} heads, width {sizes.get('n_embd')}, "
-    shape += f"context {sizes.get('n_positions')}, vocabulary {sizes.get('vocab_size')}"
+    weights = directory / "model.safetensors"
     units = {"val_tokens": "validation tokens"} | {
         f"{name}_examples": f"{BENCHMARKS[name][1]} examples" for name in BENCHMARKS
     }
@@ -124,16 +122,17 @@ def card_files(
         native=native,
         init_from=init_from,
         parameters=f"{_count_parameters(weights):,}" if weights.is_file() else "",
-        shape=shape,
         step=None if facts.step is None else f"{facts.step:,}",
         prompt=json.dumps(prompts[0] if prompts else "Once upon a time", ensure_ascii=False),
         results=results,
         counts=" and ".join(counts),
         has_picture=has_picture,
         samples=_samples(facts),
-        training=_training(facts, cost_dollars, co2_kg),
+        facts=facts,
+        hardware=_hardware(facts),
+        cost_dollars=cost_dollars,
+        co2_kg=co2_kg,
         conformance=(read_json_if_whole((run_dir or directory) / "conformance.json") or {}).get("rows", []),
-        command=facts.environment.get("command"),
         options=options,
         data=_data(facts),
     )
@@ -225,31 +224,6 @@ def _samples(facts: Facts) -> str:
         apart = f"## {number}\n\nPrompt:\n\n{block}\n\nContinuation:\n\n    "
         text = text.replace(f"## {number}\n\n{block}", apart, 1) if prompt else text
     return re.sub(r"^(#+) ", r"#\1 ", re.sub(r"^# .*\n*", "", text, flags=re.M), flags=re.M).strip()
-
-
-def _training(facts: Facts, cost_dollars: float | None, co2_kg: float | None) -> dict[str, str]:
-    rows, environment, batch_tokens = {}, facts.environment, facts.options.get("batch_tokens")
-    if hardware := _hardware(facts):
-        rows["hardware"] = hardware
-    if facts.step is not None and batch_tokens:
-        rows["tokens"] = f"{facts.step * batch_tokens:,} ({facts.step:,} steps of {batch_tokens:,})"
-    if facts.seconds:
-        hours, devices = facts.seconds / 3600, environment.get("processes", 1)
-        time = f"{hours:,.2f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-        total = f", {hours * devices:,.2f} device hours" if devices > 1 and hours >= 1 else ""
-        rows["time"] = f"{time} of training steps{total} (evaluation not counted)"
-        price = facts.options.get("dollars_per_gpu_hour")
-        if price and environment.get("device", "cpu") not in ("cpu", "mps"):
-            rows["cost"] = f"${hours * devices * price:,.2f} at the ${price:,.2f} per GPU hour that the run was given"
-    if cost_dollars is not None:
-        rows["cost"] = f"${cost_dollars:,.2f}, stated by the publisher"
-    if rows or co2_kg is not None:
-        rows["carbon"] = (
-            "not measured" if co2_kg is None else f"{co2_kg:,.3f} kg CO2 equivalents, stated by the publisher"
-        )
-    if versions := environment.get("versions"):
-        rows["software"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return rows
 
 
 def _data(facts: Facts) -> dict[str, str]:

@@ -6,7 +6,7 @@ All byte counts are per process. A run without `micro_batch_size` chooses its ow
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -301,19 +301,17 @@ def print_plan(config, may_write: Callable) -> int:
     return 0
 
 
-def doubts(config, epochs: float | None, flops: float) -> list[str]:
+def doubts(config, epochs: float | None, flops: float) -> Iterator[str]:
     """What about a run is possible but can hardly be meant: many epochs, or a GPU's work on a CPU."""
-    found = []
     if epochs is not None and epochs > MOST_EPOCHS:
-        found.append(f"{epochs:,.0f} epochs of {config.data}; lower --max_steps, or take a larger corpus")
+        yield f"{epochs:,.0f} epochs of {config.data}; lower --max_steps, or take a larger corpus"
     if _on_cpu(config) and flops > SMALL_RUN_FLOPS:
         rate = matmul_flops()
         if (hours := flops / rate / CPU_SHARE / 3600) > MOST_CPU_HOURS:
-            found.append(
+            yield (
                 f"about {_duration(hours)} on this CPU ({rate / 1e9:,.0f} GFLOP/s in a matmul, measured now); take "
                 "a GPU, or a smaller preset such as quickstart (to plan for a GPU elsewhere: --gpu_memory_gib 80)"
             )
-    return found
 
 
 def matmul_flops() -> float:
