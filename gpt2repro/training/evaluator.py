@@ -19,23 +19,29 @@ class Evaluator:
         self._token_bytes = token_byte_lengths(source.tokenizer) if knows_all_tokens else None
         specs = [*config.eval_tasks, *([f"hellaswag={config.hellaswag}"] if config.hellaswag else [])]
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self._ranks = {
+            "device": accelerator.device, "rank": accelerator.process_index, "world": accelerator.num_processes
+        }  # fmt: skip
         self._tasks = prepare_tasks(specs, source.tokenizer, plain, config.hellaswag_limit) if specs else []
 
     def measure(self) -> dict:
         """Validation loss and accuracies of the model as it is now, as one flat record; every rank calls it."""
-        config, accelerator = self.config, self.accelerator
-        ranks = {
-            "device": accelerator.device, "rank": accelerator.process_index, "world": accelerator.num_processes
-        }  # fmt: skip
-        record = {}
-        if self.source.validation is not None:
-            batch = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-            record |= validation_loss(
-                self.model, self.source.validation, token_bytes=self._token_bytes, **batch, **ranks
-            )
+        record = self._validation()
         for task in self._tasks:
-            record |= task.evaluate(self.model, **ranks)
+            record |= task.evaluate(self.model, **self._ranks)
         return record
+
+    def measure_average(self) -> dict:
+        """The losses alone, as `val_loss_ema` and so on, while the model holds the averaged weights."""
+        names = ("val_loss", "perplexity", "bits_per_byte")
+        return {f"{name}_ema": value for name, value in self._validation().items() if name in names}
+
+    def _validation(self) -> dict:
+        if self.source.validation is None:
+            return {}
+        config, how = self.config, {"token_bytes": self._token_bytes, **self._ranks}
+        batch = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
+        return validation_loss(self.model, self.source.validation, **batch, **how)
 
     def samples(self) -> list[str]:
         """Continuations of `sample_prompts`; [] on the other ranks, unless FSDP needs every rank to generate."""
