@@ -321,12 +321,8 @@ def train(config: TrainConfig) -> int:
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
     recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale", "cautious_decay")}
     recipe |= {"name": config.optimizer, "betas": (config.beta1, config.beta2)}
-    optimizer = build_optimizer(
-        model,
-        **recipe,
-        processes=world if one_machine else 1,
-        compiled=compiled != "off" and device.type == "cuda",
-    )
+    recipe |= {"processes": world if one_machine else 1, "compiled": compiled != "off" and device.type == "cuda"}
+    optimizer = build_optimizer(model, **recipe)
     schedule = {name: getattr(config, name) for name in SCHEDULE}
 
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.

@@ -9,6 +9,7 @@ tied); the rest. Everything else is what training does, and is compared with the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -210,9 +211,12 @@ def in_the_middle(model, whole, optimizer, averages, x, y, case: dict, folder: P
     """Evaluation, a sample and a checkpoint, as between two steps of a run."""
     with inference(model) as forward, inference(whole) as whole_forward:
         found = {"evaluated": loss_sum(forward, x, y).item(), "whole_evaluated": loss_sum(whole_forward, x, y).item()}
-    with averages[0].in_place(), averages[1].in_place():
+    with contextlib.ExitStack() as stack:
+        for average in averages:
+            stack.enter_context(average.in_place())
         with inference(model) as forward, inference(whole) as whole_forward:
-            found |= {"averaged": loss_sum(forward, x, y).item(), "whole_averaged": loss_sum(whole_forward, x, y).item()}
+            pair = loss_sum(forward, x, y).item(), loss_sum(whole_forward, x, y).item()
+            found["averaged"], found["whole_averaged"] = pair
     core = model.module if case.get("ddp") else model
     prompt = {"input_ids": x[:1, :4], "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     options = {"max_length": 10, "do_sample": False, "pad_token_id": 0}

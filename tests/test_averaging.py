@@ -7,10 +7,10 @@ import shutil
 import pytest
 import tiny_run
 import torch
-import train_accelerate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
+import train_accelerate
 from gpt2repro.commands import average
 from gpt2repro.data.sources import open_source
 from gpt2repro.files import sha256_of

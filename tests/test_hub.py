@@ -81,6 +81,7 @@ class Run:
         with (self.dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "loss": 3.0, "lr": 1e-3}) + "\n")
             evaluation = {"val_loss": 3.25, "perplexity": 25.79, "bits_per_byte": 1.1, "val_tokens": 512}
+            evaluation |= {"val_loss_ema": 3.125, "bits_per_byte_ema": 1.05} if ema else {}
             hellaswag = {"hellaswag_acc_norm_tokens": 0.2955, "hellaswag_acc_norm_tokens_stderr": 0.0046}
             file.write(json.dumps({"step": step, **evaluation, **hellaswag, "hellaswag_examples": 500}) + "\n")
         (self.dir / "samples" / f"step_{step:06d}.md").write_text(
@@ -136,8 +137,6 @@ def test_each_checkpoint_becomes_a_revision_and_main_is_the_best(hub, run):
 
 
 def test_averaged_weights_are_a_revision_of_their_own_with_their_own_numbers(hub, run, tmp_path):
-    with (run.dir / "metrics.jsonl").open("a") as file:  # the first record of a step counts
-        file.write(json.dumps({"step": 2, "val_loss": 3.2, "val_loss_ema": 3.1, "bits_per_byte_ema": 1.0}) + "\n")
     uploader = uploader_of(run)
     for step in (1, 2):
         uploader.checkpoint(run.save(step, ema=True))
@@ -150,6 +149,9 @@ def test_averaged_weights_are_a_revision_of_their_own_with_their_own_numbers(hub
     assert "ema/model.safetensors" in hub.files(REPO, "step-2")  # a resumed run needs it
     card = files["README.md"].decode()
     assert "exponential moving average over the steps until then (decay 0.9)" in card and "This is step 2" in card
+    assert "| 3.1250 |" in card and "| 3.2500 |" not in card and "HellaSwag" not in card
+    main = hub.files(REPO, "main")["README.md"].decode()
+    assert "| 3.2500 |" in main and "validation loss of the averaged weights (branch ema) | 3.1250 |" in main
 
     fetched = fetch_checkpoint(f"hub:{REPO}", tmp_path / "fetched")
     assert load_file(fetched / "ema/model.safetensors").keys() == load_file(average / "model.safetensors").keys()

@@ -102,9 +102,9 @@ class CheckpointWriter:
     ) -> float:
         """Write step_N. Returns the seconds that the caller had to wait, also for an unfinished earlier save.
 
-        `read_state` returns `state`, scrubbed, since checkpoints are published. `averages`, by the parameters' names, go
-        to ema/ as a model of their own. `extra_files` are written beside config.json. `on_written` is called on rank 0, in the writing thread, when the checkpoint is whole; its errors
-        are printed and do not end the run.
+        `read_state` returns `state`, scrubbed, since checkpoints are published. `averages`, by the parameters' names,
+        become the model in ema/. `extra_files` are written beside config.json. `on_written` is called on rank 0, in the
+        writing thread, when the checkpoint is whole; its errors are printed and do not end the run.
 
         Raises: SaveError if the save before could not be written; `wait` says it of the last one.
         """

@@ -24,7 +24,7 @@ class Options:
     "Write the numbers to this JSON file."
 
     def problems(self) -> list[str]:
-        return [] if self.runs and self.against else ["name runs on both sides: gpt2repro compare a1 a2 --against b1 b2"]
+        return [] if self.runs and self.against else ["name runs on both sides: compare a1 a2 --against b1 b2"]
 
 
 def main(argv: list[str]) -> int:
@@ -61,10 +61,12 @@ def verdict(result: dict) -> str:
     """What the test says, in one sentence."""
     if result["pairs"] < LEAST_PAIRS:
         return (
-            f"too few seeds to say anything: {result['pairs']} in common, at least {LEAST_PAIRS} are needed; train both "
-            "recipes with more values of --seed"
+            f"too few seeds to say anything: {result['pairs']} in common, at least {LEAST_PAIRS} are needed; "
+            "train both recipes with more values of --seed"
         )
     p, size = result["p"], f"{abs(result['mean']):.4f} ± {result['standard_error']:.4f} nats"
     if p >= SIGNIFICANT:
         return f"no difference that {result['pairs']} pairs can show: {size}, p = {p:.3f}"
-    return f"the runs are {'better' if result['mean'] < 0 else 'worse'} by {size}, p = {p:.3g} ({result['pairs']} pairs)"
+    return (
+        f"the runs are {'better' if result['mean'] < 0 else 'worse'} by {size}, p = {p:.3g} ({result['pairs']} pairs)"
+    )

@@ -115,8 +115,9 @@ def checkpoint_files(directory: str | Path) -> dict[str, Path | bytes]:
 
 
 def weights_only(files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """`files` without the trainer's state, the averages and the checksums, which cover those; the Hub has its own."""
-    return {name: file for name, file in files.items() if name != CHECKSUMS and not name.startswith((TRAINER_STATE, EMA))}
+    """`files` without the trainer's state, the averages, and the checksums of those; the Hub has its own checksums."""
+    left_out = (TRAINER_STATE, EMA, CHECKSUMS)
+    return {name: file for name, file in files.items() if not name.startswith(left_out)}
 
 
 def refuse_links(directory: Path) -> None:

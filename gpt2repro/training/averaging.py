@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from gpt2repro.checkpoint.tensors import named_parameters
 
@@ -36,7 +37,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside the block the model's parameters hold the averages, and `averages` the weights; then they swap back."""
+        """Inside the block the parameters hold the averages, and `averages` the weights; at its end they swap back."""
         self._swap()
         try:
             yield
@@ -45,8 +46,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        if hasattr(self.model, "reshard"):  # an evaluation leaves FSDP2's root gathered, with the values from before
-            self.model.reshard()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):  # an evaluation leaves embeddings and head gathered, with the old values
+                module.reshard()
         for name, weight in self._weights.items():
             kept = weight.clone()
             weight.copy_(self.averages[name])

@@ -1,4 +1,4 @@
-"""Which changes of the training recipe are worth it: small GPT-2s, one change at a time, several seeds, all of it listed.
+"""Which changes of the training recipe are worth it: small GPT-2s, one change at a time, several seeds, all listed.
 
     gpt2repro bench recipes --minutes 60            again and again, until all cells are done
     gpt2repro bench recipes --widths 72 --seeds 5   the smallest width, with more seeds
@@ -169,11 +169,11 @@ class Bench:
                     found = self.losses(width, name, steps, what)
                     if found:
                         rows.append(self.row(width, name, what, found, "AdamW" if optimizer == "adamw" else "Muon"))
-        needed = {f"{width}, {name}": self.tokens_needed(width, name) for width in self.options.widths for name in FINALISTS}
-        missing = [width for width in self.options.widths if not self.losses(width, "AdamW", steps)]
-        self.record.save(comparisons=rows, tokens_needed=needed, widths_not_run=missing, rates={
-            f"{width}, {optimizer}": self.best_rate(width, optimizer) for width in self.options.widths for optimizer in GRIDS
-        })  # fmt: skip
+        widths = self.options.widths
+        needed = {f"{width}, {name}": self.tokens_needed(width, name) for width in widths for name in FINALISTS}
+        rates = {f"{width}, {optimizer}": self.best_rate(width, optimizer) for width in widths for optimizer in GRIDS}
+        missing = [width for width in widths if not self.losses(width, "AdamW", steps)]
+        self.record.save(comparisons=rows, tokens_needed=needed, rates=rates, widths_not_run=missing)
         print("\n".join(["", *markdown(rows)]))
         for key, part in needed.items():
             if part is not None:
@@ -219,7 +219,8 @@ def cell_name(width: int, name: str, lr: float, seed: int, steps: int) -> str:
 
 def markdown(rows: list[dict]) -> list[str]:
     """The comparisons as a Markdown table: negative differences are gains."""
-    lines = ["| width | recipe | loss | against its optimizer's plain recipe | against AdamW | seconds, ratio |", "|" + "---|" * 6]
+    names = ("width", "recipe", "loss", "against its optimizer's plain recipe", "against AdamW", "seconds, ratio")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
         cells = [str(row["width"]), row["recipe"], f"{row['mean']:.4f}{error} ({row['seeds']})"]
