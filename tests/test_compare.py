@@ -1,4 +1,4 @@
-"""`gpt2repro compare`: Student's paired t-test against published values and scipy; refusals."""
+"""`gpt2repro compare`: Student's paired t-test against printed tables and closed forms; refusals."""
 
 import json
 import math
@@ -33,14 +33,16 @@ def test_p_is_that_of_the_printed_tables(t, pairs, p):
     assert found["t"] == pytest.approx(t) and found["p"] == pytest.approx(p, rel=2e-3)
 
 
-def test_the_test_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
+def test_p_is_the_closed_form_where_there_is_one():
     chance = random.Random(0)
-    for pairs in (3, 4, 8):
+    closed = {
+        3: lambda t: 1 - t / math.sqrt(t * t + 2),
+        4: lambda t: 1 - 2 / math.pi * (t / math.sqrt(3) / (1 + t * t / 3) + math.atan(t / math.sqrt(3))),
+    }
+    for pairs, p in closed.items():
         ours, theirs = ({seed: chance.gauss(3, 0.1) for seed in range(pairs)} for _ in range(2))
-        expected = stats.ttest_rel([*ours.values()], [*theirs.values()])
         found = paired(ours, theirs)
-        assert (found["t"], found["p"]) == (pytest.approx(expected.statistic), pytest.approx(expected.pvalue, rel=1e-9))
+        assert found["p"] == pytest.approx(p(abs(found["t"])), rel=1e-9)
 
 
 def test_runs_are_paired_by_seed_whatever_their_order(tmp_path, capsys):
@@ -71,7 +73,14 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         ([fine, twin, "--against", fine], "has seed 1, as another run of its side has"),
         ([fine, "--against", unfinished], "has not evaluated its last step, 10"),
         ([str(tmp_path), "--against", fine], "is no run"),
-        ([fine], "name runs on both sides"),
+        (["--against", fine], "name finished runs"),
     ):
         assert run_main(compare.main, arguments) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_without_another_side_it_says_the_spread(tmp_path, capsys):
+    runs = [run_with(tmp_path / f"{seed}", seed, loss) for seed, loss in ((1, 4.0), (2, 4.1), (3, 4.2))]
+    assert run_main(compare.main, [*runs, "--out", str(tmp_path / "spread.json")]) == 0
+    assert "mean 4.1000 ± 0.0577 (standard error)" in capsys.readouterr().out  # 0.1 / sqrt(3)
+    assert json.loads((tmp_path / "spread.json").read_text())["losses"]["runs"] == {"1": 4.0, "2": 4.1, "3": 4.2}

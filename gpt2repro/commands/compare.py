@@ -1,6 +1,7 @@
 """Two recipes over several seeds: is the difference in final validation loss larger than the seeds' own?
 
-gpt2repro compare runs/new-1 runs/new-2 runs/new-3 --against runs/old-1 runs/old-2 runs/old-3
+    gpt2repro compare runs/new-1 runs/new-2 runs/new-3 --against runs/old-1 runs/old-2 runs/old-3
+    gpt2repro compare runs/old-1 runs/old-2 runs/old-3        how much the seed alone changes
 
 Runs are paired by the seed in their config.yaml, since runs of one seed begin with the same weights and see the same
 batches; Student's paired t-test judges the differences. One pair of runs proves nothing.
@@ -19,30 +20,34 @@ class Options:
     runs: list[str] = field(default_factory=list, metadata={"positional": True})
     "Directories of finished runs of one recipe, with a seed each."
     against: list[str] = field(default_factory=list)
-    "Directories of finished runs of the other recipe, with the same seeds."
+    "Directories of finished runs of the other recipe, with the same seeds; none: only the spread of the first."
     out: Path | None = None
     "Write the numbers to this JSON file."
 
     def problems(self) -> list[str]:
-        return [] if self.runs and self.against else ["name runs on both sides: compare a1 a2 --against b1 b2"]
+        return [] if self.runs else ["name finished runs: gpt2repro compare a1 a2 a3 --against b1 b2 b3"]
 
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro compare", description=__doc__)
     check_outputs(options.out)
     losses = {"runs": by_seed(options.runs), "against": by_seed(options.against)}
+    record: dict = {"losses": losses}
     for side, found in losses.items():
-        mean, error = mean_and_error([*found.values()])
-        spread = "" if error is None else f" ± {error:.4f}"
-        seeds = ", ".join(f"{seed}: {loss:.4f}" for seed, loss in found.items())
-        print(f"{side:8} mean {mean:.4f}{spread} ({seeds})")
-    result = paired(losses["runs"], losses["against"])
-    print(verdict(result))
-    alone = sorted(losses["runs"].keys() ^ losses["against"].keys())
-    if alone:
-        print(f"left out, since only one side has them: seeds {', '.join(map(str, alone))}")
+        if found:
+            mean, error = mean_and_error([*found.values()])
+            record[f"mean of {side}"], record[f"standard error of {side}"] = mean, error
+            spread = "" if error is None else f" ± {error:.4f} (standard error)"
+            seeds = ", ".join(f"{seed}: {loss:.4f}" for seed, loss in found.items())
+            print(f"{side:8} mean {mean:.4f}{spread}; by seed: {seeds}")
+    if options.against:
+        result = paired(losses["runs"], losses["against"])
+        record |= {**result, "verdict": verdict(result)}
+        print(record["verdict"])
+        if alone := sorted(losses["runs"].keys() ^ losses["against"].keys()):
+            print(f"left out, since only one side has them: seeds {', '.join(map(str, alone))}")
     if options.out:
-        write_json(options.out, {"losses": losses, **result, "verdict": verdict(result)})
+        write_json(options.out, record)
     return 0
 
 
