@@ -16,6 +16,7 @@ from gpt2repro.data.sources import open_source
 from gpt2repro.files import sha256_of
 from gpt2repro.options import run_main
 from gpt2repro.publishing.exports import export_native
+from gpt2repro.publishing.model_card import card_files
 
 DECAY = 0.6
 
@@ -125,6 +126,9 @@ def test_the_mean_of_the_last_checkpoints_is_a_model_with_tokenizer_and_provenan
     assert loss_of(model, split) == pytest.approx(made["validation"]["mean"]["val_loss"], abs=1e-5)
     assert math.isfinite(loss_of(model, split)) and (out / "tokenizer.json").is_file()
     assert f"{made['validation']['mean']['val_loss']:.4f}" in capsys.readouterr().out
+    card = card_files(out, repo="user/mean")["README.md"].decode()
+    assert "mean of the checkpoints of steps 10, 11, 12" in card
+    assert f"validation loss (nats per token) | {made['validation']['mean']['val_loss']:.4f} |" in card
 
     assert run_main(average.main, [str(run), "--last", "30", "--out", str(tmp_path / "more")]) == 2
     assert "has 12 checkpoints, not 30" in capsys.readouterr().err and not (tmp_path / "more").exists()

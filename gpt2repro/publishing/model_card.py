@@ -157,6 +157,7 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     header = read_json_if_whole(directory / "trainer_state" / "state.json") or {}
     state = scrub(header.get("state") or {})
     facts.average = read_json_if_whole(directory / "average.json") or {}
+    facts.evaluation = (facts.average.get("validation") or {}).get("mean", {})  # of `gpt2repro average`
     facts.step, facts.seconds = header.get("step", facts.average.get("step")), state.get("seconds")
     facts.environment = state.get("environment") or {}
     facts.data = (state.get("identity") or {}).get("data") or {}

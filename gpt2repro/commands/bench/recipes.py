@@ -92,7 +92,9 @@ class Bench:
             made = ["prepare-text", "--corpus", "python-docs", "--vocab_size", VOCABULARY, "--out", self.data]
             program(made, options.work_dir / "data.log")
         sizes = {"layers": LAYERS, "head_size": HEAD_SIZE, "seq_len": SEQ_LEN, "batch_tokens": BATCH_TOKENS}
-        sizes |= {"steps": options.steps, "ema_decay": EMA_DECAY, "data": str(self.data)}
+        splits = (read_json_if_whole(self.data / "manifest.json") or {}).get("splits", {})
+        epochs = round(options.steps * BATCH_TOKENS / splits["train"]["tokens"], 3) if splits else None
+        sizes |= {"steps": options.steps, "epochs": epochs, "ema_decay": EMA_DECAY, "data": str(self.data)}
         self.cells: dict[str, dict] = before.get("cells", {}) if before.get("settings") == sizes else {}
         record.save(settings=sizes, widths_not_run=[], cells=self.cells)
 
