@@ -103,9 +103,9 @@ def losses(run: Path, models: dict[str, Path], device: str | None) -> dict[str, 
         print(f"not compared: {error}")
         return {}
     how = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-    how["device"] = pick_device(device)
     how["token_bytes"] = token_byte_lengths(source.tokenizer)
+    chosen = pick_device(device)
     return {
-        name: validation_loss(load_model(str(path), device=how["device"], dtype=None)[0], source.validation, **how)
+        name: validation_loss(load_model(str(path), device=chosen, dtype=None)[0], source.validation, **how)
         for name, path in models.items()
     }

@@ -19,16 +19,13 @@ class Evaluator:
         self._token_bytes = token_byte_lengths(source.tokenizer) if knows_all_tokens else None
         specs = [*config.eval_tasks, *([f"hellaswag={config.hellaswag}"] if config.hellaswag else [])]
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
-        self._ranks = {
-            "device": accelerator.device, "rank": accelerator.process_index, "world": accelerator.num_processes
-        }  # fmt: skip
         self._tasks = prepare_tasks(specs, source.tokenizer, plain, config.hellaswag_limit) if specs else []
 
     def measure(self) -> dict:
         """Validation loss and accuracies of the model as it is now, as one flat record; every rank calls it."""
         record = self._validation()
         for task in self._tasks:
-            record |= task.evaluate(self.model, **self._ranks)
+            record |= task.evaluate(self.model)
         return record
 
     def measure_average(self) -> dict:
@@ -39,9 +36,9 @@ class Evaluator:
     def _validation(self) -> dict:
         if self.source.validation is None:
             return {}
-        config, how = self.config, {"token_bytes": self._token_bytes, **self._ranks}
+        config = self.config
         batch = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-        return validation_loss(self.model, self.source.validation, **batch, **how)
+        return validation_loss(self.model, self.source.validation, token_bytes=self._token_bytes, **batch)
 
     def samples(self) -> list[str]:
         """Continuations of `sample_prompts`; [] on the other ranks, unless FSDP needs every rank to generate."""
