@@ -85,6 +85,8 @@ class TrainConfig:
     "Dropout on the embeddings."
     attn_pdrop: Fraction = 0.0
     "Dropout on the attention weights."
+    zero_init: bool = False
+    "Begin with zeros in the projections into the residual stream, so that each block first passes its input on."
     init_from: str | None = None
     "Start from this model (run, directory or Hub id, also of type gpt2) instead of random weights; its sizes win."
     tokenizer: str | None = None
@@ -125,6 +127,8 @@ class TrainConfig:
     "Checkpoint of a wsd run's stable phase: a new run that continues it and cools down over cooldown_steps."
     weight_decay: NotNegativeNumber = 0.1
     "Decoupled weight decay, on matrices only."
+    cautious_decay: bool = False
+    "Let weights decay only where the optimizer's step shrinks them as well."
     beta1: Fraction = 0.9
     "AdamW's first momentum."
     beta2: Fraction = 0.95
@@ -135,6 +139,8 @@ class TrainConfig:
     "Muon's learning rate as a multiple of lr."
     grad_clip: Positive | None = 1.0
     "Clip the gradient's norm to this; none: measure it only."
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    "Keep an exponential moving average of the weights (0.999, say), evaluated and saved beside them; none: off."
 
     # --- machine
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
@@ -253,6 +259,7 @@ class TrainConfig:
                 self.bf16_residual and self.precision not in ("auto", "bf16"),
                 f"bf16_residual needs precision bf16, not {self.precision}",
             ),
+            (self.zero_init and not fresh, "zero_init is for random weights, not for init_from; leave one of them out"),
             (self.resume == "hub:", "resume=hub: needs a repository: hub:user/name[@revision]"),
         ]
         return [sentence for is_wrong, sentence in checks if is_wrong]
@@ -312,14 +319,10 @@ def train(config: TrainConfig) -> int:
     compiled = compile_model(model, config.compile, device.type, world, sharded=sharded)
     # The processes of one machine share Muon's work. Between machines the results may travel longer than they compute.
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
-    recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale")}
+    recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale", "cautious_decay")}
     recipe |= {"name": config.optimizer, "betas": (config.beta1, config.beta2)}
-    optimizer = build_optimizer(
-        model,
-        **recipe,
-        processes=world if one_machine else 1,
-        compiled=compiled != "off" and device.type == "cuda",
-    )
+    recipe |= {"processes": world if one_machine else 1, "compiled": compiled != "off" and device.type == "cuda"}
+    optimizer = build_optimizer(model, **recipe)
     schedule = {name: getattr(config, name) for name in SCHEDULE}
 
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
@@ -411,6 +414,8 @@ def train(config: TrainConfig) -> int:
             optimizer.zero_grad(set_to_none=True)  # the next backward writes instead of adding to zeros
             profiler.step()
             state.step += 1
+            if run.average is not None:
+                run.average.update(state.step)
             meter.add(
                 step=state.step, lr=lr, loss=loss, grad_norm=grad_norm, positions=[start, state.source["position"]]
             )

@@ -206,6 +206,10 @@ def build_model(config, vocab_size: int, tokenizer):
         except ImportError as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"attn_implementation={config.attn_implementation}: {reason}; try sdpa") from None
+        if config.zero_init:
+            for module in model.modules():
+                if getattr(module, "feeds_the_residual_stream", False):
+                    torch.nn.init.zeros_(module.weight)
     if config.precision == "fp64":
         model = model.double()
     if config.gradient_checkpointing:

@@ -2,6 +2,7 @@
 
     runs/x/checkpoints/step_5000 --hard links--> runs/x/uploads/step_005000 --thread--> branch step-5000, branch main
                                                                                         branch native: a plain gpt2
+                                                                                        branch ema: averaged weights
 
 * Every revision is one commit: a reader sees a checkpoint whole or not at all.
 * `main` is the run's best checkpoint (the newest one, where nothing was evaluated), without the optimizer.
@@ -30,7 +31,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gpt2repro.checkpoint.layout import STEP_NAME, from_rank_zero, list_steps, resolve_pointer
+from gpt2repro.checkpoint.layout import EMA, STEP_NAME, from_rank_zero, list_steps, resolve_pointer
 from gpt2repro.checkpoint.reader import check_model_directory, verify_checkpoint
 from gpt2repro.files import read_json, read_json_if_whole, write_json
 from gpt2repro.options import InputError
@@ -114,8 +115,9 @@ def checkpoint_files(directory: str | Path) -> dict[str, Path | bytes]:
 
 
 def weights_only(files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """`files` without the trainer's state and without the checksums, which cover that state; the Hub has its own."""
-    return {name: file for name, file in files.items() if name != CHECKSUMS and not name.startswith(TRAINER_STATE)}
+    """`files` without the trainer's state, the averages, and the checksums of those; the Hub has its own checksums."""
+    left_out = (TRAINER_STATE, EMA, CHECKSUMS)
+    return {name: file for name, file in files.items() if not name.startswith(left_out)}
 
 
 def refuse_links(directory: Path) -> None:
@@ -365,6 +367,11 @@ class Uploader:
         commit = publish(api, self.repo, kept | self._cards(staged), revision=branch, message=f"Step {step}")
         self._publish_main(api, self._best() or staged)
         self.published.append(branch)
+        average = {name.removeprefix(EMA): file for name, file in files.items() if name.startswith(EMA)}
+        if newest and average:
+            average |= self._cards(staged / EMA)
+            publish(api, self.repo, average, revision="ema", message=f"Averaged weights, step {step}")
+            self.published.append("ema")
         if newest:
             try:
                 self._strip_older(branch, commit)

@@ -41,6 +41,8 @@ METRICS = {  # key in the evaluation's record -> (metric type on the Hub, name i
     "val_loss": ("loss", "validation loss (nats per token)", None),
     "perplexity": ("perplexity", "perplexity (per token)", None),
     "bits_per_byte": ("bits_per_byte", "bits per byte", None),
+    "val_loss_ema": ("loss", "validation loss of the averaged weights (branch ema)", None),
+    "bits_per_byte_ema": ("bits_per_byte", "bits per byte of the averaged weights (branch ema)", None),
 }
 for _task in BENCHMARKS:  # HellaSwag has two protocols, the others only the second
     for _end, _word, _whose in (
@@ -65,6 +67,7 @@ class Facts:
     seconds: float | None = None  # of training steps
     evaluation: dict = field(default_factory=dict)  # this step's record in metrics.jsonl
     samples: str = ""
+    average: dict = field(default_factory=dict)  # average.json: how averaged weights were made
 
 
 def card_files(
@@ -123,6 +126,7 @@ def card_files(
         init_from=init_from,
         parameters=f"{_count_parameters(weights):,}" if weights.is_file() else "",
         step=None if facts.step is None else f"{facts.step:,}",
+        average=facts.average,
         prompt=json.dumps(prompts[0] if prompts else "Once upon a time", ensure_ascii=False),
         results=results,
         counts=" and ".join(counts),
@@ -151,7 +155,9 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     facts = Facts(model=(read_json_if_whole(directory / "config.json") or {}))
     header = read_json_if_whole(directory / "trainer_state" / "state.json") or {}
     state = scrub(header.get("state") or {})
-    facts.step, facts.seconds = header.get("step"), state.get("seconds")
+    facts.average = read_json_if_whole(directory / "average.json") or {}
+    facts.evaluation = (facts.average.get("validation") or {}).get("mean", {})  # of `gpt2repro average`
+    facts.step, facts.seconds = header.get("step", facts.average.get("step")), state.get("seconds")
     facts.environment = state.get("environment") or {}
     facts.data = (state.get("identity") or {}).get("data") or {}
     if run_dir is None:
@@ -163,6 +169,9 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     if _is_file(run_dir / "metrics.jsonl"):
         _, evaluations = read_metrics(run_dir, at_most=1)
         facts.evaluation = next((r for r in reversed(evaluations) if r["step"] == facts.step), {})
+        if facts.average:  # the numbers of these weights, not of those that were trained
+            ours = {name: value for name, value in facts.evaluation.items() if name.endswith(("_ema", "val_tokens"))}
+            facts.evaluation = {name.removesuffix("_ema"): value for name, value in ours.items()}
     samples = sorted((run_dir / "samples").glob("step_*.md"), key=step_in_name)
     samples = [path for path in samples if _is_file(path) and (facts.step is None or step_in_name(path) <= facts.step)]
     if samples and not (run_dir / "samples").is_symlink():

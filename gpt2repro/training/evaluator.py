@@ -23,13 +23,22 @@ class Evaluator:
 
     def measure(self) -> dict:
         """Validation loss and accuracies of the model as it is now, as one flat record; every rank calls it."""
-        config, record = self.config, {}
-        if self.source.validation is not None:
-            batch = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-            record |= validation_loss(self.model, self.source.validation, token_bytes=self._token_bytes, **batch)
+        record = self._validation()
         for task in self._tasks:
             record |= task.evaluate(self.model)
         return record
+
+    def measure_average(self) -> dict:
+        """The losses alone, as `val_loss_ema` and so on, while the model holds the averaged weights."""
+        names = ("val_loss", "perplexity", "bits_per_byte")
+        return {f"{name}_ema": value for name, value in self._validation().items() if name in names}
+
+    def _validation(self) -> dict:
+        if self.source.validation is None:
+            return {}
+        config = self.config
+        batch = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
+        return validation_loss(self.model, self.source.validation, token_bytes=self._token_bytes, **batch)
 
     def samples(self) -> list[str]:
         """Continuations of `sample_prompts`; [] on the other ranks, unless FSDP needs every rank to generate."""

@@ -71,6 +71,7 @@ class Layout:
     sharded: bool = False
     loss_chunk_tokens: int | None = None
     compiled: bool = False
+    averaged: bool = False
 
     @classmethod
     def of(cls, config, *, on_gpu: bool, **sizes) -> "Layout":
@@ -82,6 +83,7 @@ class Layout:
             seq_len=config.seq_len,
             micro_batch_size=config.micro_batch_size or 1,
             optimizer=config.optimizer,
+            averaged=config.ema_decay is not None,
             gradient_checkpointing=config.gradient_checkpointing,
             loss_chunk_tokens=config.loss_chunk_tokens,
             compiled=auto if config.compile == "auto" else config.compile != "off",
@@ -100,6 +102,8 @@ class Layout:
             "gradients": self.n_params * width // share,
             f"optimizer ({self.optimizer})": self.moments() * width // share,
         }
+        if self.averaged:
+            parts["averaged weights"] = self.n_params * width // share
         if self.sharded:
             # FSDP2 gathers a block while it computes on the last one, and the embeddings for the whole pass.
             gathered = (self.n_params - self.matrices()) + min(2, self.n_layer) * self.matrices() // self.n_layer
@@ -256,6 +260,8 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
 
     width = STATE_BYTES[layout.precision]
     checkpoint = {"model": n_params * width, "optimizer": layout.moments() * width}
+    if layout.averaged:
+        checkpoint["averages"] = checkpoint["model"]
     each = sum(checkpoint.values())
     saves = sorted({*range(config.save_steps, config.max_steps + 1, config.save_steps), config.max_steps})
     kept = len(kept_steps(saves, config.keep_last, config.milestone_steps, pointed={saves[0], saves[-1]}))
@@ -270,7 +276,7 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     hub = None
     if config.push_to_hub and may_write is not None:
         account, complaint = may_write(config.push_to_hub)
-        stored = checkpoint["model"] * len(saves) + checkpoint["optimizer"]  # its state for the newest revision only
+        stored = sum(checkpoint.values()) + checkpoint["model"] * (len(saves) - 1)  # all else for the newest one only
         hub = f"{config.push_to_hub}: about {_gib(stored)} in {len(saves)} revisions" + (account and f", as {account}")
         problems += [complaint] if complaint else []
 

@@ -45,6 +45,10 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
         if steps:
             label = f"{name}: validation, last {losses[-1]:.4f}"
             loss_axes.plot(steps, losses, "o--", color=colour, markersize=4, linewidth=1, label=label)
+        steps, losses = series(evaluations, "val_loss_ema")
+        if steps:
+            label = f"{name}: averaged weights, last {losses[-1]:.4f}"
+            loss_axes.plot(steps, losses, "s:", color=colour, markersize=3, linewidth=1, label=label)
         lr_axes.plot(*series(train, "lr"), color=colour)
         steps, rates = series(train, "tokens_per_second")
         speed_axes.plot(steps, rates, color=colour, alpha=0.25, linewidth=0.8)

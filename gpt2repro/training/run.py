@@ -10,6 +10,7 @@ Owns the run's directory and state. Knows neither how a step is made nor which d
 """
 
 import contextlib
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from gpt2repro.checkpoint.layout import POINTERS, from_all_ranks
+from gpt2repro.checkpoint.layout import EMA, POINTERS, from_all_ranks
 from gpt2repro.checkpoint.reader import find_checkpoint
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
@@ -29,6 +30,7 @@ from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name
 from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, to_yaml
 from gpt2repro.training import console
+from gpt2repro.training.averaging import WeightAverage
 from gpt2repro.training.evaluator import Evaluator
 from gpt2repro.training.health import HealthMonitor, Verdict
 from gpt2repro.training.machine import environment
@@ -89,6 +91,7 @@ class Run:
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
+            self.average = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
             if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
                 self.identity["reduction"] = {
                     "kind": "fixed",
@@ -190,6 +193,9 @@ class Run:
         """Measure the model as it is now; log, compare with the reference, keep samples. Every rank calls it."""
         step = self.state.step
         record = {"step": step, **self.evaluator.measure()}
+        if self.average is not None:
+            with self.average.in_place():
+                record |= self.evaluator.measure_average()
         if len(record) > 1:
             self.log.log(record)
             comment = self._referee.comment(step, record["val_loss"]) if "val_loss" in record else None
@@ -211,6 +217,10 @@ class Run:
         state.environment = environment(self.accelerator)
         content = state.model_dump(exclude={name for name in ("digests", "parent") if not getattr(state, name)})
         content["source"] = merge_states(from_all_ranks(state.source))  # a stream's ranks each know their own lanes
+        average = {}
+        if self.average is not None:
+            made = {"kind": "ema", "decay": self.config.ema_decay, "step": state.step}
+            average = {"averages": self.average.averages, "extra_files": {f"{EMA}average.json": json.dumps(made)}}
         self.writer.save(
             state.step,
             model=self.model,
@@ -218,6 +228,7 @@ class Run:
             tokenizer=self.source.tokenizer,
             state=content,
             on_written=self._written,
+            **average,
         )
         if state.best is not None and state.best["step"] == state.step:
             self.writer.point("best", state.step)
@@ -282,6 +293,11 @@ class Run:
         """Restore everything that `checkpoint` holds, and discard the checkpoints of later steps."""
         self.state = load_run_state(checkpoint, self.identity)
         restore(checkpoint, self.model, self.optimizer)
+        if self.average is not None and (checkpoint / EMA).is_dir():
+            with self.average.in_place():
+                restore(checkpoint / EMA, self.model)
+        elif self.average is not None:  # the run had none until here
+            self.average.restart()
         if self.state.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         self.monitor.load_state(self.state.health, rewinding=rewinding)
