@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gpt2repro.checkpoint.layout import from_all_ranks, kept_steps
 from gpt2repro.data.shards import open_split
-from gpt2repro.data.sources import shards_directory
+from gpt2repro.data.sources import is_recipe, open_source, shards_directory
 from gpt2repro.models import architecture_of
 from gpt2repro.options import InputError
 from gpt2repro.training.meter import flops_per_token, peak_flops
@@ -179,6 +179,7 @@ class Plan:
     run_dir: Path
     hub: str | None
     problems: list[str]
+    timetable: list[str]  # of a recipe
 
     def report(self) -> str:
         memory, processes, price = self.layout.memory(), self.layout.processes, self.dollars_per_gpu_hour
@@ -191,6 +192,7 @@ class Plan:
             f"batch        {self.batch}",
             f"length       {self.max_steps:,} steps, {self.tokens:,} tokens, {epochs}, "
             f"{self.tokens / n_params:,.1f} tokens per parameter",
+            *(f"{'recipe' if number == 0 else '':12} {line}" for number, line in enumerate(self.timetable)),
             f"work         {self.flops_per_token / 1e6:,.1f} MFLOP per token, "
             f"{self.flops_per_token * self.tokens:.3g} FLOP in all",
             f"memory       {_gib(sum(memory.values()))}{card} per process, {how}",
@@ -218,14 +220,26 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     `may_write(repo)` for (account, complaint or None). What cannot be had becomes a problem, not an error.
     """
     problems: list[str] = []
-    split = None
-    if not config.data.startswith("stream:"):
+    split = mixed = None
+    positions = config.max_steps * (config.batch_tokens // config.seq_len)
+    timetable, passes = [], None
+    if is_recipe(config.data):
+        try:
+            options = {"seq_len": config.seq_len, "seed": config.seed, "vocab_size": config.vocab_size}
+            mixed = open_source(config.data, sequences=1, verify=False, **options)
+            windows = {name: part.windows for name, part in mixed.parts.items()}
+            timetable = mixed.recipe.timetable(positions, config.batch_tokens // config.seq_len, windows)
+            passes = max(count / windows[name] for name, count in mixed.recipe.counts(positions).items())
+            mixed.check_length(positions)
+        except InputError as error:
+            problems.append(str(error))
+    elif not config.data.startswith("stream:"):
         try:
             split = open_split(shards_directory(config.data), "train")
         except InputError as error:
             problems.append(str(error))
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "n_positions")}
-    sizes["vocab_size"] = config.vocab_size or (split.vocab_size if split else 50257)
+    sizes["vocab_size"] = config.vocab_size or (split.vocab_size if split else mixed.vocab_size if mixed else 50257)
     if config.init_from is not None:
         try:
             sizes |= architecture_of(config.init_from)
@@ -256,7 +270,7 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     epochs = tokens / ((split.tokens - 1) // config.seq_len * config.seq_len or 1) if split else None
     if split and split.tokens <= config.batch_tokens:
         problems.append(f"the data has {split.tokens:,} tokens, fewer than one batch of {config.batch_tokens:,}")
-    problems += doubts(config, epochs, work * tokens)
+    problems += doubts(config, epochs if mixed is None else passes, work * tokens)
 
     needed = sum(layout.memory().values())
     if needed > gpu_memory_gib * GIB:
@@ -303,6 +317,7 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
         run_dir=run_dir,
         hub=hub,
         problems=problems,
+        timetable=timetable,
     )
 
 
