@@ -316,7 +316,7 @@ def test_one_source_alone_is_the_data_set_itself(corpora, tmp_path):
 def test_a_source_that_ends_is_refused_before_the_run_and_where_skips_made_it_longer(corpora, tmp_path):
     path = write_recipe(tmp_path / "r.yaml", corpora, ({"web": 1, "small": 1}, 0), small=1)
     source = open_source(str(path), seq_len=16, seed=7, sequences=8)
-    windows = source.parts["small"].windows
+    windows = source.sources["small"].windows
     source.check_length(2 * windows)
     with pytest.raises(InputError, match=r"r.yaml: sources.small.epochs is 1, but the run takes .* epochs; lower its"):
         source.check_length(2 * windows + 2)
@@ -382,7 +382,7 @@ def first_batch(run_dir: Path, recipe: Path):
     """The untrained model in fp64, the first global batch, and the source of each of its rows."""
     config = parse_options(train_accelerate.TrainConfig, tiny_run.flags(recipe, run_dir, resid_pdrop=0.0), prog="train")
     source = open_source(str(recipe), seq_len=16, seed=config.seed, sequences=8)
-    tokenizer = load_tokenizer(Path(source.parts["web"].directory))
+    tokenizer = load_tokenizer(Path(source.sources["web"].directory))
     model = build_model(config, source.vocab_size, tokenizer).double().eval()
     ((x, y, _),) = take(source, 1)
     return model, x, y, np.array([source.recipe.source_at(row)[0] for row in range(8)])

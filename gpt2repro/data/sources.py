@@ -55,7 +55,7 @@ class ShardSource:
         self.split, self.seq_len, self.seed, self.vocab_size = split, seq_len, seed, split.vocab_size
         check_vocabulary(split.vocab_size, vocab_size)
         self.tokens_per_epoch = self.windows * seq_len
-        self.parts: dict[str, ShardSource] = {}  # the sources of a recipe, by name
+        self.sources: dict[str, ShardSource] = {}  # the sources of a recipe, by name
         self._digests: dict[str, str] = {}
 
     def identity(self) -> dict:
@@ -129,17 +129,17 @@ class ShardSource:
 
 
 class RecipeSource(ShardSource):
-    """Batches from the sources of a recipe: `parts`, each with its own order, epochs and validation split.
+    """Batches from the sources of a recipe: `sources`, each with its own order, epochs and validation split.
 
     A source's order is the one that it has without a recipe, so a run may begin with one data set and go on with a
     recipe whose first phase is that data set.
     """
 
-    def __init__(self, recipe: Recipe, parts: dict[str, ShardSource]):
-        first = next(iter(parts.values()))
-        self.recipe, self.parts = recipe, parts
+    def __init__(self, recipe: Recipe, sources: dict[str, ShardSource]):
+        first = next(iter(sources.values()))
+        self.recipe, self.sources = recipe, sources
         self.seq_len, self.seed, self.vocab_size = first.seq_len, first.seed, first.vocab_size
-        self.directory = next((part.directory for part in parts.values() if part.manifest), first.directory)
+        self.directory = next((part.directory for part in sources.values() if part.manifest), first.directory)
         self.tokens_per_epoch = None  # each source has its own epochs
 
     def identity(self) -> dict:
@@ -149,14 +149,14 @@ class RecipeSource(ShardSource):
 
     def digests(self) -> dict[str, str]:
         """Source/file name -> sha256 of foreign shards."""
-        return {f"{name}/{file}": one for name, part in self.parts.items() for file, one in part.digests().items()}
+        return {f"{name}/{file}": one for name, part in self.sources.items() for file, one in part.digests().items()}
 
     def check_digests(self, saved: dict[str, str]) -> None:
         """As in `ShardSource`; names without a source are those of the data set that the run began with."""
         began = next(iter(self.recipe.phases[0].weights))
         for key, digest in saved.items():
             name, _, file = key.rpartition("/")
-            if part := self.parts.get(name or began):
+            if part := self.sources.get(name or began):
                 part.check_digests({file: digest})
 
     def check_batch(self, sequences: int, world: int = 1) -> None:
@@ -166,7 +166,7 @@ class RecipeSource(ShardSource):
 
     def check_length(self, position: int) -> None:
         """Raises: InputError if a source of limited `epochs` ends before this position."""
-        windows = {name: part.windows for name, part in self.parts.items()}
+        windows = {name: part.windows for name, part in self.sources.items()}
         if problem := self.recipe.too_short(position, windows):
             raise InputError(problem)
 
@@ -175,7 +175,7 @@ class RecipeSource(ShardSource):
         self.check_length(int(positions[-1]) + 1)  # ranges that were skipped make a run longer
         drawn = [self.recipe.source_at(position) for position in positions.tolist()]
         tokens = np.empty((len(drawn), self.seq_len + 1), dtype=np.int64)
-        for name, part in self.parts.items():
+        for name, part in self.sources.items():
             rows = [row for row, (source, _) in enumerate(drawn) if source == name]
             if rows:
                 tokens[rows] = part.tokens_at(np.array([drawn[row][1] for row in rows]))
@@ -347,18 +347,18 @@ def open_recipe(recipe: Recipe, **options) -> RecipeSource:
 
     Raises: InputError naming the source that cannot be opened, or does not fit the others.
     """
-    parts: dict[str, ShardSource] = {}
+    sources: dict[str, ShardSource] = {}
     for name, entry in recipe.sources.items():
         place = f"{recipe.name}: sources.{name}"
         try:
-            part = parts[name] = open_source(entry.data, sequences=1, **options)
+            part = sources[name] = open_source(entry.data, sequences=1, **options)
         except InputError as error:
             raise InputError(f"{place}: {error}") from error
         if entry.sha256 not in (None, part.split.sha256):
             raise InputError(f"{place}.sha256 is {entry.sha256}, but {entry.data} has {part.split.sha256}; correct one")
         entry.sha256 = part.split.sha256
-        check_alike(place, part, parts)
-    return RecipeSource(recipe, parts)
+        check_alike(place, part, sources)
+    return RecipeSource(recipe, sources)
 
 
 def check_alike(place: str, part: ShardSource, others: dict[str, ShardSource]) -> None:
@@ -393,7 +393,7 @@ def open_data(config, sequences: int):
         options |= {"lanes": config.stream_lanes, "cache_dir": config.cache_dir, "cache_gib": config.cache_gib}
     source = open_source(config.data, **options)
     source.tokenizer = source.tokenizer or _tokenizer(config.tokenizer, source.directory)
-    for part in source.parts.values() or [source]:
+    for part in source.sources.values() or [source]:
         _check_tokenizer(source.tokenizer, config.tokenizer, part.directory, part.manifest)
     if config.val_data is not None:
         directory = shards_directory(config.val_data)

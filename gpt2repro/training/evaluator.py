@@ -37,7 +37,7 @@ class Evaluator:
             )
         found = {
             name: validation_loss(self.model, part.validation, token_bytes=self._token_bytes, **batch, **ranks)
-            for name, part in self.source.parts.items()
+            for name, part in self.source.sources.items()
             if part.validation is not None
         }
         if found and not record:

@@ -227,7 +227,7 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
         try:
             options = {"seq_len": config.seq_len, "seed": config.seed, "vocab_size": config.vocab_size}
             mixed = open_source(config.data, sequences=1, verify=False, **options)
-            windows = {name: part.windows for name, part in mixed.parts.items()}
+            windows = {name: part.windows for name, part in mixed.sources.items()}
             timetable = mixed.recipe.timetable(positions, config.batch_tokens // config.seq_len, windows)
             passes = max(count / windows[name] for name, count in mixed.recipe.counts(positions).items())
             mixed.check_length(positions)

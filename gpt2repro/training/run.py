@@ -110,7 +110,7 @@ class Run:
                     self.state.best = self.state.run_ids = None  # the branch is a run of its own
             self.state.digests = self.source.digests()
             self._note_recipe()
-            if self.source.parts:
+            if self.source.sources:
                 left = (config.max_steps - self.state.step) * (config.batch_tokens // config.seq_len)
                 self.source.check_length(self.state.source["position"] + left)
             if config.micro_batch_size is None:
@@ -308,7 +308,7 @@ class Run:
 
     def _note_recipe(self) -> None:
         """Keep a recipe that the state has not; `best` was of another mixture, with which nothing compares."""
-        if not self.source.parts:
+        if not self.source.sources:
             return
         state, data = self.state, self.identity["data"]
         state.recipes = state.recipes or [HeldRecipe(step=0, position=0, data=state.identity["data"])]
