@@ -164,17 +164,21 @@ def load_for_comparison(name: str | Path):
 
     Its checksums are the caller's part: export and push have compared them.
     """
+    from gpt2repro.checkpoint.reader import find_model
+
+    return _ours(find_model(str(name)), f"cannot load a GPT-2 from {name}", attn_implementation=None).eval()
+
+
+def _ours(source: str, said: str, **how):
+    """The model at `source` in fp32. Raises: InputError that begins as `said`, where it cannot be loaded."""
     import torch
 
-    from gpt2repro.checkpoint.reader import find_model
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
-    source = find_model(str(name))
-    how = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": None}
-    try:
-        return GPT2ReproForCausalLM.from_pretrained(source, **how).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load a GPT-2 from {name}: {str(error).strip().splitlines()[0]}") from None
+    try:  # nothing is ever unpickled
+        return GPT2ReproForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **how)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"{said}: {str(error).strip().splitlines()[0]}") from error
 
 
 def build_model(config, vocab_size: int, tokenizer):
@@ -212,23 +216,12 @@ def build_model(config, vocab_size: int, tokenizer):
 
 def _first_weights(config, vocab_size: int, tokenizer):
     """The model that `init_from` names, with the run's dropout. Raises: InputError as in `build_model`."""
-    import torch
-
     from gpt2repro.checkpoint.reader import resolve_model
     from gpt2repro.data.tokenization import fingerprint, load_tokenizer
-    from modeling_gpt2repro import GPT2ReproForCausalLM
 
-    try:
-        source = resolve_model(config.init_from)
-        model = GPT2ReproForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            use_safetensors=True,  # nothing is ever unpickled
-            attn_implementation=config.attn_implementation,
-            **{name: getattr(config, name) for name in DROPOUT},
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"init_from={config.init_from}: {str(error).splitlines()[0]}") from error
+    source = resolve_model(config.init_from)
+    how = {name: getattr(config, name) for name in ("attn_implementation", *DROPOUT)}
+    model = _ours(source, f"init_from={config.init_from}", **how)
     if vocab_size > model.config.vocab_size:
         raise InputError(
             f"the data has a vocabulary of {vocab_size}, but {config.init_from} only of {model.config.vocab_size}; "

@@ -8,7 +8,7 @@ Owns how options are written, read, checked and explained. Knows no program's fi
         "What `--help` says about the field: a string literal right under it."
         runs: list[str] = field(default_factory=list, metadata={"positional": True})
         out: Path | None = field(default=None, metadata={"config": False})  # cannot stand in a YAML file
-        def problems(self) -> list[str]: ...                              # optional: what types cannot check
+        def problems(self) -> Problems: yield "…"                         # optional: what types cannot check
 
     def main(argv: list[str]) -> int:
         options = parse_options(Options, argv, prog="gpt2repro plot", description=__doc__)
@@ -33,7 +33,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -53,6 +53,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegativeNumber = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+Problems = Iterable[str]  # of an options class: a sentence for each
 
 T = TypeVar("T")
 
@@ -85,7 +87,9 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
 
     raw: dict[str, tuple[Any, str]] = {}  # field -> value as written, and where it was written
     config = None if "config" in fields else given.pop("config", None)  # a class may have a `config` of its own
-    if config is not None and config is not _NO_VALUE:
+    if config is _NO_VALUE:
+        problems.append("--config needs a value: a YAML file, or a preset that --help names")
+    elif config is not None:
         for name, value in read_yaml(config).items():
             if name not in fields:
                 problems.append(f"unknown option {name!r} in {config}{_nearest(str(name), fields, '')}")
@@ -93,12 +97,9 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
                 problems.append(f"{name} cannot be set in {config}; use the flag --{name}")
             else:
                 raw[name] = value, str(config)
-    elif config is _NO_VALUE:
-        problems.append("--config needs a value: a YAML file, or a preset that --help names")
     raw.update({name: (value, "flag") for name, value in given.items()})
 
     checked: dict[str, Any] = {}
-    wrong: set[str] = set()
     for name, (value, source) in raw.items():
         try:
             if not fields[name].metadata.get("free_text") and isinstance(value, (str, list)):
@@ -108,16 +109,16 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
                     raise ValueError("should be UTF-8 text")
             checked[name] = _convert(value, kinds[name])
         except ValueError as error:
-            wrong.add(name)
             shown = f"--{name}" if source == "flag" else f"{name} in {source}"
             problems.append(f"{shown} needs a value" if value is _NO_VALUE else f"{shown}: {error}, not {value!r}")
-    missing = [name for name, field in fields.items() if _default(field) is dataclasses.MISSING and name not in raw]
-    problems += [f"--{name} is required" for name in missing]
+    required = [name for name, field in fields.items() if _default(field) is dataclasses.MISSING]
+    problems += [f"--{name} is required" for name in required if name not in raw]
 
-    if not missing and not any(_default(fields[name]) is dataclasses.MISSING for name in wrong):
+    if checked.keys() >= set(required):
         options = cls(**checked)
         if hasattr(options, "problems"):
             # A mistyped field has its default here, so a problem that names this field would be one of the default.
+            wrong = raw.keys() - checked.keys()
             problems += [text for text in options.problems() if not any(name in text for name in wrong)]
     if problems:
         many = f"{len(problems)} problems with the options:\n  - " if len(problems) > 1 else ""

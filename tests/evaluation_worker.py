@@ -44,12 +44,12 @@ def build():
     return GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=len(tokenizer), **sizes)).double(), tokenizer, examples
 
 
-def evaluate(model, tokenizer, examples, rank: int = 0, world: int = 1) -> dict:
+def evaluate(model, tokenizer, examples) -> dict:
     """What a run logs at an evaluation. 1000 tokens and 3 rows per pass leave one rank with less to do."""
     split = Tokens(1000, len(tokenizer), text_bytes=4000)
-    record = validation_loss(model, split, seq_len=32, batch_size=3, tokens=900, rank=rank, world=world)
+    record = validation_loss(model, split, seq_len=32, batch_size=3, tokens=900)
     prepared = hellaswag.TASK.prepare(examples, tokenizer, 384)
-    return record | prepared.evaluate(model, rank=rank, world=world)
+    return record | prepared.evaluate(model)
 
 
 def train_one_step(model, rank: int) -> float:
@@ -82,10 +82,10 @@ def main(rank: int, world: int, port: int, out: str) -> None:
     for way in ("ddp", "compiled", "fsdp"):
         model, tokenizer, examples = build()
         model = wrapped(model, way, world)
-        found[way] = [evaluate(model, tokenizer, examples, rank, world)]  # before training: nothing is gathered yet
+        found[way] = [evaluate(model, tokenizer, examples)]  # before training: nothing is gathered yet
         model.train()
         train_one_step(model, rank)
-        found[way].append(evaluate(model, tokenizer, examples, rank, world))
+        found[way].append(evaluate(model, tokenizer, examples))
         train_one_step(model, rank)
     if rank == 0:
         Path(out).write_text(json.dumps(found), encoding="utf-8")

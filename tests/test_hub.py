@@ -669,7 +669,8 @@ def test_a_revision_names_a_model_for_every_command(hub, run, tmp_path):
 
 
 def test_whether_a_login_may_write_is_asked_before(hub, monkeypatch, tmp_path):
-    assert our_hub.may_write(REPO) == our_hub.may_write("bare") == ("user", None)
+    assert our_hub.may_write(REPO) == ("user", None)
+    assert our_hub.may_write("bare") == ("", "'bare' is no repository's name: expected USER/NAME")
     assert "belongs to other, but this login is user" in our_hub.may_write("other/model")[1]
     hub.adopt_clients(monkeypatch, tmp_path / "home", token=None)
     name, complaint = our_hub.may_write(REPO)

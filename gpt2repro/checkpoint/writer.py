@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ from torch.distributed.tensor import DTensor
 
 from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import named_parameters, named_weights, rows_of, unwrap
-from gpt2repro.files import is_plain_name, sha256_of, sync_folder
+from gpt2repro.files import sha256_of, sync_folder
 from gpt2repro.options import InputError
 from gpt2repro.redaction import scrub
 
@@ -58,13 +59,7 @@ class CheckpointWriter:
     Raises: InputError if the ranks do not see one common `directory`.
     """
 
-    def __init__(
-        self,
-        directory: str | Path,
-        *,
-        keep_last: int | None = None,
-        milestone_steps: int | None = None,
-    ):
+    def __init__(self, directory: str | Path, *, keep_last: int | None = None, milestone_steps: int | None = None):
         self.directory = Path(directory)
         self.keep_last, self.milestone_steps = keep_last, milestone_steps
         self.rank, self.world = layout.rank_and_world()
@@ -96,8 +91,8 @@ class CheckpointWriter:
         state: dict,
         extra_files: dict[str, bytes | str] | None = None,
         on_written: Callable[[Path], None] | None = None,
-    ) -> float:
-        """Write step_N. Returns the seconds that the caller had to wait, also for an unfinished earlier save.
+    ) -> None:
+        """Write step_N. The caller waits for the copy to host memory, and for an unfinished earlier save.
 
         `read_state` returns `state`, scrubbed, since checkpoints are published. `extra_files` are written beside
         config.json. `on_written` is called on rank 0, in the writing thread, when the checkpoint is whole; its errors
@@ -105,15 +100,12 @@ class CheckpointWriter:
 
         Raises: SaveError if the save before could not be written; `wait` says it of the last one.
         """
-        started = time.perf_counter()
         self.wait()
         model, optimizer = unwrap(model), getattr(optimizer, "optimizer", optimizer)
         header = {"format": layout.FORMAT, "version": layout.VERSION, "step": step}
         header |= {"optimizer": type(optimizer).__name__, "state": scrub(state)}
         small_files = {"trainer_state/state.json": json.dumps(header, indent=1).encode()}
         for name, content in (extra_files or {}).items():
-            if not is_plain_name(name):
-                raise ValueError(f"extra file {name!r}: expected a relative path inside the checkpoint")
             small_files[name] = content.encode() if isinstance(content, str) else content
         weights, pieces, rows = self._host_copy(model, optimizer)
 
@@ -122,12 +114,9 @@ class CheckpointWriter:
         # Not a daemon, so the interpreter finishes the writing before it ends.
         self._thread = threading.Thread(target=self._write, args=work, name=f"checkpoint-{step}")
         self._thread.start()
-        return time.perf_counter() - started
 
     def point(self, name: str, step: int) -> None:
         """Let the pointer `name` (best, final) point to step_N: at once, or as soon as that step is written."""
-        if name not in layout.POINTERS:
-            raise ValueError(f"no pointer is called {name!r}; there are {', '.join(layout.POINTERS)}")
         with self._lock:
             if self._in_flight == step:
                 self._awaiting.append(name)
@@ -170,20 +159,16 @@ class CheckpointWriter:
 
     def _common_token(self) -> str:
         """A random part of names, the same on all ranks. Raises: InputError if the ranks do not share the directory."""
-        token = torch.frombuffer(bytearray(secrets.token_bytes(8)), dtype=torch.uint8)
-        if self._group is None:
-            return bytes(token.tolist()).hex()
-        dist.broadcast(token, src=0, group=self._group)
-        name = bytes(token.tolist()).hex()
-        mark = self.directory / f".shared.tmp-{name}"
+        token = self._exchange(secrets.token_hex(8))[0]
+        mark = self.directory / f".shared.tmp-{token}"
         if self.rank == 0:
             mark.touch()
-        dist.barrier(group=self._group)
+        self._exchange(None)  # from here on it is there
         deadline = time.monotonic() + VISIBLE_SECONDS
         while not (seen := mark.exists()) and time.monotonic() < deadline:
             time.sleep(0.2)
             os.listdir(self.directory)  # makes a network filesystem look again
-        blind = [rank for rank, record in enumerate(self._exchange([int(seen)])) if not record[0]]
+        blind = [rank for rank, sees in enumerate(self._exchange(seen)) if not sees]
         if self.rank == 0:
             mark.unlink()
         if blind:
@@ -191,15 +176,14 @@ class CheckpointWriter:
                 f"ranks {blind} do not see what rank 0 writes in {self.directory.absolute()}: --run_dir must lie on a "
                 "filesystem that all nodes share"
             )
-        return name
+        return token
 
-    def _exchange(self, record: list[int]) -> list[list[int]]:
-        """The records of all ranks, in order. Only writing threads may call it, or others while none is running."""
-        if self._group is None:
-            return [record]
-        gathered = [torch.empty(len(record), dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(gathered, torch.tensor(record, dtype=torch.int64), group=self._group)
-        return [one.tolist() for one in gathered]
+    def _exchange(self, value: Any) -> list:
+        """Every rank's `value`, in order. Only writing threads may call it, or others while none is running."""
+        values = [value] * self.world
+        if self._group is not None:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     @torch.no_grad()
     def _host_copy(self, model: nn.Module, optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
@@ -231,9 +215,7 @@ class CheckpointWriter:
     def _to_host(self, key: str, tensor: Tensor) -> Tensor:
         copied = self._host.get(key)
         if copied is None or copied.shape != tensor.shape or copied.dtype != tensor.dtype:
-            pinned = tensor.device.type == "cuda"
-            copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self._host[key] = copied
+            copied = self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return copied.copy_(tensor, non_blocking=tensor.is_cuda)  # elsewhere nobody would wait for it
 
     def _write(self, step, model, tokenizer, weights, pieces, rows, small_files, on_written) -> None:
@@ -243,7 +225,7 @@ class CheckpointWriter:
         writers = self.world if any(isinstance(weight, DTensor) for weight in model.parameters()) else 1
         size = sum(t.numel() * t.element_size() for t in (*weights.values(), *pieces.values()))
         try:
-            failure, checksums, record = None, {}, [0] * 34  # failed, bytes, sha256 of this rank's piece
+            failure, checksums = None, {}  # of the files that this rank has written
             try:
                 if pieces or self.rank == 0:
                     (aside / "trainer_state").mkdir(parents=True, exist_ok=True)
@@ -251,7 +233,6 @@ class CheckpointWriter:
                     # One entry only: safetensors writes several in random order, and equal states have equal files.
                     save_file(pieces, aside / piece, metadata={"rows": json.dumps(rows, sort_keys=True)})
                     checksums[piece] = _settle(aside / piece)
-                    record[1:] = [checksums[piece]["bytes"], *bytes.fromhex(checksums[piece]["sha256"])]
                 if self.rank == 0:
                     save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
                     checksums["model.safetensors"] = _settle(aside / "model.safetensors")
@@ -262,23 +243,18 @@ class CheckpointWriter:
                         (aside / name).write_bytes(content)
                         checksums[name] = _settle(aside / name)
             except Exception as error:
-                failure, record[0] = error, 1
-            records = self._exchange(record)
+                failure = error
+            written = self._exchange(checksums if failure is None else None)  # every rank's; None of a rank that failed
 
-            if self.rank == 0 and not any(one[0] for one in records):
+            if self.rank == 0 and None not in written:
                 try:
-                    for rank, (_, length, *digest) in enumerate(records):
-                        if length:  # the ranks of a replicated model other than 0 wrote nothing
-                            piece = layout.piece_name(rank, writers)
-                            checksums[piece] = {"bytes": length, "sha256": bytes(digest).hex()}
+                    checksums = {name: record for files in written for name, record in files.items()}
                     (aside / "checksums.json").write_text(json.dumps(checksums, indent=1, sort_keys=True))
                     _settle(aside / "checksums.json")
                     self._publish(aside, target, step)
                 except Exception as error:
                     failure = error
-            outcome = self._exchange([int(failure is not None)])
-            failed = [rank for rank, one in enumerate(outcome) if one[0]]
-            if failed:
+            if failed := [rank for rank, fails in enumerate(self._exchange(failure is not None)) if fails]:
                 if self.rank == 0:
                     shutil.rmtree(aside, ignore_errors=True)
                 raise _save_error(failure, failed, step, self.directory, size)

@@ -33,7 +33,7 @@ import yaml
 from gpt2repro.checkpoint.layout import POINTERS, list_steps, resolve_pointer
 from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 from gpt2repro.files import read_json
-from gpt2repro.options import AtLeastOne, InputError, Seed, parse_options
+from gpt2repro.options import AtLeastOne, InputError, Problems, Seed, parse_options
 from gpt2repro.training.metrics_log import whole_lines
 
 MEASURED = ("tokens_per_second", "step_seconds", "mfu", "memory_gib")  # numbers that differ in every run
@@ -55,13 +55,11 @@ class Options:
     work_dir: Path = Path("runs/verify-resume")
     "Where the runs are put; must not exist yet. Runs that came out equal are removed."
 
-    def problems(self) -> list[str]:
-        found = []
+    def problems(self) -> Problems:
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.processes):
-            found = [f"processes={self.processes} must be numbers of at least 1 with commas between, such as 1,2,4"]
+            yield f"processes={self.processes} must be numbers of at least 1 with commas between, such as 1,2,4"
         if self.work_dir.exists() and (not self.work_dir.is_dir() or any(self.work_dir.iterdir())):
-            found.append(f"work_dir={self.work_dir} exists already; remove it, or name another one")
-        return found
+            yield f"work_dir={self.work_dir} exists already; remove it, or name another one"
 
 
 def main(argv: list[str]) -> int:

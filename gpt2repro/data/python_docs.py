@@ -35,23 +35,20 @@ def docstrings(directory: Path) -> Iterator[str]:
     """The docstrings of all modules below a directory, one document per module."""
     paths = (path.relative_to(directory) for path in directory.rglob("*.py"))
     for path in sorted((path for path in paths if not LEFT_OUT & set(path.parts)), key=Path.as_posix):
-        text = "\n\n".join(_docstrings((directory / path).read_bytes()))
-        if text:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            try:
+                module = ast.parse((directory / path).read_bytes())
+            except (SyntaxError, ValueError):  # for another Python version
+                continue
+        if text := "\n\n".join(_docstrings(module)):
             yield text + "\n"
 
 
-def _docstrings(source: bytes) -> Iterator[str]:
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
     """Docstrings of a module, its classes and functions, from top to bottom."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # a module for another Python version
-            return
-    pending: list[ast.AST] = [tree]
-    while pending:
-        node = pending.pop()
-        if docstring := ast.get_docstring(node):
-            yield docstring
-        definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        pending.extend(child for child in reversed(node.body) if isinstance(child, definitions))
+    if docstring := ast.get_docstring(node):
+        yield docstring
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child)

@@ -1,6 +1,5 @@
 """Uploads a prepared data set to a dataset repository of the Hub: shards, tokenizer, a card, and last the manifest."""
 
-import contextlib
 from pathlib import Path
 
 from gpt2repro.data.shards import MANIFEST, TOKENIZER, Manifest, verify_dataset
@@ -9,42 +8,6 @@ from gpt2repro.options import InputError
 
 # The Hub advises against more than 100 files per commit; with fewer an interruption costs less.
 FILES_PER_COMMIT = 25
-
-
-@contextlib.contextmanager
-def _refusals(repo: str):
-    """Errors of the Hub and of the network become an InputError."""
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
-
-    try:
-        yield
-    except HFValidationError as error:
-        raise InputError(f"--push_to_hub {repo} is no USER/NAME: {first_line(error)}") from error
-    except LocalTokenNotFoundError as error:
-        raise InputError(f"uploading to {repo} needs a login: run `hf auth login` or set HF_TOKEN") from error
-    except Exception as error:
-        if not is_fault(error):
-            raise
-        raise InputError(
-            f"{repo} could not be uploaded: {first_line(error)}; run the same command again to continue"
-        ) from error
-
-
-def check_push(repo: str) -> None:
-    """Ask the Hub who is logged in. Raises: InputError, before any work, if that user cannot write to `repo`."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
-
-    with _refusals(repo):
-        validate_repo_id(repo)
-        user = HfApi().whoami()
-    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
-    if "/" not in repo or repo.split("/")[0] not in owners:
-        raise InputError(
-            f"--push_to_hub {repo}: the login may write below {', '.join(owners)} only; choose such a name"
-        )
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise InputError(f"uploading to {repo} needs a token that may write; this one only reads")
 
 
 def push_dataset(directory: str | Path, repo: str) -> None:
@@ -59,7 +22,7 @@ def push_dataset(directory: str | Path, repo: str) -> None:
     directory, api = Path(directory), HfApi()
     manifest = verify_dataset(directory)
     digests = manifest.digests()
-    with _refusals(repo):
+    try:
         api.create_repo(repo, repo_type="dataset", exist_ok=True)
         present = {
             entry.path: entry.lfs.sha256
@@ -76,6 +39,11 @@ def push_dataset(directory: str | Path, repo: str) -> None:
         names = [f"{TOKENIZER}/{path.name}" for path in sorted((directory / TOKENIZER).iterdir())] + [MANIFEST]
         last += [CommitOperationAdd(name, str(directory / name)) for name in names]
         api.create_commit(repo, last, commit_message="Manifest, tokenizer and card", repo_type="dataset")
+    except Exception as error:
+        if not is_fault(error):
+            raise
+        message = f"{repo} could not be uploaded: {first_line(error)}; run the same command again to continue"
+        raise InputError(message) from error
     print(f"{repo}: {len(digests)} shards, sha256 {manifest.sha256}; train with --data hf://{repo}")
 
 

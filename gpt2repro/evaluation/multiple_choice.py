@@ -16,14 +16,15 @@ import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from gpt2repro.evaluation.losses import Forward, inference, sum_over_ranks, target_log_probs
+from gpt2repro.evaluation.losses import IGNORED, inference, padded, rank_and_world, sum_over_ranks, target_log_probs
 from gpt2repro.evaluation.rows import read_rows
 from gpt2repro.options import InputError
 
@@ -289,7 +290,7 @@ def batches_of(groups: Sequence[Group], batch_tokens: int) -> list[list[Group]]:
 Predicted = tuple[torch.Tensor, torch.Tensor, list[int]]
 
 
-def predict_shared(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
+def predict_shared(forward: Callable, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
     """Logits of every token of every group's endings; each group's context is computed once.
 
     Row: `padding | context | endings`, aligned on the right, so that the needed logits are in the last columns.
@@ -335,21 +336,16 @@ def predict_shared(forward: Forward, groups: Sequence[Group], device: torch.devi
     return logits[index[0], index[1] - first_kept], index[2], owners
 
 
-def predict_rows(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
+def predict_rows(forward: Callable, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
     """The same logits with a row of its own for every ending: plain causal input, padded on the right."""
     sequences = [(group.context, ending) for group in groups for ending in group.endings]
     width = max(len(context) + len(ending) - 1 for context, ending in sequences)
-    ids = np.zeros((len(sequences), width), dtype=np.int64)
-    rows, columns, targets = [], [], []
-    for row, (context, ending) in enumerate(sequences):
-        length = len(context) + len(ending) - 1
-        ids[row, :length] = [*context, *ending[:-1]]
-        rows += [row] * len(ending)
-        columns += range(len(context) - 1, length)
-        targets += ending
-    logits = forward(input_ids=torch.from_numpy(ids).to(device), use_cache=False).logits
-    index = torch.tensor([rows, columns, targets], device=device)
-    return logits[index[0], index[1]], index[2], rows
+    inputs, targets = padded([[*context, *ending] for context, ending in sequences], (len(sequences), width))
+    for row, (context, _) in enumerate(sequences):
+        targets[row, : len(context) - 1] = IGNORED
+    index = (targets != IGNORED).nonzero(as_tuple=True)  # rows, columns
+    logits = forward(input_ids=inputs.to(device), use_cache=False).logits
+    return logits[index], targets[index].to(device), index[0].tolist()
 
 
 def token_scores(predicted: Predicted, greedy: bool) -> tuple[list[torch.Tensor], list[int]]:
@@ -370,12 +366,12 @@ def ending_sums(columns: Sequence[torch.Tensor], owners: Sequence[int], endings:
     return torch.zeros(endings, len(columns), dtype=torch.float64).index_add_(0, torch.tensor(owners), values)
 
 
-def contexts_can_be_shared(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the model's scores with shared contexts are those with a row per ending."""
+def contexts_can_be_shared(forward: Callable, groups: Sequence[Group], *place) -> bool:
+    """Whether the model's scores with shared contexts are those with a row per ending; `place`: device and dtype."""
     endings = sum(len(group.endings) for group in groups)
-    expected = ending_sums(*token_scores(predict_rows(forward, groups, device, dtype), False), endings)
+    expected = ending_sums(*token_scores(predict_rows(forward, groups, *place), False), endings)
     try:
-        found = ending_sums(*token_scores(predict_shared(forward, groups, device, dtype), False), endings)
+        found = ending_sums(*token_scores(predict_shared(forward, groups, *place), False), endings)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # every architecture and attention kernel refuses a 4-D mask in its own way
@@ -398,21 +394,13 @@ class Prepared:
     groups: list[Group]
     truncated: dict[str, int]  # examples that lost context on the left, per protocol
 
-    def evaluate(self, model: torch.nn.Module, **how) -> dict:
-        """The task's `summary` of one pass; `how` (device, rank, world, …) as in `score`. Every rank gets it."""
-        return self.task.summary(self.task.predictions(self, score(model, self, **how)))
+    def evaluate(self, model: nn.Module) -> dict:
+        """The task's `summary` of one pass. Every rank gets it."""
+        return self.task.summary(self.task.predictions(self, score(model, self)))
 
 
 def score(
-    model: torch.nn.Module,
-    prepared: Prepared,
-    *,
-    device: torch.device | str = "cpu",
-    batch_tokens: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    share_contexts: bool | None = None,
-    progress: Callable[[Iterator], Iterator] = iter,
+    model: nn.Module, prepared: Prepared, *, batch_tokens: int | None = None, share_contexts=None, progress=iter
 ) -> dict[str, list[np.ndarray]]:
     """{protocol: per example an array (choices, 1)}, sums of log p, the same on every rank.
 
@@ -422,10 +410,10 @@ def score(
     one all-reduce at the end. `batch_tokens` is positions per forward pass, padding included (default 512 on a CPU,
     32768 elsewhere). `share_contexts=None` checks whether the model can share contexts; True and False decide it.
     """
-    device = torch.device(device)
+    weight, (rank, world) = next(model.parameters()), rank_and_world()
+    device, dtype = weight.device, weight.dtype
     if batch_tokens is None:
         batch_tokens = 512 if device.type == "cpu" else 32768
-    dtype = next(model.parameters()).dtype
     batches = batches_of(prepared.groups, batch_tokens)
     counts = [len(item.choices) for items in prepared.rendered.values() for item in items]
     greedy = prepared.task.greedy
@@ -435,7 +423,7 @@ def score(
         if share_contexts is None:
             share_contexts = contexts_can_be_shared(forward, batches[-1][:2], device, dtype)
             refusals = torch.tensor([float(not share_contexts)], dtype=torch.float64)
-            share_contexts = sum_over_ranks(refusals, device=device, world=world).item() == 0
+            share_contexts = sum_over_ranks(refusals, device).item() == 0
         predict = predict_shared if share_contexts else predict_rows
         for step in progress(range(math.ceil(len(batches) / world))):
             index = step * world + rank
@@ -446,5 +434,5 @@ def score(
     for slots, scored in results:  # read only here, so that no forward pass waits for a number
         for own_slots, value in zip(slots, ending_sums(*scored, len(slots)), strict=True):
             scores[own_slots] = value
-    per_example = iter(sum_over_ranks(scores, device=device, world=world).split(counts))
+    per_example = iter(sum_over_ranks(scores, device).split(counts))
     return {name: [next(per_example).numpy() for _ in items] for name, items in prepared.rendered.items()}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from gpt2repro.files import read_json, sha256_of
+from gpt2repro.files import name_aside, read_json, sha256_of
 from gpt2repro.options import InputError
 
 # The names of a model's files; any other file in a model's directory is private.
@@ -118,20 +118,17 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Raises: InputError where it cannot be written.
     """
-    aside = None
+    aside = name_aside(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+        aside.mkdir(parents=True)
         yield aside
         if out.is_dir():
             out.rmdir()  # empty, as checked: Windows renames onto nothing
-        aside.chmod(0o755)  # mkdtemp's is for its owner alone
         aside.rename(out)
     except OSError as error:
         raise InputError(f"--out {out} could not be written: {error.strerror or error}") from None
     finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def to_onnx(native: Path, out: Path) -> tuple[str, Callable]:

@@ -132,15 +132,15 @@ def may_write(repo: str) -> tuple[str, str | None]:
     """(account name or "", complaint or None): whether the login at hand may write to the Hub repository `repo`."""
     from huggingface_hub import HfApi
 
-    owner, slash, _ = repo.partition("/")
+    if not REPO_ID.fullmatch(repo):
+        return "", f"{repo!r} is no repository's name: expected USER/NAME"
     try:
         account = HfApi().whoami()
     except Exception as error:  # no login, no network, a server's bad day: all the same to a plan
-        reason = scrub((str(error).strip() or type(error).__name__).splitlines()[0])
-        return "", f"the Hub does not say who you are, so {repo} may not be writable (`hf auth login`): {reason}"
-    name = account.get("name", "")
+        return "", f"the Hub does not say who you are, so {repo} may not be writable: {explain(error, repo)}"
+    name, owner = account.get("name", ""), repo.split("/")[0]
     mine = {name, *(group.get("name") for group in account.get("orgs", []))}
-    if slash and owner not in mine:
+    if owner not in mine:
         return name, f"{repo} belongs to {owner}, but this login is {name} and may write for {', '.join(sorted(mine))}"
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         return name, f"the token of {name} may only read; pushing to {repo} needs one with write permission"
@@ -296,25 +296,21 @@ class Uploader:
         wait = FIRST_WAIT_SECONDS
         while True:
             with self._wake:
-                while not self._news and self._closing_at is None:
-                    self._wake.wait()
+                self._wake.wait_for(lambda: self._news or self._closing_at is not None)
                 self._news = False
             error = self._send_what_waits()
             with self._wake:
                 closing = self._closing_at is not None
-                if error is None:
+                if error is None or is_final(error):
                     wait = FIRST_WAIT_SECONDS
-                    if closing and not self._queue():
+                    if closing and not (error is None and self._queue()):
                         return
-                elif is_final(error):
-                    if closing:
-                        return
-                else:
-                    pause = wait * random.uniform(0.5, 1.5)  # jitter: many runs meet one busy Hub
-                    if closing and time.monotonic() + pause > self._closing_at:
-                        return
-                    self._wake.wait(pause)
-                    wait, self._news = min(2 * wait, LONGEST_WAIT_SECONDS), True
+                    continue
+                pause = wait * random.uniform(0.5, 1.5)  # jitter: many runs meet one busy Hub
+                if closing and time.monotonic() + pause > self._closing_at:
+                    return
+                self._wake.wait(pause)
+                wait, self._news = min(2 * wait, LONGEST_WAIT_SECONDS), True
 
     def _send_what_waits(self) -> Exception | None:
         """Send the oldest first, so that the newest comes last; stop at the first fault: the next would meet it too."""

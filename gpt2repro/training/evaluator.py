@@ -25,27 +25,23 @@ class Evaluator:
 
     def measure(self) -> dict:
         """Validation loss and accuracies of the model as it is now, as one flat record; every rank calls it."""
-        config, accelerator = self.config, self.accelerator
-        ranks = {
-            "device": accelerator.device, "rank": accelerator.process_index, "world": accelerator.num_processes
-        }  # fmt: skip
-        record = {}
-        batch = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-        if self.source.validation is not None:
-            record |= validation_loss(
-                self.model, self.source.validation, token_bytes=self._token_bytes, **batch, **ranks
-            )
-        found = {
-            name: validation_loss(self.model, part.validation, token_bytes=self._token_bytes, **batch, **ranks)
-            for name, part in self.source.sources.items()
-            if part.validation is not None
-        }
-        if found and not record:
-            record |= mixed(found, self.source.recipe.phases[-1].shares())
-        record |= {f"val_loss/{name}": one["val_loss"] for name, one in found.items()}
+        record = self._validation()
         for task in self._tasks:
-            record |= task.evaluate(self.model, **ranks)
+            record |= task.evaluate(self.model)
         return record
+
+    def _validation(self) -> dict:
+        """The losses; those of a recipe's sources as val_loss/NAME, and of their mixture unless there is `val_data`."""
+        config, source = self.config, self.source
+        how = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
+        how["token_bytes"] = self._token_bytes
+        splits = {name: part.validation for name, part in source.sources.items() if part.validation is not None}
+        found = {name: validation_loss(self.model, split, **how) for name, split in splits.items()}
+        if source.validation is not None:
+            record = validation_loss(self.model, source.validation, **how)
+        else:
+            record = mixed(found, source.recipe.phases[-1].shares()) if found else {}
+        return record | {f"val_loss/{name}": one["val_loss"] for name, one in found.items()}
 
     def samples(self) -> list[str]:
         """Continuations of `sample_prompts`; [] on the other ranks, unless FSDP needs every rank to generate."""

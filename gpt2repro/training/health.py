@@ -88,27 +88,25 @@ class HealthMonitor:
         A record has "step", "loss", "grad_norm" (floats), "positions" (start, stop) of its windows in the data and,
         with fp16, "scaler_skipped".
         """
-        bad, reasons, too_many = [], [], None
+        bad, too_many = [], ""
         for record in records:
+            scaler_skipped = record.get("scaler_skipped", False)
             if reason := self._reason(record):
-                bad.append(record)
-                reasons.append(reason)
+                bad.append((record, reason))
                 self.in_a_row += 1
                 if self.policy == "skip" and self.in_a_row > MOST_SKIPS_IN_A_ROW:
                     too_many = f"; {self.in_a_row} steps in a row were bad, skipping does not help"
-            elif not record.get("scaler_skipped"):
+            elif not scaler_skipped:
                 self.in_a_row = 0
                 self.losses.append(record["loss"])
                 self.grad_norms.append(max(record["grad_norm"], 1e-30))
-            if record.get("scaler_skipped"):
-                self.scaler_skips += 1
-                self.scaler_in_a_row += 1
-            else:
-                self.scaler_in_a_row = 0
+            self.scaler_skips += scaler_skipped
+            self.scaler_in_a_row = self.scaler_in_a_row + 1 if scaler_skipped else 0
         self._set_limits()
         if not bad:
             return None
 
+        (first, reason), (last, _) = bad[0], bad[-1]
         if self.policy == "rewind" and self.rewinds >= self.max_rewinds:
             too_many = f"; {self.rewinds} rewinds have not helped"
         action = "stop" if too_many else self.policy
@@ -116,11 +114,11 @@ class HealthMonitor:
         self.skipped += len(bad) if action == "skip" else 0
         return Verdict(
             action=action,
-            first_step=bad[0]["step"],
-            last_step=bad[-1]["step"],
-            start=bad[0]["positions"][0],
-            stop=bad[-1]["positions"][1],
-            reason=reasons[0] + (too_many or ""),
+            first_step=first["step"],
+            last_step=last["step"],
+            start=first["positions"][0],
+            stop=last["positions"][1],
+            reason=reason + too_many,
         )
 
     def state(self) -> dict:
@@ -132,9 +130,9 @@ class HealthMonitor:
         """Load a checkpoint's state; with `rewinding` the monitor keeps its own count of rewinds."""
         rewinds = self.rewinds
         for name in ("losses", "grad_norms"):
-            setattr(self, name, deque(map(float, state[name]), maxlen=self.window))
+            setattr(self, name, deque(state[name], maxlen=self.window))
         for name in COUNTS:
-            setattr(self, name, int(state[name]))
+            setattr(self, name, state[name])
         self.rewinds = rewinds if rewinding else self.rewinds
         self._set_limits()
 
@@ -142,11 +140,10 @@ class HealthMonitor:
         loss, grad_norm = record["loss"], record["grad_norm"]
         if not math.isfinite(loss):
             return f"the loss is {loss}"
+        if record.get("scaler_skipped"):
+            lasts = self.scaler_in_a_row >= SCALER_PATIENCE
+            return f"the gradient overflowed fp16 at {self.scaler_in_a_row + 1} steps in a row" if lasts else None
         if not math.isfinite(grad_norm):
-            if record.get("scaler_skipped"):
-                if self.scaler_in_a_row >= SCALER_PATIENCE:
-                    return f"the gradient overflowed fp16 at {self.scaler_in_a_row + 1} steps in a row"
-                return None
             return f"the gradient norm is {grad_norm}"
         if loss > self.loss_limit:
             return f"the loss {loss:.4g} is above {self.loss_limit:.4g}, {self.z_threshold:g} deviations over its mean"

@@ -13,6 +13,7 @@ Knows runs by their files only; no model, no training loop.
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def record(run_dir: str | Path, *, name: str, directory: Path = DIRECTORY) -> Pa
         "curve": curve,
         "made": {
             "command": f"python train_accelerate.py --config {run_dir.as_posix()}/config.yaml",
-            "commit": _commit(),
+            "commit": commit(),
             "date": date.today().isoformat(),
             "python": platform.python_version(),
             "torch": importlib.metadata.version("torch"),
@@ -170,10 +171,11 @@ def record(run_dir: str | Path, *, name: str, directory: Path = DIRECTORY) -> Pa
     return path
 
 
-def _commit() -> str:
-    root = Path(__file__).resolve().parents[2]
+def commit() -> str:
+    """The checkout's commit, `+changes` where files differ from it; without git GPT2REPRO_COMMIT, else `unknown`."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     try:
-        shown = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return shown.stdout.strip() or "unknown"
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        found = ""
+    return found or os.environ.get("GPT2REPRO_COMMIT", "unknown")

@@ -1,8 +1,8 @@
-"""A whole run on a CPU: nanoGPT's own train.py against ours, on its shakespeare recipe at equal evaluation tokens.
+"""A whole run on a CPU: nanoGPT's own train.py against ours, on nanoGPT's shakespeare recipe.
 
-Both train on the tokens that the checkout's prepare.py made. None of nanoGPT's code is here. Beside the whole run its
-parts are listed: start-up (from `python` to the first step), steps, evaluation and saving; and what `accelerate launch`
-adds to ours.
+Both train on the tokens that the checkout's prepare.py made, and evaluate as many tokens as often. None of nanoGPT's
+code is here. The record has the seconds of the whole run and of its parts: start-up (from `python` to the first step),
+steps, evaluation and saving. It also has what `accelerate launch` adds to our start-up.
 """
 
 import re
@@ -71,7 +71,7 @@ def run_ours(_, folder: Path, turn: int) -> tuple[list[float], float]:
 
 
 def run_nanogpt(checkout: Path, folder: Path, turn: int) -> tuple[list[float], float]:
-    """The same of nanoGPT, from its output; the time of an iteration there includes the evaluation before it."""
+    """The same of nanoGPT, from its output, where an iteration's time includes the evaluation before it."""
     steps = [f"--max_iters={STEPS}", f"--lr_decay_iters={STEPS}", f"--eval_interval={EVAL_STEPS}"]
     config = ["config/train_shakespeare_char.py", *RECIPE.split(), *steps, f"--out_dir={folder}/nanogpt-{turn}"]
     start = time.perf_counter()
