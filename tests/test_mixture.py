@@ -21,7 +21,7 @@ import yaml
 import train_accelerate
 from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 from gpt2repro.commands import verify_resume
-from gpt2repro.data.mixture import Recipe, changed_past, read_recipe
+from gpt2repro.data.mixture import Recipe, changed_past, read_recipe, same_recipe
 from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.shards import open_split
 from gpt2repro.data.sources import open_source
@@ -351,6 +351,37 @@ def test_sources_that_do_not_fit_each_other_are_named(corpora, tmp_path):
     (tmp_path / "tiny").mkdir()
     np.arange(10, dtype="<u2").tofile(tmp_path / "tiny" / "train.bin")
     assert "sources.tiny: the data has 10 tokens, fewer than one window" in said("tiny")
+
+
+def test_a_source_on_the_hub_is_the_local_one_and_named_in_the_card(corpora, tmp_path, loopback_hub, monkeypatch):
+    loopback_hub.adopt_clients(monkeypatch, tmp_path / "home")
+    for path in (path for path in (corpora / "code").rglob("*") if path.is_file() and not path.name.startswith(".")):
+        name = path.relative_to(corpora / "code").as_posix()
+        loopback_hub.add_file("user/code", name, path.read_bytes(), "dataset")
+    local = write_recipe(tmp_path / "local.yaml", corpora, PHASES[0])
+    hub = tmp_path / "hub.yaml"
+    hub.write_text(local.read_text().replace(str(corpora / "code"), "hf://user/code@main"))
+    ours, theirs = (open_source(str(path), seq_len=16, seed=7, sequences=8) for path in (hub, local))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(take(ours, 20), take(theirs, 20), strict=True))
+    assert same_recipe(ours.identity(), theirs.identity()) and ours.identity() != theirs.identity()
+    assert train(hub, tmp_path / "run", max_steps=1) == 0
+    card = card_files(find_checkpoint(tmp_path / "run"), repo="user/mixed", run_dir=tmp_path / "run")["README.md"]
+    assert "datasets:\n- user/code\n" in card.decode()
+
+
+def test_foreign_shards_in_a_recipe_are_known_by_their_bytes(tmp_path):
+    """Also where the run began with one of them alone, under names without a source."""
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        np.random.default_rng(number).integers(0, 50000, 400).astype("<u2").tofile(tmp_path / name / "train.bin")
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path, ({"a": 1}, 0), ({"b": 1}, 64))
+    source = open_source(str(recipe), seq_len=16, seed=7, sequences=8)
+    alone = open_source(str(tmp_path / "a"), seq_len=16, seed=7, sequences=8).digests()
+    assert set(source.digests()) == {"a/train.bin", "b/train.bin"} and source.vocab_size == 50257
+    source.check_digests(source.digests() | alone | {"gone/train.bin": "0"})
+    for key in ("b/train.bin", "train.bin"):
+        with pytest.raises(InputError, match=rf"{key[:-9] or 'a/'}train.bin is not the file that this run began with"):
+            source.check_digests({key: "0" * 64})
 
 
 # --- runs

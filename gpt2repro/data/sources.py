@@ -170,6 +170,10 @@ class RecipeSource(ShardSource):
         if problem := self.recipe.too_short(position, windows):
             raise InputError(problem)
 
+    def timetable(self, end: int, sequences: int) -> list[str]:
+        """`Recipe.timetable` for the sizes of these sources."""
+        return self.recipe.timetable(end, sequences, {name: part.windows for name, part in self.sources.items()})
+
     def tokens_at(self, positions: np.ndarray) -> np.ndarray:
         """As in `ShardSource`, also where a batch touches many epochs of a small source."""
         self.check_length(int(positions[-1]) + 1)  # ranges that were skipped make a run longer

@@ -219,26 +219,27 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     `may_write(repo)` for (account, complaint or None). What cannot be had becomes a problem, not an error.
     """
     problems: list[str] = []
-    split = mixed = None
-    positions = config.max_steps * (config.batch_tokens // config.seq_len)
-    timetable, passes = [], None
+    vocab_size = 50257  # of a stream's own tokenizer
+    split, timetable, passes = None, [], None
     if is_recipe(config.data):
         try:
-            options = {"seq_len": config.seq_len, "seed": config.seed, "vocab_size": config.vocab_size}
-            mixed = open_source(config.data, sequences=1, verify=False, **options)
-            windows = {name: part.windows for name, part in mixed.sources.items()}
-            timetable = mixed.recipe.timetable(positions, config.batch_tokens // config.seq_len, windows)
-            passes = max(count / windows[name] for name, count in mixed.recipe.counts(positions).items())
-            mixed.check_length(positions)
+            sequences, options = config.batch_tokens // config.seq_len, {"seq_len": config.seq_len, "seed": config.seed}
+            options |= {"vocab_size": config.vocab_size, "verify": False}
+            mixed = open_source(config.data, sequences=sequences, **options)
+            vocab_size, end = mixed.vocab_size, config.max_steps * sequences
+            timetable = mixed.timetable(end, sequences)
+            passes = max(count / mixed.sources[name].windows for name, count in mixed.recipe.counts(end).items())
+            mixed.check_length(end)
         except InputError as error:
             problems.append(str(error))
     elif not config.data.startswith("stream:"):
         try:
             split = open_split(shards_directory(config.data), "train")
+            vocab_size = split.vocab_size
         except InputError as error:
             problems.append(str(error))
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "n_positions")}
-    sizes["vocab_size"] = config.vocab_size or (split.vocab_size if split else mixed.vocab_size if mixed else 50257)
+    sizes["vocab_size"] = config.vocab_size or vocab_size
     if config.init_from is not None:
         try:
             sizes |= architecture_of(config.init_from)
@@ -260,7 +261,7 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     epochs = tokens / ((split.tokens - 1) // config.seq_len * config.seq_len or 1) if split else None
     if split and split.tokens <= config.batch_tokens:
         problems.append(f"the data has {split.tokens:,} tokens, fewer than one batch of {config.batch_tokens:,}")
-    problems += doubts(config, epochs if mixed is None else passes, work * tokens)
+    problems += doubts(config, passes or epochs, work * tokens)
 
     if (needed := layout.needs()) > gpu_memory_gib * GIB:
         problems.append(
