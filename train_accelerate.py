@@ -56,7 +56,7 @@ class TrainConfig:
     """Every option of a run. Field = flag = YAML key = tracker column."""
 
     data: str
-    "Token shards to train on: a directory, hf://user/name[@revision], or stream:<dataset id or files>."
+    "Token shards, a directory or hf://user/name[@revision]; stream:<dataset id or files>; or a recipe.yaml of several."
     run_dir: Path = Path("runs/124M")
     "Where the run lives: config.yaml, metrics.jsonl, loss.png, samples/, checkpoints/. Same directory = same run."
     max_steps: AtLeastOne = 19073
@@ -330,7 +330,7 @@ def train(config: TrainConfig) -> int:
     meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
     model, optimizer = accelerator.prepare(model, optimizer)  # nothing else: the module's first lines say why
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
-    forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
+    forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens, "loss_per_row": bool(source.sources)}
     if config.bf16_residual:
         forward_options["residual_dtype"] = torch.bfloat16
 
@@ -383,10 +383,9 @@ def train(config: TrainConfig) -> int:
                     torch.manual_seed(step_seed(config.seed, state.step, leaf))
                 exchanging = fixed is None and rows.stop >= len(x)
                 with contextlib.nullcontext() if exchanging else accelerator.no_sync(model):
-                    # Only the loss leaves the graph: (B, T, V) logits in fp32 would be the largest tensor of the run.
-                    # It is this rank's sum over the tokens of the whole step, so that micro-batches weigh alike; the
-                    # average over the ranks is DDP's and FSDP's part.
-                    micro_loss = model(
+                    # Only the loss leaves the graph, not (B, T, V) logits in fp32: this rank's sum over the tokens of
+                    # the step: micro-batches weigh alike. The average over the ranks is DDP's and FSDP's part.
+                    row_losses = model(
                         input_ids=x[rows],
                         shift_labels=y[rows],
                         use_cache=False,  # no keys and values are kept: nothing is decoded
@@ -394,8 +393,9 @@ def train(config: TrainConfig) -> int:
                         num_items_in_batch=divisor,
                         **forward_options,
                     ).loss
-                    accelerator.backward(micro_loss)
+                    accelerator.backward(micro_loss := row_losses.sum())  # a recipe's losses come row by row, (B,)
                 loss += micro_loss.detach()  # stays on the device: no step waits for a number
+                meter.keep(row_losses, divisor)  # for the loss of each source of a recipe
                 if fixed is not None:
                     fixed.keep(micro_loss)  # with its gradients, in the place that its number has in the batch
             if fixed is not None:

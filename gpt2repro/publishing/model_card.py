@@ -66,6 +66,8 @@ class Facts:
     manifest: dict = field(default_factory=dict)  # the data set's manifest.json, where it is at hand
     seconds: float | None = None  # of training steps
     evaluation: dict = field(default_factory=dict)  # this step's record in metrics.jsonl
+    losses: dict = field(default_factory=dict)  # loss/NAME of a recipe's sources, each the last until this step
+    recipes: list = field(default_factory=list)  # that the run has had until this step
     samples: str = ""
     average: dict = field(default_factory=dict)  # average.json: how averaged weights were made
 
@@ -103,7 +105,7 @@ def card_files(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2repro"],
-        datasets=[hub_data] if hub_data else None,
+        datasets=[hub_data] if hub_data else _hub_sources(facts) or None,
         base_model=base if DATASET_ID.fullmatch(base) and not Path(init_from).exists() else None,
         model_name=name,
         eval_results=[result for result, _ in results] or None,
@@ -145,6 +147,9 @@ def card_files(
         files["loss.png"] = (run_dir / "loss.png").read_bytes()
     if options:
         files["training/config.yaml"] = f"{options}\n".encode()
+    if facts.recipes:
+        content = {name: facts.recipes[-1]["data"][name] for name in ("sources", "phases")}
+        files["training/recipe.yaml"] = yaml.safe_dump(content, sort_keys=False).encode()
     if run_dir is not None and _is_file(run_dir / "metrics.jsonl"):
         files["training/metrics.jsonl"] = _log_until(run_dir / "metrics.jsonl", facts.step)
     return files
@@ -160,6 +165,7 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     facts.step, facts.seconds = header.get("step", facts.average.get("step")), state.get("seconds")
     facts.environment = state.get("environment") or {}
     facts.data = (state.get("identity") or {}).get("data") or {}
+    facts.recipes = state.get("recipes") or []
     if run_dir is None:
         return facts
     if _is_file(run_dir / "config.yaml"):
@@ -172,6 +178,9 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
         if facts.average:  # the numbers of these weights, not of those that were trained
             ours = {name: value for name, value in facts.evaluation.items() if name.endswith(("_ema", "val_tokens"))}
             facts.evaluation = {name.removesuffix("_ema"): value for name, value in ours.items()}
+        for _, record in whole_lines(run_dir / "metrics.jsonl") if facts.recipes else ():
+            if facts.step is None or record["step"] <= facts.step:
+                facts.losses |= {name: value for name, value in record.items() if name.startswith("loss/") and value}
     samples = sorted((run_dir / "samples").glob("step_*.md"), key=step_in_name)
     samples = [path for path in samples if _is_file(path) and (facts.step is None or step_in_name(path) <= facts.step)]
     if samples and not (run_dir / "samples").is_symlink():
@@ -188,7 +197,9 @@ def eval_results(facts: Facts) -> list[tuple]:
     from huggingface_hub import EvalResult
 
     found = []
-    for key, (kind, name, task) in METRICS.items():
+    sources = [key for key in facts.evaluation if key.startswith("val_loss/")]
+    of_sources = {key: ("loss", f"validation loss on {key[9:]} (nats per token)", None) for key in sources}
+    for key, (kind, name, task) in {**METRICS, **of_sources}.items():
         value, stderr = facts.evaluation.get(key), facts.evaluation.get(f"{key}_stderr")
         if isinstance(value, (int, float)):
             dataset = _validation_set(facts)
@@ -241,6 +252,15 @@ def _data(facts: Facts) -> dict[str, str]:
         rows["given as"] = f"`{facts.options['data']}`"
     names = {"source": "source", "config": "config", "revision": "revision", "sha256": "sha256 of its manifest"}
     rows |= {shown: f"`{facts.data[name]}`" for name, shown in names.items() if facts.data.get(name)}
+    for recipe in facts.recipes:
+        data, start = recipe["data"], f"from step {recipe['step'] + 1:,} on"
+        for number, phase in enumerate(data.get("phases", [])):
+            shares = ", ".join(f"{name} {weight:g}" for name, weight in phase["weights"].items())
+            rows[f"recipe {start}: phases[{number}]"] = f"weights {shares} from token {phase['from_tokens']:,}"
+        for name, source in data.get("sources", {"data": data}).items():
+            rows[f"recipe {start}: {name}"] = f"`{source.get('data', 'one data set')}`, sha256 `{source.get('sha256')}`"
+    for name, value in facts.losses.items():
+        rows[f"training loss on {name[5:]}"] = f"{value:.4f} nats per token, at the last step that saw it"
     for name, value in (manifest.get("source") or {}).items():
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             rows[f"source: {name}"] = f"`{str(value)[:200]}`"
@@ -269,6 +289,13 @@ def _hub_dataset(facts: Facts) -> str | None:
     download = re.match(r"hf://(?:datasets/)?([^@]+)", str(facts.options.get("data") or ""))
     names = (source.get("dataset"), stream, download and download[1])
     return next((name for name in map(str, names) if DATASET_ID.fullmatch(name)), None)
+
+
+def _hub_sources(facts: Facts) -> list[str]:
+    """The Hub ids of the sources of a recipe."""
+    found = [source["data"] for recipe in facts.recipes for source in recipe["data"].get("sources", {}).values()]
+    names = [data.removeprefix("hf://").partition("@")[0] for data in found if data.startswith("hf://")]
+    return [name for name in dict.fromkeys(names) if DATASET_ID.fullmatch(name)]
 
 
 def _hardware(facts: Facts) -> str:

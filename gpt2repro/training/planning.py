@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 
 from gpt2repro.checkpoint.layout import from_all_ranks, kept_steps
 from gpt2repro.data.shards import open_split
-from gpt2repro.data.sources import shards_directory
+from gpt2repro.data.sources import is_recipe, open_source, shards_directory
 from gpt2repro.models import architecture_of
 from gpt2repro.options import InputError
 from gpt2repro.training.meter import flops_per_token, peak_flops
@@ -180,6 +180,7 @@ class Plan:
     disk_free_bytes: int
     hub: str | None
     problems: list[str]
+    timetable: list[str]  # of a recipe
 
     def report(self) -> str:
         config, layout, memory = self.config, self.layout, self.layout.memory()
@@ -193,6 +194,7 @@ class Plan:
             f"{config.seq_len} tokens x {processes} processes x {passes} forward passes",
             f"length       {config.max_steps:,} steps, {self.tokens:,} tokens, {epochs}, "
             f"{self.tokens / n_params:,.1f} tokens per parameter",
+            *(f"{'recipe' if number == 0 else '':12} {line}" for number, line in enumerate(self.timetable)),
             f"work         {self.flops_per_token / 1e6:,.1f} MFLOP per token, "
             f"{self.flops_per_token * self.tokens:.3g} FLOP in all",
             f"memory       {_gib(layout.needs())} of {self.gpu_memory_gib:,.0f} GiB per process, "
@@ -221,14 +223,27 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     `may_write(repo)` for (account, complaint or None). What cannot be had becomes a problem, not an error.
     """
     problems: list[str] = []
-    split = None
-    if not config.data.startswith("stream:"):
+    vocab_size = 50257  # of a stream's own tokenizer
+    split, timetable, passes = None, [], None
+    if is_recipe(config.data):
+        try:
+            sequences, options = config.batch_tokens // config.seq_len, {"seq_len": config.seq_len, "seed": config.seed}
+            options |= {"vocab_size": config.vocab_size, "verify": False}
+            mixed = open_source(config.data, sequences=sequences, **options)
+            vocab_size, end = mixed.vocab_size, config.max_steps * sequences
+            timetable = mixed.timetable(end, sequences)
+            passes = max(count / mixed.sources[name].windows for name, count in mixed.recipe.counts(end).items())
+            mixed.check_length(end)
+        except InputError as error:
+            problems.append(str(error))
+    elif not config.data.startswith("stream:"):
         try:
             split = open_split(shards_directory(config.data), "train")
+            vocab_size = split.vocab_size
         except InputError as error:
             problems.append(str(error))
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "n_positions")}
-    sizes["vocab_size"] = config.vocab_size or (split.vocab_size if split else 50257)
+    sizes["vocab_size"] = config.vocab_size or vocab_size
     if config.init_from is not None:
         try:
             sizes |= architecture_of(config.init_from)
@@ -250,7 +265,7 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     epochs = tokens / ((split.tokens - 1) // config.seq_len * config.seq_len or 1) if split else None
     if split and split.tokens <= config.batch_tokens:
         problems.append(f"the data has {split.tokens:,} tokens, fewer than one batch of {config.batch_tokens:,}")
-    problems += doubts(config, epochs, work * tokens)
+    problems += doubts(config, passes or epochs, work * tokens)
 
     if (needed := layout.needs()) > gpu_memory_gib * GIB:
         problems.append(
@@ -294,6 +309,7 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
         disk_free_bytes=free,
         hub=hub,
         problems=problems,
+        timetable=timetable,
     )
 
 
