@@ -61,6 +61,8 @@ class Facts:
     options: dict = field(default_factory=dict)  # config.yaml
     environment: dict = field(default_factory=dict)  # where it ran, from the trainer's state
     data: dict = field(default_factory=dict)  # what the trainer calls the data's identity
+    reduction: dict = field(default_factory=dict)  # what decided the bits of a run with reduction=fixed
+    machines: list = field(default_factory=list)  # that made them
     manifest: dict = field(default_factory=dict)  # the data set's manifest.json, where it is at hand
     seconds: float | None = None  # of training steps
     evaluation: dict = field(default_factory=dict)  # this step's record in metrics.jsonl
@@ -154,7 +156,9 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     state = scrub(header.get("state") or {})
     facts.step, facts.seconds = header.get("step"), state.get("seconds")
     facts.environment = state.get("environment") or {}
-    facts.data = (state.get("identity") or {}).get("data") or {}
+    identity = state.get("identity") or {}
+    facts.data, facts.reduction = identity.get("data") or {}, identity.get("reduction") or {}
+    facts.machines = identity.get("machines") or []
     if run_dir is None:
         return facts
     if _is_file(run_dir / "config.yaml"):
@@ -247,6 +251,14 @@ def _training(facts: Facts, cost_dollars: float | None, co2_kg: float | None) ->
         rows["carbon"] = (
             "not measured" if co2_kg is None else f"{co2_kg:,.3f} kg CO2 equivalents, stated by the publisher"
         )
+    if facts.reduction:
+        decided = ", ".join(f"{name} {value}" for name, value in facts.reduction.items())
+        rows["gradients"] = (
+            f"summed in one order, the same bits on 1, 2, 4 or 8 processes (`--reduction fixed`): {decided}; made on "
+            + ", then on ".join(map(str, facts.machines))
+        )
+    elif environment:
+        rows["gradients"] = "summed in the order of this number of processes (`--reduction fast`)"
     if versions := environment.get("versions"):
         rows["software"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     return rows
