@@ -14,6 +14,7 @@ from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 from gpt2repro.commands.bench.harness import peak_memory_gib
 from gpt2repro.files import sha256_of
 from gpt2repro.options import InputError, run_main
+from gpt2repro.publishing.model_card import card_files
 from gpt2repro.training import run as training_run
 from gpt2repro.training.machine import build_accelerator
 from gpt2repro.training.planning import Layout
@@ -172,8 +173,15 @@ def test_what_decides_the_bits_may_not_change_on_resume(train, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-def test_a_run_that_was_fast_does_not_become_fixed(train, capsys):
+def card_of(run_dir: Path) -> str:
+    return card_files(find_checkpoint(run_dir), repo="user/tiny", run_dir=run_dir)["README.md"].decode()
+
+
+def test_a_run_that_was_fast_does_not_become_fixed(train, tmp_path, capsys):
     assert train(reduction="fast") == 0
+    assert "| gradients | summed in the order of this number of processes (`--reduction fast`) |" in card_of(
+        tmp_path / "run"
+    )
     assert train(max_steps=8) == 2
     assert "reduction was fast and is now fixed" in capsys.readouterr().err
 
@@ -188,6 +196,11 @@ def test_another_torch_or_processor_is_warned_of_and_stays_in_the_state(train, t
     assert train(max_steps=12) == 0
     assert "another CPU" not in capsys.readouterr().err  # said where it changes
     assert read_state(find_checkpoint(tmp_path / "run"))["identity"]["machines"] == [here, "torch 9.9 on another CPU"]
+    assert "\nreduction: fixed\n" in (tmp_path / "run/config.yaml").read_text()
+    decided = "micro_batch_size 2, attn_implementation sdpa, loss_chunk_tokens None, bf16_residual False"
+    made = f"made on {here}, then on torch 9.9 on another CPU |"
+    (row,) = [line for line in card_of(tmp_path / "run").splitlines() if line.startswith("| gradients")]
+    assert "(`--reduction fixed`)" in row and decided in row and row.endswith(made)
 
 
 @pytest.mark.parametrize("options", [{"batch_tokens": 192}, {"batch_tokens": 96, "micro_batch_size": 2}], ids=str)

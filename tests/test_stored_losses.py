@@ -27,9 +27,9 @@ RUNS = {
     "adamw-fixed": {"optimizer": "adamw", "reduction": "fixed"},
     "muon": {"optimizer": "muon"},
 }
-# On another machine, AdamW's first ten steps agree to 1e-6. Later, and with Muon, whose matrices are rounded to bf16,
-# a loss may differ by so much: the bound that one last bit of one weight was measured against, below.
-BOUND = {"adamw": 1e-3, "adamw-fixed": 1e-3, "muon": 1e-3}
+# On another machine, AdamW's first ten steps agree to 1e-6. Later, and with Muon, which multiplies in bf16, a loss may
+# differ by so much; what one last bit of one weight does was measured, see the last test.
+BOUND = {"adamw": 1e-5, "adamw-fixed": 1e-5, "muon": 1e-3}
 
 on_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="the losses were recorded on a CPU")
 
@@ -66,7 +66,10 @@ def test_100_steps_lose_what_they_lost(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_one_last_bit_of_one_weight_moves_the_losses_less_than_the_bound(name, tmp_path, monkeypatch):
-    """Measured: 0 for AdamW."""
+    """Measured, the most in 100 steps and for three weights: AdamW 4.8e-7, with a fixed reduction 2.4e-7, Muon 2.8e-4.
+
+    Another processor rounds every matrix product differently, so the bounds are 3 to 40 times that.
+    """
     build, expected, moved = models.build_model, losses_of(tmp_path, **RUNS[name]), []
     for weight in ("transformer.wte.weight", "transformer.h.0.attn.c_attn.weight", "transformer.h.1.mlp.c_proj.weight"):
 
@@ -79,7 +82,6 @@ def test_one_last_bit_of_one_weight_moves_the_losses_less_than_the_bound(name, t
         monkeypatch.setattr(models, "build_model", with_another_last_bit)
         found = losses_of(tmp_path, **RUNS[name])
         moved.append(max(abs(a - b) for a, b in zip(expected, found, strict=True)))
-    print(name, moved)
     assert BOUND[name] / 100 < max(moved) < BOUND[name] / 2, moved
 
 

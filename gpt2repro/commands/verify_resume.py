@@ -10,8 +10,9 @@ sha256 of the final weights and the optimizer's state, the position in the data,
 
 On a CPU, and with --deterministic on a GPU, all of it must be equal to the last bit. On a GPU without it two
 uninterrupted runs already differ, and so do runs on one and on two processes without --reduction fixed, since they add
-up in another order. Then the run is done again without interruption, once for each number of processes, and a resumed loss may differ from the first
-by at most twice what those do. (Dropout's masks depend on the rank: use several numbers without dropout.)
+up in another order. Then the run is done again without interruption, once for each number of processes, and a resumed
+loss may differ from the first by at most twice what those do. (Without --reduction fixed, dropout's masks depend on the
+rank: use several numbers without dropout.)
 Exit code 0: the same run; 1: not.
 """
 

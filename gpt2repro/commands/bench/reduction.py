@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from gpt2repro.commands.bench.harness import CommonOptions, NotEqual, Record, summary, timed
 from gpt2repro.options import AtLeastOne, parse_options
@@ -34,12 +35,14 @@ class Options(CommonOptions):
     "Steps of each kind; one more on 2 processes, where the goal is."
     processes: list[AtLeastOne] = field(default_factory=lambda: [1, 2, 4])
     "Numbers of processes, powers of two."
+    sizes: list[Literal["1M", "20M"]] = field(default_factory=lambda: ["1M", "20M"])
+    "Models, by their parameters."
 
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro bench reduction", description=__doc__)
     record = Record("reduction", argv, options)
-    for size in SIZES:
+    for size in options.sizes:
         for processes in options.processes:
             what = f"{size} parameters, {processes} process{'es' if processes > 1 else ''}"
             rounds, goal = (options.rounds + 1, GOAL) if processes == 2 else (options.rounds, None)
