@@ -63,6 +63,8 @@ class Facts:
     options: dict = field(default_factory=dict)  # config.yaml
     environment: dict = field(default_factory=dict)  # where it ran, from the trainer's state
     data: dict = field(default_factory=dict)  # what the trainer calls the data's identity
+    reduction: dict = field(default_factory=dict)  # what decided the bits of a run with reduction=fixed
+    machines: list = field(default_factory=list)  # that made them
     manifest: dict = field(default_factory=dict)  # the data set's manifest.json, where it is at hand
     seconds: float | None = None  # of training steps
     evaluation: dict = field(default_factory=dict)  # this step's record in metrics.jsonl
@@ -164,7 +166,9 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     facts.evaluation = (facts.average.get("validation") or {}).get("mean", {})  # of `gpt2repro average`
     facts.step, facts.seconds = header.get("step", facts.average.get("step")), state.get("seconds")
     facts.environment = state.get("environment") or {}
-    facts.data = (state.get("identity") or {}).get("data") or {}
+    identity = state.get("identity") or {}
+    facts.data, facts.reduction = identity.get("data") or {}, identity.get("reduction") or {}
+    facts.machines = identity.get("machines") or []
     facts.recipes = state.get("recipes") or []
     if run_dir is None:
         return facts

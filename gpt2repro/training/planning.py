@@ -72,6 +72,7 @@ class Layout:
     loss_chunk_tokens: int | None = None
     compiled: bool = False
     averaged: bool = False
+    fixed_batch_tokens: int | None = None  # tokens per step of a run with reduction=fixed
 
     @classmethod
     def of(cls, config, *, on_gpu: bool, **sizes) -> "Layout":
@@ -87,6 +88,7 @@ class Layout:
             gradient_checkpointing=config.gradient_checkpointing,
             loss_chunk_tokens=config.loss_chunk_tokens,
             compiled=auto if config.compile == "auto" else config.compile != "off",
+            fixed_batch_tokens=config.batch_tokens if config.reduction == "fixed" else None,
         )
 
     def memory(self) -> dict[str, int]:
@@ -110,7 +112,11 @@ class Layout:
             # While micro-batches add up, gradients stay whole: they are reduced once, after the last.
             parts["gradients"] = self.n_params * width
             parts["gathered weights"] = gathered * (2 if half else width)
-        elif half:
+        elif self.fixed_batch_tokens is not None:
+            # reduction.TreeSum: before the last of n micro-batches one set of gradients for each of log2(n) subtrees.
+            passes = self.fixed_batch_tokens // (tokens * self.processes)
+            parts["gradients"] = self.n_params * width * max(1, (passes - 1).bit_length())
+        if half and not self.sharded:
             parts[f"{self.precision} copies of the weights"] = 2 * self.n_params
         # Recomputing, a process holds every block's input and the tensors of the one block that it recomputes.
         recomputed = self.n_layer * stream + block

@@ -35,7 +35,7 @@ from gpt2repro.training import console
 from gpt2repro.training.averaging import WeightAverage
 from gpt2repro.training.evaluator import Evaluator
 from gpt2repro.training.health import HealthMonitor, Verdict
-from gpt2repro.training.machine import environment
+from gpt2repro.training.machine import environment, origin_of_bits
 from gpt2repro.training.meter import flops_per_token_of
 from gpt2repro.training.planning import doubts, micro_batch_of_run
 from gpt2repro.training.plotting import draw_runs
@@ -44,6 +44,8 @@ from gpt2repro.training.state import Best, HeldRecipe, RunState, find_resume, lo
 from gpt2repro.training.stopping import StopSignal, lost_a_process, said_to_the_user
 from gpt2repro.training.tracking import RunLog
 
+# Options that change a gradient's last bits, and nothing else, beside those that Run resolves.
+DECIDE_BITS = ("micro_batch_size", "attn_implementation", "loss_chunk_tokens", "bf16_residual", "deterministic")
 BATCHES_AHEAD = 4  # made in a thread while the device computes
 # Seconds that a finished run waits for uploads. A stopped run does not wait; the next start sends them.
 UPLOAD_SECONDS_AT_EXIT = 1800
@@ -95,13 +97,15 @@ class Run:
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
             self.average = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
             if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
+                precision = config.precision if config.precision == "fp64" else self.accelerator.mixed_precision
                 self.identity["reduction"] = {
-                    "kind": "fixed",
-                    "micro_batch_size": config.micro_batch_size,
+                    **{name: getattr(config, name) for name in DECIDE_BITS},
                     "compile": self._compiled,
-                    "precision": self.accelerator.mixed_precision,
-                    "threads": torch.get_num_threads(),
+                    "precision": "fp32" if precision == "no" else precision,
+                    "OMP_NUM_THREADS": torch.get_num_threads(),
                 }
+                machine = ", ".join(sorted({*from_all_ranks(origin_of_bits(self.accelerator.device))}))
+                self.identity["machines"] = [machine]
             checkpoint = find_resume(config.run_dir, config.resume, fetch=self._fetch, is_main=is_main)
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
@@ -307,6 +311,18 @@ class Run:
     def _restore(self, checkpoint: Path, *, rewinding: bool = False) -> None:
         """Restore everything that `checkpoint` holds, and discard the checkpoints of later steps."""
         self.state = load_run_state(checkpoint, self.identity)
+        if "machines" in self.identity:
+            (here,) = self.identity["machines"]
+            machines = self.state.identity.setdefault("machines", [here])
+            if machines[-1] != here:
+                if self.accelerator.is_main_process:
+                    print(
+                        f"warning: {checkpoint} was made by {machines[-1]}, and this is {here}: from here on the last "
+                        "bits may differ, and with them the run",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                machines.append(here)  # the next checkpoints say so
         restore(checkpoint, self.model, self.optimizer)
         if self.average is not None and (checkpoint / EMA).is_dir():
             with self.average.in_place():
