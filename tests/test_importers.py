@@ -280,7 +280,7 @@ def test_damaged_and_foreign_files_are_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["transformer.wpe.weight", "transformer.ln_f.weight", "lm_head.weight"])
-@pytest.mark.parametrize("kind", ["sparse", "csr", "fp8", "meta", "scalar", "integers", "a list"])
+@pytest.mark.parametrize("kind", ["sparse", "csr", "fp8", "meta", "scalar", "integers", "nested", "a list"])
 def test_tensors_that_are_no_dense_rows_of_numbers_are_refused_in_a_sentence(tmp_path, kind, name):
     state = linear_state(97)
     tensor = state[name]
@@ -291,6 +291,7 @@ def test_tensors_that_are_no_dense_rows_of_numbers_are_refused_in_a_sentence(tmp
         "meta": lambda: tensor.to("meta"),
         "scalar": lambda: torch.tensor(1.0),
         "integers": lambda: tensor.to(torch.int8),
+        "nested": lambda: torch.nested.nested_tensor([tensor.flatten(), tensor.flatten()[:2]]),
         "a list": lambda: [1.0],
     }
     state[name] = change[kind]()

@@ -140,7 +140,7 @@ def load_tokenizer(source: str | Path):
 def fingerprint(tokenizer) -> str:
     """sha256 of what decides the ids: vocabulary, merges, special ids; the same after saving and loading.
 
-    Two tokenizers with the same fingerprint give the same ids, even if their files differ.
+    Two tokenizers with the same fingerprint mean the same by every id, even if their files differ.
 
     Raises: InputError for a tokenizer that is not a fast one.
     """

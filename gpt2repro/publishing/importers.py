@@ -190,9 +190,11 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
     for name, value in state.items():
         found = type(value).__name__
         if isinstance(value, torch.Tensor):
-            if value.layout == torch.strided and not value.is_meta and value.dtype in DTYPES and value.dim() > 0:
+            dense = value.layout == torch.strided and not value.is_nested and not value.is_meta
+            if dense and value.dtype in DTYPES and value.dim() > 0:
                 continue
-            found = f"{value.dtype} of shape {tuple(value.shape)} and layout {value.layout} on {value.device}"
+            shape = "varying shape" if value.is_nested else f"shape {tuple(value.shape)}"
+            found = f"{value.dtype} of {shape} and layout {value.layout} on {value.device}"
         raise InputError(
             f"{path}: {name} is not a tensor of floating-point numbers that can be read but {found}: save it dense, as "
             "fp32, bf16 or fp16"
