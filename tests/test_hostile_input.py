@@ -258,6 +258,23 @@ def test_first_weights_with_a_damaged_tokenizer_are_refused(content, run_dir, sh
     refused("train_accelerate", tiny_run.flags(shards, tmp_path / "run", max_steps=1, init_from=model))
 
 
+UNKNOWN = "the \u00e9 fox"
+ASKED = {
+    "gpt2repro.commands.generate": ["--prompt", UNKNOWN],
+    "gpt2repro.commands.perplexity": ["--data", "text.txt"],
+    "train_accelerate": ["--sample_prompts", UNKNOWN, "--sample_tokens", "2"],
+}
+
+
+@pytest.mark.parametrize("program", ASKED)
+def test_a_character_that_the_tokenizer_does_not_know_is_refused(program, run_dir, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(UNKNOWN, encoding="utf-8")
+    model = ["--model", run_dir, "--device", "cpu"]
+    model = tiny_run.flags(shards, tmp_path / "run", max_steps=1) if program == "train_accelerate" else model
+    assert "knows no '\u00e9'" in refused(program, [*model, *ASKED[program]])
+
+
 def whole_shard() -> bytes:
     tokens = np.arange(2000, dtype="<u2") % 30
     return struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + tokens.tobytes()

@@ -301,6 +301,19 @@ def test_tensors_that_are_no_dense_rows_of_numbers_are_refused_in_a_sentence(tmp
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("change", [{"n_layer": True}, {"vocab_size": True}, {"dropout": "x"}, {"dropout": 5}])
+def test_sizes_that_are_none_are_refused_in_a_sentence(tmp_path, change):
+    torch.save({"model": linear_state(97), "model_args": {**sizes(97), **change}}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match="the model's"):
+        read_checkpoint("nanogpt", tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("val_loss", ["y", [1], torch.zeros(3), 10**400, None])
+def test_what_a_file_says_of_itself_may_be_anything(tmp_path, val_loss):
+    torch.save({"model": linear_state(97), "model_args": sizes(97), "step": 5, "val_loss": val_loss}, tmp_path / "a.pt")
+    assert not [note for note in read_checkpoint("nanogpt", tmp_path / "a.pt").notes if "the file says" in note]
+
+
 def test_weights_that_are_not_numbers_are_refused(tmp_path, capsys):
     state = linear_state(97)
     state["transformer.ln_f.weight"][3] = torch.nan

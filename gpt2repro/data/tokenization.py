@@ -170,6 +170,15 @@ def well_formed(text: str) -> str:
     return text
 
 
+def unknown_characters(tokenizer, text: str) -> list[str]:
+    """The characters of `text` that a character tokenizer would read as `<|endoftext|>`; others know every text."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if type(model).__name__ != "WordLevel":
+        return []
+    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    return [] if any(len(word) > 1 for word in words) else sorted(set(text.replace(EOT, "")) - words)
+
+
 class Encoder:
     """A tokenizer for bulk work: `encode_batch(texts)` gives one array of ids per text.
 
