@@ -148,7 +148,7 @@ def load_tokenizer(source: str | Path):
 def fingerprint(tokenizer) -> str:
     """sha256 of what decides the ids: vocabulary, merges, special ids; the same after saving and loading.
 
-    Two tokenizers with the same fingerprint give the same ids, even if their files differ.
+    Two tokenizers with the same fingerprint mean the same by every id, even if their files differ.
 
     Raises: InputError for a tokenizer that is not a fast one.
     """
@@ -176,6 +176,15 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def unknown_characters(tokenizer, text: str) -> list[str]:
+    """The characters of `text` that a character tokenizer would read as `<|endoftext|>`; others know every text."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if type(model).__name__ != "WordLevel":
+        return []
+    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    return [] if any(len(word) > 1 for word in words) else sorted(set(text.replace(EOT, "")) - words)
 
 
 class Encoder:

@@ -4,10 +4,14 @@ from pathlib import Path
 
 from gpt2repro.data.shards import MANIFEST, TOKENIZER, Manifest, verify_dataset
 from gpt2repro.data.text_io import first_line, is_fault
+from gpt2repro.data.tokenization import fingerprint, load_tokenizer
 from gpt2repro.options import InputError
+from gpt2repro.redaction import scrub
 
 # The Hub advises against more than 100 files per commit; with fewer an interruption costs less.
 FILES_PER_COMMIT = 25
+# What a fast tokenizer consists of; whatever else lies beside it stays at home.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def push_dataset(directory: str | Path, repo: str) -> None:
@@ -15,12 +19,18 @@ def push_dataset(directory: str | Path, repo: str) -> None:
 
     The manifest comes last, so nobody mistakes a half-uploaded repository for a data set.
 
-    Raises: InputError for damaged shards, and if the Hub refuses.
+    Raises: InputError for damaged shards, another tokenizer, links, secrets, and if the Hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     directory, api = Path(directory), HfApi()
     manifest = verify_dataset(directory)
+    if scrub(dict(manifest)) != manifest:  # it cannot be published without: its hash names the data set
+        raise InputError(f"{directory / MANIFEST} holds a secret or a home directory; prepare the data again without")
+    if link := next((path for path in (directory / TOKENIZER).rglob("*") if path.is_symlink()), None):
+        raise InputError(f"{link} is a link, and links are not published: replace it by a copy, or delete it")
+    if fingerprint(load_tokenizer(directory)) != manifest["tokenizer"].get("sha256"):
+        raise InputError(f"{directory / TOKENIZER} is not the tokenizer that {MANIFEST} names; prepare the data again")
     digests = manifest.digests()
     try:
         api.create_repo(repo, repo_type="dataset", exist_ok=True)
@@ -36,8 +46,8 @@ def push_dataset(directory: str | Path, repo: str) -> None:
             operations = [CommitOperationAdd(name, str(directory / name)) for name in names]
             api.create_commit(repo, operations, commit_message=f"Shards {names[0]} to {names[-1]}", repo_type="dataset")
         last = [CommitOperationAdd("README.md", dataset_card(manifest, repo).encode())]
-        names = [f"{TOKENIZER}/{path.name}" for path in sorted((directory / TOKENIZER).iterdir())] + [MANIFEST]
-        last += [CommitOperationAdd(name, str(directory / name)) for name in names]
+        names = [f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES if (directory / TOKENIZER / name).is_file()]
+        last += [CommitOperationAdd(name, str(directory / name)) for name in [*names, MANIFEST]]
         api.create_commit(repo, last, commit_message="Manifest, tokenizer and card", repo_type="dataset")
     except Exception as error:
         if not is_fault(error):

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gpt2repro.data.tokenization import unknown_characters
 from gpt2repro.evaluation.losses import IGNORED, inference, padded, rank_and_world, sum_over_ranks, target_log_probs
 from gpt2repro.evaluation.rows import read_rows
 from gpt2repro.options import InputError
@@ -190,6 +191,8 @@ def render(protocol: Protocol, examples: Sequence[dict], tokenizer) -> list[Rend
     # Spaces at the context's end belong to the continuation.
     targets = [target if protocol.by_tokens else context + target for context, target in pairs]
     unique = list(dict.fromkeys([*contexts, *targets]))
+    if unknown := unknown_characters(tokenizer, "".join(unique)):
+        warnings.warn(f"{len(unknown)} characters are unknown to the tokenizer: {unknown[:5]} …", stacklevel=2)
     encoded = dict(zip(unique, tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True))
     encoded_pairs = zip(map(encoded.__getitem__, contexts), map(encoded.__getitem__, targets), strict=True)
     rendered = []

@@ -11,6 +11,7 @@ Source: https://huggingface.co/docs/hub/model-cards (metadata), huggingface_hub'
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -22,6 +23,7 @@ import yaml
 
 from gpt2repro.checkpoint.tensors import open_tensors
 from gpt2repro.files import read_json_if_whole, step_in_name
+from gpt2repro.options import InputError
 from gpt2repro.redaction import scrub
 from gpt2repro.training.metrics_log import read_metrics, whole_lines
 
@@ -74,6 +76,21 @@ class Facts:
     average: dict = field(default_factory=dict)  # average.json: how averaged weights were made
 
 
+@contextlib.contextmanager
+def _damage_in_a_sentence():
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # what damaged YAML, JSON and text make of the code and of the template
+        raise InputError(
+            "the model card cannot be made: a file beside the checkpoint (config.yaml, samples, metrics.jsonl, "
+            f"conformance.json) or the data's manifest.json is damaged ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); repair it, or move it away"
+        ) from error
+
+
+@_damage_in_a_sentence()
 def card_files(
     directory: str | Path,
     *,
@@ -88,6 +105,8 @@ def card_files(
     """Path in the repository -> content: README.md, results and, from a run, its curve, options and log to this step.
 
     `native` is for the branch whose files are a plain `gpt2`; `language` is spelled as on the Hub (en).
+
+    Raises: InputError for a file of the run that cannot be read.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

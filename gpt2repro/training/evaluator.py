@@ -4,8 +4,10 @@ import math
 
 import torch
 
+from gpt2repro.data.tokenization import unknown_characters
 from gpt2repro.evaluation.losses import inference, is_fsdp, loss_metrics, token_byte_lengths, validation_loss
 from gpt2repro.evaluation.tasks import prepare_tasks
+from gpt2repro.options import InputError
 from gpt2repro.training.machine import step_seed
 
 
@@ -17,6 +19,9 @@ class Evaluator:
 
     def __init__(self, config, accelerator, model, source):
         self.config, self.accelerator, self.model, self.source = config, accelerator, model, source
+        prompts = "".join(config.sample_prompts) if config.sample_tokens else ""
+        if unknown := unknown_characters(source.tokenizer, prompts):
+            raise InputError(f"the data's tokenizer knows no {unknown[0]!r}; change sample_prompts, which has it")
         knows_all_tokens = len(source.tokenizer) >= source.vocab_size  # else bytes are the split's average per token
         self._token_bytes = token_byte_lengths(source.tokenizer) if knows_all_tokens else None
         specs = [*config.eval_tasks, *([f"hellaswag={config.hellaswag}"] if config.hellaswag else [])]

@@ -14,6 +14,7 @@ import torch
 
 from gpt2repro.evaluation.losses import CHUNKS_UNDER_FSDP2
 from gpt2repro.options import InputError
+from gpt2repro.redaction import scrub
 
 
 def build_accelerator(config):
@@ -103,7 +104,7 @@ def origin_of_bits(device: torch.device) -> str:
 def environment(accelerator) -> dict:
     """Where and how a run runs, for the model card."""
     return {
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join(scrub(sys.orig_argv)),  # before quotes stand inside a secret
         "device": device_name(accelerator.device),
         "processor": cpu_name() if accelerator.device.type == "cpu" else None,
         "processes": accelerator.num_processes,
