@@ -63,6 +63,12 @@ class InputError(Exception):
     """Bad input. The message is one sentence for the user; the process ends with exit code 2 and no traceback."""
 
 
+def taken(out: Path) -> Problems:
+    """The problem of an option --out that is to become a new directory and cannot."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        yield f"--out {out} exists and is not an empty directory; choose another"
+
+
 def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: str | None = None) -> T:
     """Read `argv`, and the YAML file that it names, into an instance of the dataclass `cls`.
 

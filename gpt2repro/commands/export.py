@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2repro.models import load_for_comparison
-from gpt2repro.options import Problems, parse_options
+from gpt2repro.options import Problems, parse_options, taken
 
 # |logit difference| in fp32; llama.cpp keeps its cache in fp16.
 TOLERANCE = {"onnx": 1e-3, "ct2": 1e-3, "gguf": 0.1}
@@ -34,8 +34,7 @@ class Options:
     "gguf: llama.cpp's convert_hf_to_gguf.py; none: the one on the PATH."
 
     def problems(self) -> Problems:
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            yield f"--out {self.out} exists and is not an empty directory; choose another"
+        yield from taken(self.out)
         if self.converter is not None and self.format != "gguf":
             yield "--converter belongs to --format gguf"
         if self.format == "gguf" and not (self.converter or Path(shutil.which(CONVERTER) or "nowhere")).is_file():
