@@ -92,7 +92,7 @@ class CheckpointWriter:
         tokenizer=None,
         state: dict,
         averages: dict[str, Tensor] | None = None,
-        extra_files: dict[str, bytes | str] | None = None,
+        extra_files: dict[str, str] | None = None,
         on_written: Callable[[Path], None] | None = None,
     ) -> None:
         """Write step_N. The caller waits for the copy to host memory, and for an unfinished earlier save.
@@ -107,9 +107,8 @@ class CheckpointWriter:
         model, optimizer = unwrap(model), getattr(optimizer, "optimizer", optimizer)
         header = {"format": layout.FORMAT, "version": layout.VERSION, "step": step}
         header |= {"optimizer": type(optimizer).__name__, "state": scrub(state)}
-        small_files = {"trainer_state/state.json": json.dumps(header, indent=1).encode()}
-        for name, content in (extra_files or {}).items():
-            small_files[name] = content.encode() if isinstance(content, str) else content
+        texts = {"trainer_state/state.json": json.dumps(header, indent=1), **(extra_files or {})}
+        small_files = {name: text.encode() for name, text in texts.items()}
         models = {"": named_weights(model)}
         if averages:
             models[layout.EMA] = {**models[""], **averages}

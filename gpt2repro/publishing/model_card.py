@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -112,7 +113,7 @@ def card_files(
 
     directory, run_dir = Path(directory), None if run_dir is None else Path(run_dir)
     facts = collect(directory, run_dir)
-    results = eval_results(facts)
+    results = list(eval_results(facts))
     hub_data = _hub_dataset(facts)
     if language is None and {hub_data, (facts.manifest.get("source") or {}).get("corpus")} & ENGLISH:
         language = "en"
@@ -213,11 +214,10 @@ def _is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def eval_results(facts: Facts) -> list[tuple]:
+def eval_results(facts: Facts) -> Iterator[tuple]:
     """(huggingface_hub's `EvalResult`, " ± standard error" or "") of each number that was measured."""
     from huggingface_hub import EvalResult
 
-    found = []
     sources = [key for key in facts.evaluation if key.startswith("val_loss/")]
     of_sources = {key: ("loss", f"validation loss on {key[9:]} (nats per token)", None) for key in sources}
     for key, (kind, name, task) in {**METRICS, **of_sources}.items():
@@ -235,8 +235,7 @@ def eval_results(facts: Facts) -> list[tuple]:
                 metric_name=name,
                 **dataset,
             )
-            found.append((result, f" ± {stderr:.4f}" if isinstance(stderr, (int, float)) else ""))
-    return found
+            yield result, f" ± {stderr:.4f}" if isinstance(stderr, (int, float)) else ""
 
 
 def _result_files(facts: Facts, results: list) -> dict[str, bytes]:
