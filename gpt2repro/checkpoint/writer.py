@@ -341,14 +341,10 @@ def _settle(path: Path) -> dict:
 
 
 def _save_error(failure: Exception | None, failed: list[int], step: int, directory: Path, size: int) -> Exception:
-    if failure is None:
-        reason = f"rank {failed[0]} could not write its part, and says why"
-    elif isinstance(failure, OSError):
-        reason = os.strerror(failure.errno) if failure.errno else str(failure)
-    elif isinstance(failure, SafetensorError):
-        reason = str(failure)
-    else:
+    if not isinstance(failure, OSError | SafetensorError | None):
         return failure  # a bug of ours: with its traceback
+    elsewhere = f"rank {failed[0]} could not write its part, and says why"
+    reason = elsewhere if failure is None else getattr(failure, "strerror", None) or str(failure)
     advice = "make room" if failure is None or "space" in reason or "large" in reason else "see to it"
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(directory).free

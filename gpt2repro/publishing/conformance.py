@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -202,10 +203,6 @@ def trl_sft(subject: Subject, packing: bool = False):
     return abs(before - total / count), None
 
 
-def trl_sft_packed(subject: Subject):
-    return trl_sft(subject, packing=True)
-
-
 def peft_lora(subject: Subject):
     """A fresh adapter changes nothing; trained, merged and loaded again it is the same model."""
     import peft
@@ -317,7 +314,7 @@ CONSUMERS: dict[str, tuple[Callable, str, tuple[str, ...]]] = {
     "transformers serve": (transformers_serve, "transformers", ("openai", "fastapi", "uvicorn", "rich")),
     "Trainer": (trainer, "transformers", ()),
     "TRL SFT": (trl_sft, "trl", ()),
-    "TRL SFT, packed": (trl_sft_packed, "trl", ()),
+    "TRL SFT, packed": (partial(trl_sft, packing=True), "trl", ()),
     "PEFT LoRA": (peft_lora, "peft", ()),
     "torchao int8": (torchao_int8, "torchao", ()),
     "bitsandbytes int8": (bitsandbytes_int8, "bitsandbytes", ()),
