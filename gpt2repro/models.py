@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, say
 
 if TYPE_CHECKING:  # commands take ModelOptions from here before they know whether they will need torch
     import torch
@@ -238,7 +238,7 @@ def _first_weights(config, vocab_size: int, tokenizer):
     except InputError:
         if (Path(source) / "tokenizer.json").exists():
             raise
-        print(f"warning: {config.init_from} has no tokenizer to compare with that of the data", file=sys.stderr)
+        say(f"warning: {config.init_from} has no tokenizer to compare with that of the data")
         return model
     # Fingerprints, not bytes of files: OpenAI's own files and our rebuilt ones are the same tokenizer.
     if fingerprint(own) != fingerprint(tokenizer):

@@ -63,6 +63,11 @@ class InputError(Exception):
     """Bad input. The message is one sentence for the user; the process ends with exit code 2 and no traceback."""
 
 
+def say(message: str) -> None:
+    """Print a message about the work on stderr; results go to stdout."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: str | None = None) -> T:
     """Read `argv`, and the YAML file that it names, into an instance of the dataclass `cls`.
 

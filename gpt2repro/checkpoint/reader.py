@@ -1,13 +1,12 @@
 """Checkpoints and models found by name, and verified before anything in them is used. Nothing is ever unpickled."""
 
 import re
-import sys
 from pathlib import Path
 
 from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import open_tensors
 from gpt2repro.files import is_plain_name, read_json, read_json_if_whole, sha256_of
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, say
 
 MODEL_TYPES = ("gpt2repro", "gpt2")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
@@ -37,7 +36,7 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
         try:
             verify_checkpoint(path)
         except InputError as error:
-            print(f"warning: damaged checkpoint skipped: {error}", file=sys.stderr, flush=True)
+            say(f"warning: damaged checkpoint skipped: {error}")
         else:
             return path
     if steps:

@@ -24,7 +24,6 @@ import json
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -43,7 +42,7 @@ from torch.distributed.tensor import DTensor
 from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import named_parameters, named_weights, rows_of, unwrap
 from gpt2repro.files import sha256_of, sync_folder
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, say
 from gpt2repro.redaction import scrub
 
 VISIBLE_SECONDS = 30  # how long a network filesystem may take to show one node what another wrote
@@ -273,9 +272,7 @@ class CheckpointWriter:
                 try:
                     on_written(target)
                 except Exception as error:  # a failed picture or upload does not end a run
-                    print(
-                        f"warning: after saving {target}: {type(error).__name__}: {error}", file=sys.stderr, flush=True
-                    )
+                    say(f"warning: after saving {target}: {type(error).__name__}: {error}")
         except Exception as error:
             self._error = error
         finally:
