@@ -63,6 +63,11 @@ class InputError(Exception):
     """Bad input. The message is one sentence for the user; the process ends with exit code 2 and no traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """The message of an error in one line; the error's name where it has none."""
+    return ((getattr(error, "strerror", None) or str(error)).strip().splitlines() or [type(error).__name__])[0]
+
+
 def say(message: str) -> None:
     """Print a message about the work on stderr; results go to stdout."""
     print(message, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path, PurePosixPath
 
-from gpt2repro.options import InputError, say
+from gpt2repro.options import InputError, first_line, say
 
 SPEC = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?")
 
@@ -141,11 +141,6 @@ def may_pass(error: BaseException | None) -> bool:
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | OfflineModeIsEnabled):
         return False
     return isinstance(error, OSError | EOFError) or type(error).__module__.startswith(NETWORK_LIBRARIES)
-
-
-def first_line(error: Exception) -> str:
-    """The message of an error, in one line."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _seconds_before_retry(error: Exception, attempt: int) -> float:
