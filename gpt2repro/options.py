@@ -69,6 +69,16 @@ def taken(out: Path) -> Problems:
         yield f"--out {out} exists and is not an empty directory; choose another"
 
 
+def first_line(error: BaseException) -> str:
+    """The message of an error in one line; the error's name where it has none."""
+    return ((getattr(error, "strerror", None) or str(error)).strip().splitlines() or [type(error).__name__])[0]
+
+
+def say(message: str) -> None:
+    """Print a message about the work on stderr; results go to stdout."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: str | None = None) -> T:
     """Read `argv`, and the YAML file that it names, into an instance of the dataclass `cls`.
 
