@@ -29,6 +29,7 @@ import gc
 import inspect
 import itertools
 import re
+import signal
 import sys
 import textwrap
 import types
@@ -173,6 +174,9 @@ def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None
         except OSError:
             sys.stdout = None  # or the interpreter tries once more when it ends
         return 2
+    finally:
+        if argv is None:  # Ctrl-C while the interpreter ends: no traceback of what it was just closing
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def sentence_for(error: BaseException) -> InputError | None:
