@@ -85,6 +85,8 @@ class TrainConfig:
     "Dropout on the embeddings."
     attn_pdrop: Fraction = 0.0
     "Dropout on the attention weights."
+    zero_init: bool = False
+    "Begin with zeros in the projections into the residual stream, so that each block first passes its input on."
     init_from: str | None = None
     "Start from this model (run, directory or Hub id, also of type gpt2) instead of random weights; its sizes win."
     tokenizer: str | None = None
@@ -125,6 +127,8 @@ class TrainConfig:
     "Checkpoint of a wsd run's stable phase: a new run that continues it and cools down over cooldown_steps."
     weight_decay: NotNegativeNumber = 0.1
     "Decoupled weight decay, on matrices only."
+    cautious_decay: bool = False
+    "Let weights decay only where the optimizer's step shrinks them as well."
     beta1: Fraction = 0.9
     "AdamW's first momentum."
     beta2: Fraction = 0.95
@@ -135,6 +139,8 @@ class TrainConfig:
     "Muon's learning rate as a multiple of lr."
     grad_clip: Positive | None = 1.0
     "Clip the gradient's norm to this; none: measure it only."
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    "Keep an exponential moving average of the weights (0.999, say), evaluated and saved beside them; none: off."
 
     # --- machine
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
@@ -150,7 +156,7 @@ class TrainConfig:
     bf16_residual: bool = False
     "Keep the residual stream in bf16 under bf16 autocast: faster, slightly less exact."
     reduction: Literal["fast", "fixed"] = "fast"
-    "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes, see gpt2repro/training/reduction.py."
+    "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes (on GPUs with deterministic)."
     deterministic: bool = False
     "Only deterministic kernels: bit-identical repeats on a GPU, slower."
     collective_timeout_minutes: Positive | None = None
@@ -235,7 +241,7 @@ class TrainConfig:
             (
                 self.reduction == "fixed" and (leaves & (leaves - 1) or world & (world - 1)),
                 f"reduction=fixed needs powers of two, not {leaves} micro-batches in the batch and {world} processes; "
-                "change batch_tokens or micro_batch_size",
+                "take 1, 2, 4 or 8 processes, and change batch_tokens or micro_batch_size",
             ),
             (self.reduction == "fixed" and self.micro_batch_size is None, "reduction=fixed needs micro_batch_size"),
             (self.cooldown_from is not None and self.cooldown_steps is None, "cooldown_from needs cooldown_steps"),
@@ -253,6 +259,7 @@ class TrainConfig:
                 self.bf16_residual and self.precision not in ("auto", "bf16"),
                 f"bf16_residual needs precision bf16, not {self.precision}",
             ),
+            (self.zero_init and not fresh, "zero_init is for random weights, not for init_from; leave one of them out"),
             (self.resume == "hub:", "resume=hub: needs a repository: hub:user/name[@revision]"),
         ]
         return [sentence for is_wrong, sentence in checks if is_wrong]
@@ -309,27 +316,25 @@ def train(config: TrainConfig) -> int:
 
     # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
     sharded = accelerator.distributed_type == "FSDP"
-    compiled = compile_model(model, config.compile, device.type, world, sharded=sharded)
+    overlapping = world if config.reduction == "fast" else 1  # processes that exchange gradients during backward
+    compiled = compile_model(model, config.compile, device.type, overlapping, sharded=sharded)
     # The processes of one machine share Muon's work. Between machines the results may travel longer than they compute.
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
-    recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale")}
+    recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale", "cautious_decay")}
     recipe |= {"name": config.optimizer, "betas": (config.beta1, config.beta2)}
-    optimizer = build_optimizer(
-        model,
-        **recipe,
-        processes=world if one_machine else 1,
-        compiled=compiled != "off" and device.type == "cuda",
-    )
+    recipe |= {"processes": world if one_machine else 1, "compiled": compiled != "off" and device.type == "cuda"}
+    optimizer = build_optimizer(model, **recipe)
     schedule = {name: getattr(config, name) for name in SCHEDULE}
 
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
     meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
+    if config.reduction == "fixed":
+        model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP: `fixed` exchanges the gradients
     model, optimizer = accelerator.prepare(model, optimizer)  # nothing else: the module's first lines say why
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
     forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens, "loss_per_row": bool(source.sources)}
-    if config.bf16_residual:
-        forward_options["residual_dtype"] = torch.bfloat16
+    forward_options |= {"residual_dtype": torch.bfloat16} if config.bf16_residual else {}
 
     with (
         Run(config, accelerator, model, optimizer, source, compiled=compiled, fetch=fetch_checkpoint) as run,
@@ -378,8 +383,7 @@ def train(config: TrainConfig) -> int:
                 if fixed is not None:
                     leaf = (rank * len(x) + first) // config.micro_batch_size
                     torch.manual_seed(step_seed(config.seed, state.step, leaf))
-                exchanging = fixed is None and rows.stop >= len(x)
-                with contextlib.nullcontext() if exchanging else accelerator.no_sync(model):
+                with contextlib.nullcontext() if rows.stop >= len(x) else accelerator.no_sync(model):
                     # Only the loss leaves the graph, not (B, T, V) logits in fp32: this rank's sum over the tokens of
                     # the step: micro-batches weigh alike. The average over the ranks is DDP's and FSDP's part.
                     row_losses = model(
@@ -394,9 +398,8 @@ def train(config: TrainConfig) -> int:
                 loss += micro_loss.detach()  # stays on the device: no step waits for a number
                 meter.keep(row_losses, divisor)  # for the loss of each source of a recipe
                 if fixed is not None:
-                    fixed.keep(micro_loss)  # with its gradients, in the place that its number has in the batch
-            if fixed is not None:
-                loss = fixed.finish()
+                    fixed.keep(micro_loss)  # its gradients went into the tree as backward made them
+            loss = loss if fixed is None else fixed.finish()
 
             # Clip to one global norm. Without clipping the norm is still the best early sign of trouble.
             grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
@@ -411,6 +414,8 @@ def train(config: TrainConfig) -> int:
             optimizer.zero_grad(set_to_none=True)  # the next backward writes instead of adding to zeros
             profiler.step()
             state.step += 1
+            if run.average is not None:
+                run.average.update(state.step)
             meter.add(
                 step=state.step, lr=lr, loss=loss, grad_norm=grad_norm, positions=[start, state.source["position"]]
             )

@@ -206,6 +206,10 @@ def build_model(config, vocab_size: int, tokenizer):
         except ImportError as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"attn_implementation={config.attn_implementation}: {reason}; try sdpa") from None
+        if config.zero_init:
+            for module in model.modules():
+                if getattr(module, "feeds_the_residual_stream", False):
+                    torch.nn.init.zeros_(module.weight)
     if config.precision == "fp64":
         model = model.double()
     if config.gradient_checkpointing:
@@ -231,7 +235,10 @@ def _first_weights(config, vocab_size: int, tokenizer):
         raise InputError(f"seq_len={config.seq_len} is longer than n_positions={model.config.n_positions} of init_from")
     try:
         own = load_tokenizer(source)
-    except InputError:  # a model without a tokenizer, such as a bare export: nothing to compare with
+    except InputError:
+        if (Path(source) / "tokenizer.json").exists():
+            raise
+        print(f"warning: {config.init_from} has no tokenizer to compare with that of the data", file=sys.stderr)
         return model
     # Fingerprints, not bytes of files: OpenAI's own files and our rebuilt ones are the same tokenizer.
     if fingerprint(own) != fingerprint(tokenizer):

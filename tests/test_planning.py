@@ -308,6 +308,13 @@ def test_the_plan_takes_its_sizes_from_the_model_it_starts_from(ten_billion, tmp
     assert "there is no model" in problem
 
 
+def test_averaged_weights_are_counted(ten_billion, tmp_path):
+    plain, averaged = (plan_of("124M", ten_billion, tmp_path, **how) for how in ({}, {"ema_decay": 0.999}))
+    weights = 4 * 124_439_808
+    assert sum(averaged.layout.memory().values()) - sum(plain.layout.memory().values()) == weights
+    assert sum(averaged.checkpoint_bytes.values()) - sum(plain.checkpoint_bytes.values()) == weights
+
+
 def test_a_disk_too_small_is_named_before_the_run(ten_billion, tmp_path, monkeypatch):
     # Three checkpoints of 12 bytes x 124,439,808 parameters = 4.17 GiB
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * GIB))

@@ -86,9 +86,10 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
     """
     path = Path(find_model(model, any_architecture=any_architecture))
     # What is about to be loaded, and no more: the optimizer's files are several times as large.
-    checksums = read_json_if_whole(path / "checksums.json") or {}
-    for name in {"model.safetensors", "tokenizer.json"} & checksums.keys():
-        record = checksums[name]
+    inside = layout.EMA if (path.parent / "checksums.json").is_file() and f"{path.name}/" == layout.EMA else ""
+    checksums = read_json_if_whole((path.parent if inside else path) / "checksums.json") or {}
+    for name in {"model.safetensors", "tokenizer.json"} & {key.removeprefix(inside) for key in checksums}:
+        record = checksums.get(inside + name)
         whole = (path / name).is_file() and isinstance(record, dict) and sha256_of(path / name) == record.get("sha256")
         if not whole:
             raise InputError(
@@ -175,9 +176,9 @@ def check_model_directory(path: str | Path, *, any_architecture: bool = False) -
             raise InputError(f"{path}: {shard} is missing")
         with open_tensors(path / shard) as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        if (path / name).is_file():
-            read_json(path / name)
+    for name in ("generation_config", "tokenizer_config", "tokenizer", "special_tokens_map", "added_tokens", "vocab"):
+        if (path / f"{name}.json").is_file():
+            read_json(path / f"{name}.json")
     if model_type in MODEL_TYPES:
         _check_sizes(path, config, shapes)
 

@@ -4,6 +4,7 @@
         config.json  generation_config.json  model.safetensors  tokenizer files  the Hub pair's two .py files
         trainer_state/state.json                                 the training loop's state, as JSON
         trainer_state/optimizer-RRRRR-of-WWWWW.safetensors       tensors "parameter name/kind", rows [start, stop)
+        ema/                                                     the averaged weights as a model of their own, if any
         checksums.json                                           size and sha256 of every file above
     checkpoints/latest, best, final -> step_N                    relative symlinks, or text files where there are none
 
@@ -18,6 +19,7 @@ Nothing here is ever pickled or unpickled. Knows no data, no schedule, no Accele
 import copy
 import errno
 import inspect
+import itertools
 import json
 import os
 import secrets
@@ -89,14 +91,15 @@ class CheckpointWriter:
         optimizer: torch.optim.Optimizer,
         tokenizer=None,
         state: dict,
+        averages: dict[str, Tensor] | None = None,
         extra_files: dict[str, bytes | str] | None = None,
         on_written: Callable[[Path], None] | None = None,
     ) -> None:
         """Write step_N. The caller waits for the copy to host memory, and for an unfinished earlier save.
 
-        `read_state` returns `state`, scrubbed, since checkpoints are published. `extra_files` are written beside
-        config.json. `on_written` is called on rank 0, in the writing thread, when the checkpoint is whole; its errors
-        are printed and do not end the run.
+        `read_state` returns `state`, scrubbed, since checkpoints are published. `averages`, by the parameters' names,
+        become the model in ema/. `extra_files` are written beside config.json. `on_written` is called on rank 0, in the
+        writing thread, when the checkpoint is whole; its errors are printed and do not end the run.
 
         Raises: SaveError if the save before could not be written; `wait` says it of the last one.
         """
@@ -107,7 +110,10 @@ class CheckpointWriter:
         small_files = {"trainer_state/state.json": json.dumps(header, indent=1).encode()}
         for name, content in (extra_files or {}).items():
             small_files[name] = content.encode() if isinstance(content, str) else content
-        weights, pieces, rows = self._host_copy(model, optimizer)
+        models = {"": named_weights(model)}
+        if averages:
+            models[layout.EMA] = {**models[""], **averages}
+        weights, pieces, rows = self._host_copy(model, optimizer, models)
 
         self._in_flight = step
         work = (step, model, tokenizer, weights, pieces, rows, small_files, on_written)
@@ -186,13 +192,14 @@ class CheckpointWriter:
         return values
 
     @torch.no_grad()
-    def _host_copy(self, model: nn.Module, optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-        """(weights, optimizer tensors, rows of each of those) that this rank writes, in host memory."""
+    def _host_copy(self, model: nn.Module, optimizer, models: dict[str, dict[str, Tensor]]) -> tuple[dict, dict, dict]:
+        """(weights of each of `models`, optimizer tensors, rows of those) that this rank writes, in host memory."""
         weights, pieces, rows = {}, {}, {}
-        for name, tensor in named_weights(model).items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective: all ranks come here
-            if self.rank == 0:
-                weights[name] = self._to_host(name, whole)
+        for folder, tensors in models.items():
+            for name, tensor in tensors.items():
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective of all ranks
+                if self.rank == 0:
+                    weights.setdefault(folder, {})[name] = self._to_host(folder + name, whole)
 
         names = {id(parameter): name for name, parameter in named_parameters(model).items()}
         for group in optimizer.param_groups:
@@ -223,7 +230,8 @@ class CheckpointWriter:
         target = layout.step_path(self.directory, step)
         aside = self.directory / f".{target.name}.tmp-{self._token}"
         writers = self.world if any(isinstance(weight, DTensor) for weight in model.parameters()) else 1
-        size = sum(t.numel() * t.element_size() for t in (*weights.values(), *pieces.values()))
+        tensors = itertools.chain(pieces.values(), *(model.values() for model in weights.values()))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         try:
             failure, checksums = None, {}  # of the files that this rank has written
             try:
@@ -234,11 +242,15 @@ class CheckpointWriter:
                     save_file(pieces, aside / piece, metadata={"rows": json.dumps(rows, sort_keys=True)})
                     checksums[piece] = _settle(aside / piece)
                 if self.rank == 0:
-                    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-                    checksums["model.safetensors"] = _settle(aside / "model.safetensors")
                     if not self._constant_files:
                         self._constant_files = _model_files(model, tokenizer)
-                    for name, content in {**self._constant_files, **small_files}.items():
+                    for folder, tensors in weights.items():
+                        name = f"{folder}model.safetensors"
+                        (aside / folder).mkdir(exist_ok=True)
+                        save_file(tensors, aside / name, metadata={"format": "pt"})
+                        checksums[name] = _settle(aside / name)
+                        small_files |= {folder + name: content for name, content in self._constant_files.items()}
+                    for name, content in small_files.items():
                         (aside / name).parent.mkdir(parents=True, exist_ok=True)
                         (aside / name).write_bytes(content)
                         checksums[name] = _settle(aside / name)

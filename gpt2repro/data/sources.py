@@ -417,8 +417,12 @@ def _tokenizer(name: str | None, directory: Path | None):
 
 
 def _check_tokenizer(tokenizer, name: str | None, directory: Path | None, manifest) -> None:
-    expected = manifest["tokenizer"].get("sha256") if manifest else None
-    if expected and fingerprint(tokenizer) != expected:
+    if not manifest:
+        return
+    said, found = manifest["tokenizer"], {"vocab_size": len(tokenizer), "eot_id": tokenizer.eos_token_id}
+    if said.get("sha256"):
+        found["sha256"] = fingerprint(tokenizer)
+    if any(said[name] != value for name, value in found.items()):
         remedy = f"prepare {directory} with it, or choose the one that did" if name else "prepare the data again"
         beside = directory / shards.TOKENIZER
         beside = beside if beside.is_dir() else "of GPT-2 (no other lies there)"

@@ -11,6 +11,7 @@ Source: https://huggingface.co/docs/hub/model-cards (metadata), huggingface_hub'
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -22,6 +23,7 @@ import yaml
 
 from gpt2repro.checkpoint.tensors import open_tensors
 from gpt2repro.files import read_json_if_whole, step_in_name
+from gpt2repro.options import InputError
 from gpt2repro.redaction import scrub
 from gpt2repro.training.metrics_log import read_metrics, whole_lines
 
@@ -41,6 +43,8 @@ METRICS = {  # key in the evaluation's record -> (metric type on the Hub, name i
     "val_loss": ("loss", "validation loss (nats per token)", None),
     "perplexity": ("perplexity", "perplexity (per token)", None),
     "bits_per_byte": ("bits_per_byte", "bits per byte", None),
+    "val_loss_ema": ("loss", "validation loss of the averaged weights (branch ema)", None),
+    "bits_per_byte_ema": ("bits_per_byte", "bits per byte of the averaged weights (branch ema)", None),
 }
 for _task in BENCHMARKS:  # HellaSwag has two protocols, the others only the second
     for _end, _word, _whose in (
@@ -61,14 +65,32 @@ class Facts:
     options: dict = field(default_factory=dict)  # config.yaml
     environment: dict = field(default_factory=dict)  # where it ran, from the trainer's state
     data: dict = field(default_factory=dict)  # what the trainer calls the data's identity
+    reduction: dict = field(default_factory=dict)  # what decided the bits of a run with reduction=fixed
+    machines: list = field(default_factory=list)  # that made them
     manifest: dict = field(default_factory=dict)  # the data set's manifest.json, where it is at hand
     seconds: float | None = None  # of training steps
     evaluation: dict = field(default_factory=dict)  # this step's record in metrics.jsonl
     losses: dict = field(default_factory=dict)  # loss/NAME of a recipe's sources, each the last until this step
     recipes: list = field(default_factory=list)  # that the run has had until this step
     samples: str = ""
+    average: dict = field(default_factory=dict)  # average.json: how averaged weights were made
 
 
+@contextlib.contextmanager
+def _damage_in_a_sentence():
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # what damaged YAML, JSON and text make of the code and of the template
+        raise InputError(
+            "the model card cannot be made: a file beside the checkpoint (config.yaml, samples, metrics.jsonl, "
+            f"conformance.json) or the data's manifest.json is damaged ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); repair it, or move it away"
+        ) from error
+
+
+@_damage_in_a_sentence()
 def card_files(
     directory: str | Path,
     *,
@@ -83,6 +105,8 @@ def card_files(
     """Path in the repository -> content: README.md, results and, from a run, its curve, options and log to this step.
 
     `native` is for the branch whose files are a plain `gpt2`; `language` is spelled as on the Hub (en).
+
+    Raises: InputError for a file of the run that cannot be read.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -108,9 +132,7 @@ def card_files(
         eval_results=[result for result, _ in results] or None,
         co2_eq_emissions=None if co2_kg is None else {"emissions": 1000 * co2_kg, **emissions},  # the Hub wants grams
     )
-    sizes, weights = facts.model, directory / "model.safetensors"
-    shape = f"{sizes.get('n_layer')} layers, {sizes.get('n_head')} heads, width {sizes.get('n_embd')}, "
-    shape += f"context {sizes.get('n_positions')}, vocabulary {sizes.get('vocab_size')}"
+    weights = directory / "model.safetensors"
     units = {"val_tokens": "validation tokens"} | {
         f"{name}_examples": f"{BENCHMARKS[name][1]} examples" for name in BENCHMARKS
     }
@@ -126,16 +148,18 @@ def card_files(
         native=native,
         init_from=init_from,
         parameters=f"{_count_parameters(weights):,}" if weights.is_file() else "",
-        shape=shape,
         step=None if facts.step is None else f"{facts.step:,}",
+        average=facts.average,
         prompt=json.dumps(prompts[0] if prompts else "Once upon a time", ensure_ascii=False),
         results=results,
         counts=" and ".join(counts),
         has_picture=has_picture,
         samples=_samples(facts),
-        training=_training(facts, cost_dollars, co2_kg),
+        facts=facts,
+        hardware=_hardware(facts),
+        cost_dollars=cost_dollars,
+        co2_kg=co2_kg,
         conformance=(read_json_if_whole((run_dir or directory) / "conformance.json") or {}).get("rows", []),
-        command=facts.environment.get("command"),
         options=options,
         data=_data(facts),
     )
@@ -157,9 +181,13 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     facts = Facts(model=(read_json_if_whole(directory / "config.json") or {}))
     header = read_json_if_whole(directory / "trainer_state" / "state.json") or {}
     state = scrub(header.get("state") or {})
-    facts.step, facts.seconds = header.get("step"), state.get("seconds")
+    facts.average = read_json_if_whole(directory / "average.json") or {}
+    facts.evaluation = (facts.average.get("validation") or {}).get("mean", {})  # of `gpt2repro average`
+    facts.step, facts.seconds = header.get("step", facts.average.get("step")), state.get("seconds")
     facts.environment = state.get("environment") or {}
-    facts.data = (state.get("identity") or {}).get("data") or {}
+    identity = state.get("identity") or {}
+    facts.data, facts.reduction = identity.get("data") or {}, identity.get("reduction") or {}
+    facts.machines = identity.get("machines") or []
     facts.recipes = state.get("recipes") or []
     if run_dir is None:
         return facts
@@ -170,6 +198,9 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     if _is_file(run_dir / "metrics.jsonl"):
         _, evaluations = read_metrics(run_dir, at_most=1)
         facts.evaluation = next((r for r in reversed(evaluations) if r["step"] == facts.step), {})
+        if facts.average:  # the numbers of these weights, not of those that were trained
+            ours = {name: value for name, value in facts.evaluation.items() if name.endswith(("_ema", "val_tokens"))}
+            facts.evaluation = {name.removesuffix("_ema"): value for name, value in ours.items()}
         for _, record in whole_lines(run_dir / "metrics.jsonl") if facts.recipes else ():
             if facts.step is None or record["step"] <= facts.step:
                 facts.losses |= {name: value for name, value in record.items() if name.startswith("loss/") and value}
@@ -236,31 +267,6 @@ def _samples(facts: Facts) -> str:
         apart = f"## {number}\n\nPrompt:\n\n{block}\n\nContinuation:\n\n    "
         text = text.replace(f"## {number}\n\n{block}", apart, 1) if prompt else text
     return re.sub(r"^(#+) ", r"#\1 ", re.sub(r"^# .*\n*", "", text, flags=re.M), flags=re.M).strip()
-
-
-def _training(facts: Facts, cost_dollars: float | None, co2_kg: float | None) -> dict[str, str]:
-    rows, environment, batch_tokens = {}, facts.environment, facts.options.get("batch_tokens")
-    if hardware := _hardware(facts):
-        rows["hardware"] = hardware
-    if facts.step is not None and batch_tokens:
-        rows["tokens"] = f"{facts.step * batch_tokens:,} ({facts.step:,} steps of {batch_tokens:,})"
-    if facts.seconds:
-        hours, devices = facts.seconds / 3600, environment.get("processes", 1)
-        time = f"{hours:,.2f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-        total = f", {hours * devices:,.2f} device hours" if devices > 1 and hours >= 1 else ""
-        rows["time"] = f"{time} of training steps{total} (evaluation not counted)"
-        price = facts.options.get("dollars_per_gpu_hour")
-        if price and environment.get("device", "cpu") not in ("cpu", "mps"):
-            rows["cost"] = f"${hours * devices * price:,.2f} at the ${price:,.2f} per GPU hour that the run was given"
-    if cost_dollars is not None:
-        rows["cost"] = f"${cost_dollars:,.2f}, stated by the publisher"
-    if rows or co2_kg is not None:
-        rows["carbon"] = (
-            "not measured" if co2_kg is None else f"{co2_kg:,.3f} kg CO2 equivalents, stated by the publisher"
-        )
-    if versions := environment.get("versions"):
-        rows["software"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return rows
 
 
 def _data(facts: Facts) -> dict[str, str]:

@@ -4,8 +4,10 @@ import math
 
 import torch
 
+from gpt2repro.data.tokenization import unknown_characters
 from gpt2repro.evaluation.losses import inference, is_fsdp, loss_metrics, token_byte_lengths, validation_loss
 from gpt2repro.evaluation.tasks import prepare_tasks
+from gpt2repro.options import InputError
 from gpt2repro.training.machine import step_seed
 
 
@@ -17,6 +19,9 @@ class Evaluator:
 
     def __init__(self, config, accelerator, model, source):
         self.config, self.accelerator, self.model, self.source = config, accelerator, model, source
+        prompts = "".join(config.sample_prompts) if config.sample_tokens else ""
+        if unknown := unknown_characters(source.tokenizer, prompts):
+            raise InputError(f"the data's tokenizer knows no {unknown[0]!r}; change sample_prompts, which has it")
         knows_all_tokens = len(source.tokenizer) >= source.vocab_size  # else bytes are the split's average per token
         self._token_bytes = token_byte_lengths(source.tokenizer) if knows_all_tokens else None
         specs = [*config.eval_tasks, *([f"hellaswag={config.hellaswag}"] if config.hellaswag else [])]
@@ -29,6 +34,11 @@ class Evaluator:
         for task in self._tasks:
             record |= task.evaluate(self.model)
         return record
+
+    def measure_average(self) -> dict:
+        """The losses alone, as `val_loss_ema` and so on, while the model holds the averaged weights."""
+        names = ("val_loss", "perplexity", "bits_per_byte")
+        return {f"{name}_ema": value for name, value in self._validation().items() if name in names}
 
     def _validation(self) -> dict:
         """The losses; those of a recipe's sources as val_loss/NAME, and of their mixture unless there is `val_data`."""

@@ -6,7 +6,7 @@ All byte counts are per process. A run without `micro_batch_size` chooses its ow
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,8 @@ class Layout:
     sharded: bool = False
     loss_chunk_tokens: int | None = None
     compiled: bool = False
+    averaged: bool = False
+    fixed_batch_tokens: int | None = None  # tokens per step of a run with reduction=fixed
 
     @classmethod
     def of(cls, config, *, on_gpu: bool, **sizes) -> "Layout":
@@ -82,9 +84,11 @@ class Layout:
             seq_len=config.seq_len,
             micro_batch_size=config.micro_batch_size or 1,
             optimizer=config.optimizer,
+            averaged=config.ema_decay is not None,
             gradient_checkpointing=config.gradient_checkpointing,
             loss_chunk_tokens=config.loss_chunk_tokens,
             compiled=auto if config.compile == "auto" else config.compile != "off",
+            fixed_batch_tokens=config.batch_tokens if config.reduction == "fixed" else None,
         )
 
     def memory(self) -> dict[str, int]:
@@ -100,13 +104,19 @@ class Layout:
             "gradients": self.n_params * width // share,
             f"optimizer ({self.optimizer})": self.moments() * width // share,
         }
+        if self.averaged:
+            parts["averaged weights"] = self.n_params * width // share
         if self.sharded:
             # FSDP2 gathers a block while it computes on the last one, and the embeddings for the whole pass.
             gathered = (self.n_params - self.matrices()) + min(2, self.n_layer) * self.matrices() // self.n_layer
             # While micro-batches add up, gradients stay whole: they are reduced once, after the last.
             parts["gradients"] = self.n_params * width
             parts["gathered weights"] = gathered * (2 if half else width)
-        elif half:
+        elif self.fixed_batch_tokens is not None:
+            # reduction.TreeSum: before the last of n micro-batches one set of gradients for each of log2(n) subtrees.
+            passes = self.fixed_batch_tokens // (tokens * self.processes)
+            parts["gradients"] = self.n_params * width * max(1, (passes - 1).bit_length())
+        if half and not self.sharded:
             parts[f"{self.precision} copies of the weights"] = 2 * self.n_params
         # Recomputing, a process holds every block's input and the tensors of the one block that it recomputes.
         recomputed = self.n_layer * stream + block
@@ -271,6 +281,8 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
 
     width = STATE_BYTES[layout.precision]
     checkpoint = {"model": n_params * width, "optimizer": layout.moments() * width}
+    if layout.averaged:
+        checkpoint["averages"] = checkpoint["model"]
     each = sum(checkpoint.values())
     saves = sorted({*range(config.save_steps, config.max_steps + 1, config.save_steps), config.max_steps})
     kept = len(kept_steps(saves, config.keep_last, config.milestone_steps, pointed={saves[0], saves[-1]}))
@@ -285,7 +297,7 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     hub = None
     if config.push_to_hub and may_write is not None:
         account, complaint = may_write(config.push_to_hub)
-        stored = checkpoint["model"] * len(saves) + checkpoint["optimizer"]  # its state for the newest revision only
+        stored = sum(checkpoint.values()) + checkpoint["model"] * (len(saves) - 1)  # all else for the newest one only
         hub = f"{config.push_to_hub}: about {_gib(stored)} in {len(saves)} revisions" + (account and f", as {account}")
         problems += [complaint] if complaint else []
 
@@ -317,19 +329,17 @@ def print_plan(config, may_write: Callable) -> int:
     return 0
 
 
-def doubts(config, epochs: float | None, flops: float) -> list[str]:
+def doubts(config, epochs: float | None, flops: float) -> Iterator[str]:
     """What about a run is possible but can hardly be meant: many epochs, or a GPU's work on a CPU."""
-    found = []
     if epochs is not None and epochs > MOST_EPOCHS:
-        found.append(f"{epochs:,.0f} epochs of {config.data}; lower --max_steps, or take a larger corpus")
+        yield f"{epochs:,.0f} epochs of {config.data}; lower --max_steps, or take a larger corpus"
     if _on_cpu(config) and flops > SMALL_RUN_FLOPS:
         rate = matmul_flops()
         if (hours := flops / rate / CPU_SHARE / 3600) > MOST_CPU_HOURS:
-            found.append(
+            yield (
                 f"about {_duration(hours)} on this CPU ({rate / 1e9:,.0f} GFLOP/s in a matmul, measured now); take "
                 "a GPU, or a smaller preset such as quickstart (to plan for a GPU elsewhere: --gpu_memory_gib 80)"
             )
-    return found
 
 
 def matmul_flops() -> float:

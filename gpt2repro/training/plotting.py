@@ -46,6 +46,10 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
         if steps:
             label = f"{name}: validation, last {losses[-1]:.4f}"
             loss_axes.plot(steps, losses, "o--", color=colour, markersize=4, linewidth=1, label=label)
+        steps, losses = series(evaluations, "val_loss_ema")
+        if steps:
+            label = f"{name}: averaged weights, last {losses[-1]:.4f}"
+            loss_axes.plot(steps, losses, "s:", color=colour, markersize=3, linewidth=1, label=label)
         for source in sources_of(train + evaluations):
             of_source = {"color": f"C{next(more_colours) % 10}", "linewidth": 1}
             steps, losses = series(train, f"loss/{source}")

@@ -10,6 +10,7 @@ Owns the run's directory and state. Knows neither how a step is made nor which d
 """
 
 import contextlib
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from gpt2repro.checkpoint.layout import POINTERS, from_all_ranks
+from gpt2repro.checkpoint.layout import EMA, POINTERS, from_all_ranks
 from gpt2repro.checkpoint.reader import find_checkpoint
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
@@ -31,9 +32,10 @@ from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, to_yaml
 from gpt2repro.redaction import scrub
 from gpt2repro.training import console
+from gpt2repro.training.averaging import WeightAverage
 from gpt2repro.training.evaluator import Evaluator
 from gpt2repro.training.health import HealthMonitor, Verdict
-from gpt2repro.training.machine import environment
+from gpt2repro.training.machine import environment, origin_of_bits
 from gpt2repro.training.meter import flops_per_token_of
 from gpt2repro.training.planning import doubts, micro_batch_of_run
 from gpt2repro.training.plotting import draw_runs
@@ -42,6 +44,8 @@ from gpt2repro.training.state import Best, HeldRecipe, RunState, find_resume, lo
 from gpt2repro.training.stopping import StopSignal, lost_a_process, said_to_the_user
 from gpt2repro.training.tracking import RunLog
 
+# Options that change a gradient's last bits, and nothing else, beside those that Run resolves.
+DECIDE_BITS = ("micro_batch_size", "attn_implementation", "loss_chunk_tokens", "bf16_residual", "deterministic")
 BATCHES_AHEAD = 4  # made in a thread while the device computes
 # Seconds that a finished run waits for uploads. A stopped run does not wait; the next start sends them.
 UPLOAD_SECONDS_AT_EXIT = 1800
@@ -91,14 +95,17 @@ class Run:
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
+            self.average = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
             if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
+                precision = config.precision if config.precision == "fp64" else self.accelerator.mixed_precision
                 self.identity["reduction"] = {
-                    "kind": "fixed",
-                    "micro_batch_size": config.micro_batch_size,
+                    **{name: getattr(config, name) for name in DECIDE_BITS},
                     "compile": self._compiled,
-                    "precision": self.accelerator.mixed_precision,
-                    "threads": torch.get_num_threads(),
+                    "precision": "fp32" if precision == "no" else precision,
+                    "OMP_NUM_THREADS": torch.get_num_threads(),
                 }
+                machine = ", ".join(sorted({*from_all_ranks(origin_of_bits(self.accelerator.device))}))
+                self.identity["machines"] = [machine]
             checkpoint = find_resume(config.run_dir, config.resume, fetch=self._fetch, is_main=is_main)
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
@@ -202,6 +209,9 @@ class Run:
         """Measure the model as it is now; log, compare with the reference, keep samples. Every rank calls it."""
         step = self.state.step
         record = {"step": step, **self.evaluator.measure()}
+        if self.average is not None:
+            with self.average.in_place():
+                record |= self.evaluator.measure_average()
         if len(record) > 1:
             self.log.log(record)
             comment = self._referee.comment(step, record["val_loss"]) if "val_loss" in record else None
@@ -224,6 +234,10 @@ class Run:
         optional = ("digests", "parent", "recipes")
         content = state.model_dump(exclude={name for name in optional if not getattr(state, name)})
         content["source"] = merge_states(from_all_ranks(state.source))  # a stream's ranks each know their own lanes
+        average = {}
+        if self.average is not None:
+            made = {"kind": "ema", "decay": self.config.ema_decay, "step": state.step}
+            average = {"averages": self.average.averages, "extra_files": {f"{EMA}average.json": json.dumps(made)}}
         self.writer.save(
             state.step,
             model=self.model,
@@ -231,6 +245,7 @@ class Run:
             tokenizer=self.source.tokenizer,
             state=content,
             on_written=self._written,
+            **average,
         )
         if state.best is not None and state.best["step"] == state.step:
             self.writer.point("best", state.step)
@@ -296,7 +311,24 @@ class Run:
     def _restore(self, checkpoint: Path, *, rewinding: bool = False) -> None:
         """Restore everything that `checkpoint` holds, and discard the checkpoints of later steps."""
         self.state = load_run_state(checkpoint, self.identity)
+        if "machines" in self.identity:
+            (here,) = self.identity["machines"]
+            machines = self.state.identity.setdefault("machines", [here])
+            if machines[-1] != here:
+                if self.accelerator.is_main_process:
+                    print(
+                        f"warning: {checkpoint} was made by {machines[-1]}, and this is {here}: from here on the last "
+                        "bits may differ, and with them the run",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                machines.append(here)  # the next checkpoints say so
         restore(checkpoint, self.model, self.optimizer)
+        if self.average is not None and (checkpoint / EMA).is_dir():
+            with self.average.in_place():
+                restore(checkpoint / EMA, self.model)
+        elif self.average is not None:  # the run had none until here
+            self.average.restart()
         if self.state.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         self.monitor.load_state(self.state.health, rewinding=rewinding)
