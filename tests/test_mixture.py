@@ -31,6 +31,7 @@ from gpt2repro.models import build_model, load_model
 from gpt2repro.options import InputError, parse_options, run_main
 from gpt2repro.publishing.model_card import card_files
 from gpt2repro.training.plotting import draw_runs, sources_of
+from gpt2repro.training.state import refuse_another_run
 
 BOUND = Fraction(168, 100)  # of the docstring, for each phase
 TWO = {"web": {"data": "w"}, "code": {"data": "c"}}
@@ -239,6 +240,15 @@ def test_other_data_under_a_source_that_was_trained_on_is_refused_and_a_data_set
     assert "phases[0]" in changed_past(shards, identity((CODE, 0), (BOTH, 400)), 100)[0]
     assert "kind was stream" in changed_past({"kind": "stream"}, now, 0)[0]
     assert "kind was recipe" in changed_past(now, shards, 0)[0]
+
+
+def test_an_order_of_another_version_or_seed_is_refused():
+    same = {"batch_tokens": 8, "optimizer": "adamw", "architecture": {}}
+    saved, now = ({**same, "data": identity((BOTH, 0))} for _ in range(2))
+    refuse_another_run(saved, now, Path("step_000001"), 100)
+    for name in ("order", "seed", "seq_len"):
+        with pytest.raises(InputError, match=f"data: {name} was [14] and is now 7"):
+            refuse_another_run(saved, {**now, "data": now["data"] | {name: 7}}, Path("step_000001"), 100)
 
 
 # --- batches
