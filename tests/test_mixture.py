@@ -83,6 +83,30 @@ def test_every_source_is_near_its_share_after_any_number_of_windows(seed):
         assert all(abs(in_phase[name] - done * weight / total) <= bound for name, weight in weights.items()), position
 
 
+@pytest.mark.parametrize("kind", ["equal", "random", "fibonacci", "powers"])
+def test_the_sum_in_the_proof_of_the_bound_holds_for_every_leaf_of_large_trees(kind):
+    chance, fibonacci = random.Random(1), [1, 1]
+    while len(fibonacci) < 80:
+        fibonacci.append(sum(fibonacci[-2:]))
+    weights = {
+        "equal": [1] * 256,
+        "random": [chance.random() ** 4 + 1e-9 for _ in range(256)],
+        "fibonacci": [1e-9, 1.0, *(f * (1 + k * 1e-6) for k, f in enumerate(fibonacci, 1))],  # the worst there is
+        "powers": [2.0**number for number in range(50)],
+    }[kind]
+    recipe = recipe_of(({f"s{number}": weight for number, weight in enumerate(weights)}, 0))
+    largest, waiting = 0.0, [(recipe._trees[0], 1.0, [])]
+    while waiting:
+        tree, weight, above = waiting.pop()
+        if isinstance(tree, str):
+            largest = max(largest, sum(weight / one for one in above) / 2)
+            continue
+        share, whole, left, right = tree
+        for child, part in ((left, weight * share / whole), (right, weight * (1 - share / whole))):
+            waiting.append((child, part, [*above, part]))
+    assert largest <= BOUND and (largest > 1.67 or kind != "fibonacci"), largest
+
+
 def test_a_border_is_the_first_window_that_begins_at_or_after_the_token():
     for token, first in ((8, 2), (9, 3), (12, 3)):
         recipe = recipe_of(({"a": 1}, 0), ({"b": 1}, token))
