@@ -56,7 +56,7 @@ class TrainConfig:
     """Every option of a run. Field = flag = YAML key = tracker column."""
 
     data: str
-    "Token shards to train on: a directory, hf://user/name[@revision], or stream:<dataset id or files>."
+    "Token shards, a directory or hf://user/name[@revision]; stream:<dataset id or files>; or a recipe.yaml of several."
     run_dir: Path = Path("runs/124M")
     "Where the run lives: config.yaml, metrics.jsonl, loss.png, samples/, checkpoints/. Same directory = same run."
     max_steps: AtLeastOne = 19073
@@ -156,7 +156,7 @@ class TrainConfig:
     bf16_residual: bool = False
     "Keep the residual stream in bf16 under bf16 autocast: faster, slightly less exact."
     reduction: Literal["fast", "fixed"] = "fast"
-    "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes, see gpt2repro/training/reduction.py."
+    "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes (on GPUs with deterministic)."
     deterministic: bool = False
     "Only deterministic kernels: bit-identical repeats on a GPU, slower."
     collective_timeout_minutes: Positive | None = None
@@ -241,7 +241,7 @@ class TrainConfig:
             (
                 self.reduction == "fixed" and (leaves & (leaves - 1) or world & (world - 1)),
                 f"reduction=fixed needs powers of two, not {leaves} micro-batches in the batch and {world} processes; "
-                "change batch_tokens or micro_batch_size",
+                "take 1, 2, 4 or 8 processes, and change batch_tokens or micro_batch_size",
             ),
             (self.reduction == "fixed" and self.micro_batch_size is None, "reduction=fixed needs micro_batch_size"),
             (self.cooldown_from is not None and self.cooldown_steps is None, "cooldown_from needs cooldown_steps"),
@@ -316,7 +316,8 @@ def train(config: TrainConfig) -> int:
 
     # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
     sharded = accelerator.distributed_type == "FSDP"
-    compiled = compile_model(model, config.compile, device.type, world, sharded=sharded)
+    overlapping = world if config.reduction == "fast" else 1  # processes that exchange gradients during backward
+    compiled = compile_model(model, config.compile, device.type, overlapping, sharded=sharded)
     # The processes of one machine share Muon's work. Between machines the results may travel longer than they compute.
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
     recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale", "cautious_decay")}
@@ -328,11 +329,12 @@ def train(config: TrainConfig) -> int:
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
     meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
+    if config.reduction == "fixed":
+        model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP: `fixed` exchanges the gradients
     model, optimizer = accelerator.prepare(model, optimizer)  # nothing else: the module's first lines say why
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
-    forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
-    if config.bf16_residual:
-        forward_options["residual_dtype"] = torch.bfloat16
+    forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens, "loss_per_row": bool(source.sources)}
+    forward_options |= {"residual_dtype": torch.bfloat16} if config.bf16_residual else {}
 
     with (
         Run(config, accelerator, model, optimizer, source, compiled=compiled, fetch=fetch_checkpoint) as run,
@@ -381,12 +383,10 @@ def train(config: TrainConfig) -> int:
                 if fixed is not None:
                     leaf = (rank * len(x) + first) // config.micro_batch_size
                     torch.manual_seed(step_seed(config.seed, state.step, leaf))
-                exchanging = fixed is None and rows.stop >= len(x)
-                with contextlib.nullcontext() if exchanging else accelerator.no_sync(model):
-                    # Only the loss leaves the graph: (B, T, V) logits in fp32 would be the largest tensor of the run.
-                    # It is this rank's sum over the tokens of the whole step, so that micro-batches weigh alike; the
-                    # average over the ranks is DDP's and FSDP's part.
-                    micro_loss = model(
+                with contextlib.nullcontext() if rows.stop >= len(x) else accelerator.no_sync(model):
+                    # Only the loss leaves the graph, not (B, T, V) logits in fp32: this rank's sum over the tokens of
+                    # the step: micro-batches weigh alike. The average over the ranks is DDP's and FSDP's part.
+                    row_losses = model(
                         input_ids=x[rows],
                         shift_labels=y[rows],
                         use_cache=False,  # no keys and values are kept: nothing is decoded
@@ -394,12 +394,12 @@ def train(config: TrainConfig) -> int:
                         num_items_in_batch=divisor,
                         **forward_options,
                     ).loss
-                    accelerator.backward(micro_loss)
+                    accelerator.backward(micro_loss := row_losses.sum())  # a recipe's losses come row by row, (B,)
                 loss += micro_loss.detach()  # stays on the device: no step waits for a number
+                meter.keep(row_losses, divisor)  # for the loss of each source of a recipe
                 if fixed is not None:
-                    fixed.keep(micro_loss)  # with its gradients, in the place that its number has in the batch
-            if fixed is not None:
-                loss = fixed.finish()
+                    fixed.keep(micro_loss)  # its gradients went into the tree as backward made them
+            loss = loss if fixed is None else fixed.finish()
 
             # Clip to one global norm. Without clipping the norm is still the best early sign of trouble.
             grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "generate": "tokens per second of generation",
     "checkpoint": "time a save takes, and how long training waits for it",
     "recipes": "small models, one change of the recipe at a time, several seeds",
+    "reduction": "a step with the same bits on any number of processes, against plain DDP",
     "all": "the first six, one after the other; --minutes 10 for a borrowed GPU",
     "table": "rewrite the table of results/README.md from the records",
 }

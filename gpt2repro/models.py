@@ -235,7 +235,10 @@ def _first_weights(config, vocab_size: int, tokenizer):
         raise InputError(f"seq_len={config.seq_len} is longer than n_positions={model.config.n_positions} of init_from")
     try:
         own = load_tokenizer(source)
-    except InputError:  # a model without a tokenizer, such as a bare export: nothing to compare with
+    except InputError:
+        if (Path(source) / "tokenizer.json").exists():
+            raise
+        print(f"warning: {config.init_from} has no tokenizer to compare with that of the data", file=sys.stderr)
         return model
     # Fingerprints, not bytes of files: OpenAI's own files and our rebuilt ones are the same tokenizer.
     if fingerprint(own) != fingerprint(tokenizer):

@@ -90,7 +90,7 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     if config is _NO_VALUE:
         problems.append("--config needs a value: a YAML file, or a preset that --help names")
     elif config is not None:
-        for name, value in _read_yaml(config).items():
+        for name, value in read_yaml(config).items():
             if name not in fields:
                 problems.append(f"unknown option {name!r} in {config}{_nearest(str(name), fields, '')}")
             elif not fields[name].metadata.get("config", True):
@@ -241,11 +241,11 @@ def _canonical(argument: str, kinds: dict) -> str:
     return f"--{name}{equals}{value}"
 
 
-def _read_yaml(config: str) -> dict:
-    """The mapping in a YAML file or packaged preset. Raises: InputError."""
-    path = Path(config)
-    if not path.is_file() and path.name == config and (PRESETS / f"{config}.yaml").is_file():
-        path = PRESETS / f"{config}.yaml"
+def read_yaml(name: str, flag: str = "--config") -> dict:
+    """The mapping in a YAML file or, for `--config`, a packaged preset. Raises: InputError."""
+    path, is_config = Path(name), flag == "--config"
+    if is_config and not path.is_file() and path.name == name and (PRESETS / f"{name}.yaml").is_file():
+        path = PRESETS / f"{name}.yaml"
     try:
         with path.open("rb") as file:
             text = file.read(LARGEST_YAML_BYTES + 1).decode("utf-8")
@@ -255,15 +255,15 @@ def _read_yaml(config: str) -> dict:
             raise ValueError("anchors and aliases are not allowed, since a few of them can fill the memory")
         content = yaml.load(text, _StrictLoader)
     except FileNotFoundError:
-        names = ", ".join(preset_names()) or "none"
-        raise InputError(f"--config {config}: no such file, and the packaged presets are {names}") from None
+        presets = f", and the packaged presets are {', '.join(preset_names()) or 'none'}" if is_config else ""
+        raise InputError(f"{flag} {name}: no such file{presets}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
-        raise InputError(f"--config {config} is not a readable YAML file: {reason}") from None
+        raise InputError(f"{flag} {name} is not a readable YAML file: {reason}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise InputError(f"--config {config} must hold lines like 'name: value', found a {type(content).__name__}")
+        raise InputError(f"{flag} {name} must hold lines like 'name: value', found a {type(content).__name__}")
     return content
 
 

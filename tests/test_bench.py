@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpt2repro.commands.bench import all as bench_all
-from gpt2repro.commands.bench import harness, hellaswag, recipes, table, train, whole
+from gpt2repro.commands.bench import harness, hellaswag, recipes, reduction, table, train, whole
 from gpt2repro.commands.bench.harness import CommonOptions, Record, peak_memory_gib, speedup, summary
 from gpt2repro.data.shards import open_split
 from gpt2repro.options import InputError
@@ -230,6 +230,17 @@ def test_a_training_record_of_a_small_model_has_its_rows(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_price_of_a_fixed_reduction_is_measured_on_two_processes(tmp_path):
+    assert reduction.main(["--rounds", "1", "--processes", "2", "--sizes", "1M", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / f"reduction-{harness.host_kind()}.json").read_text())
+    (times,) = content["results"]["times"].values()
+    assert content["complete"] and {name: len(found["rounds"]) for name, found in times.items()} == dict.fromkeys(
+        (reduction.PLAIN, reduction.FIXED, reduction.ALL_REDUCE, reduction.EXCHANGE), 2
+    )
+    assert [row["goal"] for row in content["results"]["headlines"]] == [reduction.GOAL, None]
+
+
+@pytest.mark.slow
 def test_checkpoint_benchmark_compares_equals_and_says_what_a_save_costs(tmp_path):
     from gpt2repro.commands.bench import checkpoint
 
@@ -239,6 +250,11 @@ def test_checkpoint_benchmark_compares_equals_and_says_what_a_save_costs(tmp_pat
         assert checkpoint.main(["--rounds", "1", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / f"checkpoint-{harness.host_kind()}.json").read_text())["results"]
     assert len(results["headlines"]) == 2 and set(results["loop_seconds"]) > {"no save"}
+
+
+def test_a_fixed_reduction_is_timed_against_the_same_step_without_it():
+    took = reduction.measure({"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 97, "n_positions": 8}, 2)
+    assert {name: len(seconds) for name, seconds in took.items()} == {reduction.PLAIN: 2, reduction.FIXED: 2}
 
 
 def test_hellaswag_benchmark_gives_the_loops_choices(tmp_path, monkeypatch):

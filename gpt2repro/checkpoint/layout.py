@@ -107,13 +107,13 @@ def from_all_ranks(value: Any = None) -> list:
 
 def from_rank_zero(call: Callable):
     """Rank 0 alone makes `call()`; every rank returns its result. Raises: the call's InputError, on every rank."""
-    answer: list = [None, None]
+    answer = None
     if rank_and_world()[0] == 0:
         try:
-            answer[0] = call()
+            answer = call()
         except InputError as error:
-            answer[1] = str(error)
-    result, complaint = from_all_ranks(answer)[0]
-    if complaint:
-        raise InputError(complaint)
-    return result
+            answer = error
+    answer = from_all_ranks(answer)[0]
+    if isinstance(answer, InputError):
+        raise answer
+    return answer

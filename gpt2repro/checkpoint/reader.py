@@ -176,9 +176,9 @@ def check_model_directory(path: str | Path, *, any_architecture: bool = False) -
             raise InputError(f"{path}: {shard} is missing")
         with open_tensors(path / shard) as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        if (path / name).is_file():
-            read_json(path / name)
+    for name in ("generation_config", "tokenizer_config", "tokenizer", "special_tokens_map", "added_tokens", "vocab"):
+        if (path / f"{name}.json").is_file():
+            read_json(path / f"{name}.json")
     if model_type in MODEL_TYPES:
         _check_sizes(path, config, shapes)
 

@@ -108,12 +108,18 @@ def text_perplexity(model, tokenizer, text: str, max_length: int, options: Optio
     """The sliding window's sum of nats per token, per word of the text as given, and per byte of what was read."""
     import numpy as np
 
+    from gpt2repro.data.tokenization import unknown_characters
     from gpt2repro.evaluation.losses import loss_metrics
     from gpt2repro.evaluation.perplexity import detokenize_wikitext, sliding_window_loss
 
     words = len(text.split())
     if options.detokenize == "wikitext":
         text = detokenize_wikitext(text)
+    if unknown := unknown_characters(tokenizer, text):
+        raise InputError(
+            f"the model's tokenizer knows no {', '.join(map(repr, unknown[:5]))}, so {options.data} has no perplexity "
+            "under it; take a model whose tokenizer is not one of characters"
+        )
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
     window = {"max_length": max_length, "stride": options.stride or max(1, max_length // 2)}
     sums = sliding_window_loss(model, ids, batch_size=options.batch_size, **window, **how)

@@ -112,8 +112,8 @@ def space_files(repo: str) -> dict[str, bytes | Path]:
 
     files: dict[str, bytes | Path] = {
         f"gpt2repro/{path.relative_to(PACKAGE).as_posix()}": path
-        for path in sorted(PACKAGE.rglob("*"))
-        if path.is_file() and not path.is_symlink() and "__pycache__" not in path.parts and "bench" not in path.parts
+        for path in sorted(path for pattern in SPACE_FILES for path in PACKAGE.glob(pattern))
+        if path.is_file() and not path.is_symlink() and "bench" not in path.parts
     }
     for name in ("configuration_gpt2repro", "modeling_gpt2repro"):
         files[f"{name}.py"] = Path(__import__(name).__file__)
@@ -147,5 +147,7 @@ if __name__ == "__main__":
     raise SystemExit(run_main(main, ["--model", "{repo}", "--host", "0.0.0.0", "--port", "7860"]))
 '''
 
+# The package's own files, as setup.cfg packs them: whatever else lies in a checkout stays at home.
+SPACE_FILES = "**/*.py presets/*.yaml references/*.json generation/demo_page.* publishing/card.md".split()
 # What the page imports; gradio itself is the Space's sdk.
 SPACE_IMPORTS = "torch transformers huggingface_hub matplotlib numpy pydantic pyyaml safetensors tiktoken".split()

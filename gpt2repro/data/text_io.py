@@ -254,8 +254,7 @@ def row_group(path: str, group: int, column: str, skip: int) -> Iterator[str | N
             page_checksum_verification=True,
         )  # fmt: skip
         for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
-            if skip < len(batch):
-                yield from batch.column(0)[skip:].to_pylist()
+            yield from batch.column(0)[skip:].to_pylist()
             skip = max(0, skip - len(batch))
 
 

@@ -12,7 +12,6 @@ or loaded, so a worker process starts in a fraction of a second.
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
 import tempfile
@@ -149,7 +148,7 @@ def load_tokenizer(source: str | Path):
 def fingerprint(tokenizer) -> str:
     """sha256 of what decides the ids: vocabulary, merges, special ids; the same after saving and loading.
 
-    Two tokenizers with the same fingerprint give the same ids, even if their files differ.
+    Two tokenizers with the same fingerprint mean the same by every id, even if their files differ.
 
     Raises: InputError for a tokenizer that is not a fast one.
     """
@@ -177,6 +176,15 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def unknown_characters(tokenizer, text: str) -> list[str]:
+    """The characters of `text` that a character tokenizer would read as `<|endoftext|>`; others know every text."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if type(model).__name__ != "WordLevel":
+        return []
+    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    return [] if any(len(word) > 1 for word in words) else sorted(set(text.replace(EOT, "")) - words)
 
 
 class Encoder:
@@ -317,13 +325,11 @@ def _gigatoken(ranks: dict[bytes, int]):
     """A gigatoken tokenizer with tiktoken's ranks and no special tokens."""
     import gigatoken
 
+    lines = [b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])]
     with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, "gpt2.tiktoken")
-        with open(path, "wb") as file:
-            file.writelines(
-                b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])
-            )
-        return gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2", special_tokens={})
+        path = Path(directory, "gpt2.tiktoken")
+        path.write_bytes(b"".join(lines))
+        return gigatoken.Tokenizer.from_tiktoken(str(path), pretokenizer="gpt2", special_tokens={})
 
 
 def _gigatoken_disagreements(encoding) -> tuple[np.ndarray | None, str | None]:

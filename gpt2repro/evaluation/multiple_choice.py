@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gpt2repro.data.tokenization import unknown_characters
 from gpt2repro.evaluation.losses import IGNORED, inference, padded, rank_and_world, sum_over_ranks, target_log_probs
 from gpt2repro.evaluation.rows import read_rows
 from gpt2repro.options import InputError
@@ -85,15 +86,13 @@ class Task:
         """The rows with an int or None as `label`. Raises: InputError that lists what is wrong with up to five."""
         examples, problems = [], []
         for number, row in enumerate(rows, 1):
-            missing = [name for name, kind in self.fields.items() if not isinstance(row.get(name), kind)]
-            if missing:
-                problems.append(f"example {number} has no {', '.join(missing)}")
-                continue
             try:
+                if missing := [name for name, kind in self.fields.items() if not isinstance(row.get(name), kind)]:
+                    raise ValueError(f"no {', '.join(missing)}")
                 for protocol in self.protocols.values():
                     protocol.choices(row)
                 examples.append({**row, "label": self.label(row)})
-            except ValueError as error:  # a task's own sentence
+            except ValueError as error:  # also a task's own
                 problems.append(f"example {number} has {error}")
             except (LookupError, TypeError, AttributeError):
                 problems.append(f"example {number} has choices of another form")
@@ -192,6 +191,8 @@ def render(protocol: Protocol, examples: Sequence[dict], tokenizer) -> list[Rend
     # Spaces at the context's end belong to the continuation.
     targets = [target if protocol.by_tokens else context + target for context, target in pairs]
     unique = list(dict.fromkeys([*contexts, *targets]))
+    if unknown := unknown_characters(tokenizer, "".join(unique)):
+        warnings.warn(f"{len(unknown)} characters are unknown to the tokenizer: {unknown[:5]} …", stacklevel=2)
     encoded = dict(zip(unique, tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True))
     encoded_pairs = zip(map(encoded.__getitem__, contexts), map(encoded.__getitem__, targets), strict=True)
     rendered = []
@@ -287,7 +288,7 @@ def batches_of(groups: Sequence[Group], batch_tokens: int) -> list[list[Group]]:
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 # For every token of the endings: its logits (N, V) and its id (N,), on the device; the number of its ending (N,).
-Predicted = tuple[torch.Tensor, torch.Tensor, list[int]]
+Predicted = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def predict_shared(forward: Callable, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
@@ -300,9 +301,8 @@ def predict_shared(forward: Callable, groups: Sequence[Group], device: torch.dev
     ids = np.zeros((B, T), dtype=np.int64)
     positions = np.zeros((B, T), dtype=np.int64)
     segment = np.full((B, T), -1, dtype=np.int64)  # -1 padding, 0 context, 1… endings
-    # For every token of the endings: the row and column that predict it, its id, the number of its ending.
-    rows, columns, targets, owners = [], [], [], []
-    number = 0
+    wanted = []  # for every token of the endings: the row and column that predict it, its id, the number of its ending
+    number = itertools.count()
     for b, group in enumerate(groups):
         length = len(group.context)
         start, stop = T - group.length, T - group.tail
@@ -313,11 +313,8 @@ def predict_shared(forward: Callable, groups: Sequence[Group], device: torch.dev
             start, stop = stop, stop + len(ending) - 1
             ids[b, start:stop], segment[b, start:stop] = ending[:-1], s
             positions[b, start:stop] = np.arange(length, length + len(ending) - 1)
-            rows += [b] * len(ending)
-            columns += [last_of_context, *range(start, stop)]
-            targets += ending
-            owners += [number] * len(ending)
-            number += 1
+            columns, owner = [last_of_context, *range(start, stop)], next(number)
+            wanted += [(b, column, token, owner) for column, token in zip(columns, ending, strict=True)]
     # A query sees the context and its own ending, up to itself. Padding sees itself, or its softmax would be 0 / 0.
     segment = torch.from_numpy(segment).to(device)
     query, key = segment[:, :, None], segment[:, None, :]
@@ -332,8 +329,8 @@ def predict_shared(forward: Callable, groups: Sequence[Group], device: torch.dev
         inputs["logits_to_keep"] = T - first_kept
     logits = forward(input_ids=torch.from_numpy(ids).to(device), use_cache=False, **inputs).logits
     logits = logits[:, first_kept - T :]  # (B, T - first_kept, V)
-    index = torch.tensor([rows, columns, targets], device=device)
-    return logits[index[0], index[1] - first_kept], index[2], owners
+    rows, columns, targets, owners = torch.tensor(wanted).T
+    return logits[rows, columns - first_kept], targets.to(device), owners
 
 
 def predict_rows(forward: Callable, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
@@ -345,10 +342,10 @@ def predict_rows(forward: Callable, groups: Sequence[Group], device: torch.devic
         targets[row, : len(context) - 1] = IGNORED
     index = (targets != IGNORED).nonzero(as_tuple=True)  # rows, columns
     logits = forward(input_ids=inputs.to(device), use_cache=False).logits
-    return logits[index], targets[index].to(device), index[0].tolist()
+    return logits[index], targets[index].to(device), index[0]
 
 
-def token_scores(predicted: Predicted, greedy: bool) -> tuple[list[torch.Tensor], list[int]]:
+def token_scores(predicted: Predicted, greedy: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Columns (N,) on the device: log p and, if asked, whether another token is the likeliest; the ending's number."""
     logits, targets, owners = predicted
     columns = [target_log_probs(logits, targets)]
@@ -357,13 +354,13 @@ def token_scores(predicted: Predicted, greedy: bool) -> tuple[list[torch.Tensor]
     return columns, owners
 
 
-def ending_sums(columns: Sequence[torch.Tensor], owners: Sequence[int], endings: int) -> torch.Tensor:
+def ending_sums(columns: Sequence[torch.Tensor], owners: torch.Tensor, endings: int) -> torch.Tensor:
     """Sum over each ending's tokens, (endings, columns) float64 on the CPU.
 
     The sum is the same in every run; with a GPU's atomic additions it would not be.
     """
     values = torch.stack([column.cpu().double() for column in columns], dim=1)
-    return torch.zeros(endings, len(columns), dtype=torch.float64).index_add_(0, torch.tensor(owners), values)
+    return torch.zeros(endings, len(columns), dtype=torch.float64).index_add_(0, owners, values)
 
 
 def contexts_can_be_shared(forward: Callable, groups: Sequence[Group], *place) -> bool:

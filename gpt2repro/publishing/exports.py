@@ -58,10 +58,15 @@ def export_native(source: str | Path, target: str | Path) -> Path:
     config.pop("auto_map", None)
     config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": config["n_positions"]}
     for path in sorted(source.iterdir()):
-        if MODEL_FILE.fullmatch(path.name) and path.suffix != ".py" and path.name != "config.json":
+        if is_model_file(path) and path.suffix != ".py" and path.name != "config.json":
             link(path.resolve(), target / path.name)  # the Hub's cache keeps links to the files
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a path of a model's directory is a file of the model; pipes and directories of such names are not."""
+    return MODEL_FILE.fullmatch(path.name) is not None and path.is_file()
 
 
 def link(source: Path, target: Path) -> None:

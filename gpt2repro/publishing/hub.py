@@ -35,7 +35,7 @@ from gpt2repro.checkpoint.layout import EMA, STEP_NAME, from_rank_zero, list_ste
 from gpt2repro.checkpoint.reader import check_model_directory, verify_checkpoint
 from gpt2repro.files import read_json, read_json_if_whole, write_json
 from gpt2repro.options import InputError
-from gpt2repro.publishing.exports import MODEL_FILE, check_native, export_native, link
+from gpt2repro.publishing.exports import check_native, export_native, is_model_file, link
 from gpt2repro.publishing.model_card import card_files
 from gpt2repro.redaction import scrub
 
@@ -92,7 +92,7 @@ def publish(api, repo: str, files: dict[str, Path | bytes], *, revision: str, me
 def checkpoint_files(directory: str | Path) -> dict[str, Path | bytes]:
     """Path in the repository -> file, of a checkpoint or any other model's directory; the files are verified first.
 
-    A checkpoint's files are those that checksums.json names; another directory's are those that MODEL_FILE matches.
+    A checkpoint's files are those that checksums.json names; another directory's are those of a model's names.
     No other file is published. A state.json that was written before states were scrubbed is scrubbed here, and its
     checksum is corrected.
 
@@ -100,9 +100,9 @@ def checkpoint_files(directory: str | Path) -> dict[str, Path | bytes]:
     """
     directory = Path(directory)
     refuse_links(directory)
-    if not (directory / CHECKSUMS).exists():
+    if not (directory / CHECKSUMS).exists() and not (directory / TRAINER_STATE).exists():
         check_model_directory(directory)
-        return {path.name: path for path in sorted(directory.iterdir()) if MODEL_FILE.fullmatch(path.name)}
+        return {path.name: path for path in sorted(directory.iterdir()) if is_model_file(path)}
     verify_checkpoint(directory, strays=True)
     checksums = read_json(directory / CHECKSUMS)
     files: dict[str, Path | bytes] = {name: directory / name for name in (*checksums, CHECKSUMS)}
@@ -229,12 +229,15 @@ class Uploader:
         self._said: set[str] = set()
         self._errors: dict[str, str] = {}  # name of what has not arrived -> the reason
         self._refused: set[str] = set()  # names in the queue that are not sent: damaged checkpoints and links
-        self._verified: dict[tuple[str, int], dict] = {}  # (name, inode) -> files, so that each is hashed once
+        self._verified: dict[tuple, dict] = {}  # (name, inode and time of each file) -> files: hashed once
+        self._before: dict[str, str | None] = {}  # branch -> its commit before this process published it
         self._wake = threading.Condition()
         self._closing_at: float | None = None  # the deadline, once close() was called
         logging.set_verbosity_error()  # its warnings are about single attempts; this class reports their outcome
         if quiet:
             disable_progress_bars()  # they would disturb the training's own bar
+        if self.uploads.is_symlink():
+            raise InputError(f"{self.uploads} is a link, and what lies behind it would be published; remove the link")
         self.api = None
         try:
             self._connected()
@@ -320,7 +323,8 @@ class Uploader:
         try:
             ready = {}
             for staged in self._queue():
-                name, key = staged.name, (staged.name, staged.lstat().st_ino)
+                stats = [path.lstat() for path in sorted(staged.rglob("*"))]
+                name, key = staged.name, (staged.name, *((stat.st_ino, stat.st_mtime_ns) for stat in stats))
                 try:
                     self._verified[key] = ready[staged] = self._verified.get(key) or checkpoint_files(staged)
                 except InputError as error:
@@ -364,6 +368,9 @@ class Uploader:
         step = int(STEP_NAME.fullmatch(staged.name)[1])
         branch, inode = f"step-{step}", staged.stat().st_ino
         kept = files if newest else weights_only(files)
+        heads = {ref.name: ref.target_commit for ref in api.list_repo_refs(self.repo).branches}
+        before = self._before.setdefault(branch, heads.get(branch))  # a second attempt meets what the first one made
+        before = None if before == heads.get("main") else before  # a branch begins there
         commit = publish(api, self.repo, kept | self._cards(staged), revision=branch, message=f"Step {step}")
         self._publish_main(api, self._best() or staged)
         self.published.append(branch)
@@ -374,7 +381,7 @@ class Uploader:
             self.published.append("ema")
         if newest:
             try:
-                self._strip_older(branch, commit)
+                self._strip_older(branch, commit, before)
             except Exception as error:  # costs space, loses nothing
                 self._say(f"older optimizer states stay on the Hub for now: {explain(error, self.repo)}")
         if staged.stat().st_ino == inode:  # else a rewound run has saved this step anew meanwhile
@@ -393,11 +400,12 @@ class Uploader:
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
-    def _strip_older(self, newest: str, commit: str) -> None:
+    def _strip_older(self, newest: str, commit: str, before: str | None) -> None:
         """Delete the optimizer's state from this run's older branches, and its files from the Hub's storage.
 
         `uploads/optimizer_states.json` names the branches that this run has published with an optimizer's state, and
-        their commits. A branch that has another commit now, or that another run has made, stays as it is.
+        their commits. A branch that has another commit now, or that another run has made, stays as it is. `before` is
+        the commit that `newest` had before `commit`: of another run, it would be lost with the branch's history.
         """
         from huggingface_hub import CommitOperationDelete
         from huggingface_hub.errors import EntryNotFoundError
@@ -411,7 +419,10 @@ class Uploader:
 
         log = self.uploads / "optimizer_states.json"
         repos = read_json_if_whole(log) or {}
-        ours = repos.get(self.repo, {}) | {newest: commit}
+        ours = repos.get(self.repo)
+        ours = ours if isinstance(ours, dict) else {}
+        known = ours.pop(newest, None)
+        ours |= {newest: commit} if before in (None, known) else {}
         write_json(log, {**repos, self.repo: ours})
         refs = self.api.list_repo_refs(self.repo)
         heads = {ref.name: ref.target_commit for ref in [*refs.branches, *refs.tags]}

@@ -51,6 +51,7 @@ class Verdict:
         return {"step": self.first_step, "event": self.action, **event}
 
 
+@dataclass
 class HealthMonitor:
     """Judges every step of a run; alike on all ranks that pass the same (reduced) numbers.
 
@@ -58,18 +59,14 @@ class HealthMonitor:
     than MOST_SKIPS_IN_A_ROW skipped steps in a row or `max_rewinds` rewinds stop the run.
     """
 
-    def __init__(
-        self,
-        policy: Literal["stop", "skip", "rewind"],
-        *,
-        window: int = 100,
-        z_threshold: float | None = 10.0,
-        max_rewinds: int = 3,
-    ):
-        self.policy, self.window, self.z_threshold = policy, window, z_threshold
-        self.max_rewinds = max_rewinds
-        self.losses: deque[float] = deque(maxlen=window)
-        self.grad_norms: deque[float] = deque(maxlen=window)
+    policy: Literal["stop", "skip", "rewind"]
+    window: int = 100
+    z_threshold: float | None = 10.0
+    max_rewinds: int = 3
+
+    def __post_init__(self):
+        self.losses: deque[float] = deque(maxlen=self.window)
+        self.grad_norms: deque[float] = deque(maxlen=self.window)
         self.skipped = self.in_a_row = self.rewinds = self.scaler_skips = self.scaler_in_a_row = 0
         self._set_limits()
 

@@ -6,7 +6,7 @@ All byte counts are per process. A run without `micro_batch_size` chooses its ow
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 
 from gpt2repro.checkpoint.layout import from_all_ranks, kept_steps
 from gpt2repro.data.shards import open_split
-from gpt2repro.data.sources import shards_directory
+from gpt2repro.data.sources import is_recipe, open_source, shards_directory
 from gpt2repro.models import architecture_of
 from gpt2repro.options import InputError
 from gpt2repro.training.meter import flops_per_token, peak_flops
@@ -72,6 +72,7 @@ class Layout:
     loss_chunk_tokens: int | None = None
     compiled: bool = False
     averaged: bool = False
+    fixed_batch_tokens: int | None = None  # tokens per step of a run with reduction=fixed
 
     @classmethod
     def of(cls, config, *, on_gpu: bool, **sizes) -> "Layout":
@@ -87,6 +88,7 @@ class Layout:
             gradient_checkpointing=config.gradient_checkpointing,
             loss_chunk_tokens=config.loss_chunk_tokens,
             compiled=auto if config.compile == "auto" else config.compile != "off",
+            fixed_batch_tokens=config.batch_tokens if config.reduction == "fixed" else None,
         )
 
     def memory(self) -> dict[str, int]:
@@ -110,7 +112,11 @@ class Layout:
             # While micro-batches add up, gradients stay whole: they are reduced once, after the last.
             parts["gradients"] = self.n_params * width
             parts["gathered weights"] = gathered * (2 if half else width)
-        elif half:
+        elif self.fixed_batch_tokens is not None:
+            # reduction.TreeSum: before the last of n micro-batches one set of gradients for each of log2(n) subtrees.
+            passes = self.fixed_batch_tokens // (tokens * self.processes)
+            parts["gradients"] = self.n_params * width * max(1, (passes - 1).bit_length())
+        if half and not self.sharded:
             parts[f"{self.precision} copies of the weights"] = 2 * self.n_params
         # Recomputing, a process holds every block's input and the tensors of the one block that it recomputes.
         recomputed = self.n_layer * stream + block
@@ -180,6 +186,7 @@ class Plan:
     disk_free_bytes: int
     hub: str | None
     problems: list[str]
+    timetable: list[str]  # of a recipe
 
     def report(self) -> str:
         config, layout, memory = self.config, self.layout, self.layout.memory()
@@ -193,6 +200,7 @@ class Plan:
             f"{config.seq_len} tokens x {processes} processes x {passes} forward passes",
             f"length       {config.max_steps:,} steps, {self.tokens:,} tokens, {epochs}, "
             f"{self.tokens / n_params:,.1f} tokens per parameter",
+            *(f"{'recipe' if number == 0 else '':12} {line}" for number, line in enumerate(self.timetable)),
             f"work         {self.flops_per_token / 1e6:,.1f} MFLOP per token, "
             f"{self.flops_per_token * self.tokens:.3g} FLOP in all",
             f"memory       {_gib(layout.needs())} of {self.gpu_memory_gib:,.0f} GiB per process, "
@@ -221,14 +229,27 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     `may_write(repo)` for (account, complaint or None). What cannot be had becomes a problem, not an error.
     """
     problems: list[str] = []
-    split = None
-    if not config.data.startswith("stream:"):
+    vocab_size = 50257  # of a stream's own tokenizer
+    split, timetable, passes = None, [], None
+    if is_recipe(config.data):
+        try:
+            sequences, options = config.batch_tokens // config.seq_len, {"seq_len": config.seq_len, "seed": config.seed}
+            options |= {"vocab_size": config.vocab_size, "verify": False}
+            mixed = open_source(config.data, sequences=sequences, **options)
+            vocab_size, end = mixed.vocab_size, config.max_steps * sequences
+            timetable = mixed.timetable(end, sequences)
+            passes = max(count / mixed.sources[name].windows for name, count in mixed.recipe.counts(end).items())
+            mixed.check_length(end)
+        except InputError as error:
+            problems.append(str(error))
+    elif not config.data.startswith("stream:"):
         try:
             split = open_split(shards_directory(config.data), "train")
+            vocab_size = split.vocab_size
         except InputError as error:
             problems.append(str(error))
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "n_positions")}
-    sizes["vocab_size"] = config.vocab_size or (split.vocab_size if split else 50257)
+    sizes["vocab_size"] = config.vocab_size or vocab_size
     if config.init_from is not None:
         try:
             sizes |= architecture_of(config.init_from)
@@ -250,7 +271,7 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     epochs = tokens / ((split.tokens - 1) // config.seq_len * config.seq_len or 1) if split else None
     if split and split.tokens <= config.batch_tokens:
         problems.append(f"the data has {split.tokens:,} tokens, fewer than one batch of {config.batch_tokens:,}")
-    problems += doubts(config, epochs, work * tokens)
+    problems += doubts(config, passes or epochs, work * tokens)
 
     if (needed := layout.needs()) > gpu_memory_gib * GIB:
         problems.append(
@@ -294,6 +315,7 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
         disk_free_bytes=free,
         hub=hub,
         problems=problems,
+        timetable=timetable,
     )
 
 
@@ -307,19 +329,17 @@ def print_plan(config, may_write: Callable) -> int:
     return 0
 
 
-def doubts(config, epochs: float | None, flops: float) -> list[str]:
+def doubts(config, epochs: float | None, flops: float) -> Iterator[str]:
     """What about a run is possible but can hardly be meant: many epochs, or a GPU's work on a CPU."""
-    found = []
     if epochs is not None and epochs > MOST_EPOCHS:
-        found.append(f"{epochs:,.0f} epochs of {config.data}; lower --max_steps, or take a larger corpus")
+        yield f"{epochs:,.0f} epochs of {config.data}; lower --max_steps, or take a larger corpus"
     if _on_cpu(config) and flops > SMALL_RUN_FLOPS:
         rate = matmul_flops()
         if (hours := flops / rate / CPU_SHARE / 3600) > MOST_CPU_HOURS:
-            found.append(
+            yield (
                 f"about {_duration(hours)} on this CPU ({rate / 1e9:,.0f} GFLOP/s in a matmul, measured now); take "
                 "a GPU, or a smaller preset such as quickstart (to plan for a GPU elsewhere: --gpu_memory_gib 80)"
             )
-    return found
 
 
 def matmul_flops() -> float:

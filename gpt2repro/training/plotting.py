@@ -34,6 +34,7 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
     lr_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
     speed_axes = figure.add_subplot(grid[1, 1], sharex=loss_axes)
 
+    more_colours = itertools.count(len(runs))  # for the sources of a recipe
     for number, (name, (train, evaluations)) in enumerate(runs.items()):
         colour = f"C{number % 10}"
         name = name.replace("$", r"\$")  # or matplotlib reads it as mathematics
@@ -49,6 +50,14 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
         if steps:
             label = f"{name}: averaged weights, last {losses[-1]:.4f}"
             loss_axes.plot(steps, losses, "s:", color=colour, markersize=3, linewidth=1, label=label)
+        for source in sources_of(train + evaluations):
+            of_source = {"color": f"C{next(more_colours) % 10}", "linewidth": 1}
+            steps, losses = series(train, f"loss/{source}")
+            loss_axes.plot(steps, smooth(losses), ":", label=f"{name}: {source}, training, smoothed", **of_source)
+            steps, losses = series(evaluations, f"val_loss/{source}")
+            if steps:
+                label = f"{name}: {source}, validation, last {losses[-1]:.4f}"
+                loss_axes.plot(steps, losses, "s--", markersize=3, label=label, **of_source)
         lr_axes.plot(*series(train, "lr"), color=colour)
         steps, rates = series(train, "tokens_per_second")
         speed_axes.plot(steps, rates, color=colour, alpha=0.25, linewidth=0.8)
@@ -71,6 +80,11 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
     with atomic_file(out_png, "wb") as file:
         figure.savefig(file, dpi=120, format="png")
     return out_png
+
+
+def sources_of(records: list[dict]) -> list[str]:
+    """The names of a recipe's sources, from loss/NAME and val_loss/NAME."""
+    return sorted({name.partition("/")[2] for r in records for name in r if name.startswith(("loss/", "val_loss/"))})
 
 
 def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:

@@ -193,9 +193,9 @@ def _open_tracker(name: str, run_dir: Path, *, config: dict, project: str, run_i
     else:
         tracker = _Trackio(project, name=f"{run_name}-{run_id}", resume="allow", config=config, embed=False)
     tracker.start()
-    if name == "tensorboard" and resume_step is None:
+    if name == "tensorboard" and (resume_step is None or "recipes" in config):  # a recipe may have changed
         text = _code_block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        tracker.tracker.add_text("config", text, 0)
+        tracker.tracker.add_text("config", text, resume_step or 0)
     return tracker
 
 

@@ -68,14 +68,9 @@ class HandWrittenGPT2(nn.Module):
 
     def __init__(self, *, n_layer: int, n_head: int, n_embd: int, vocab_size: int, n_positions: int = 1024):
         super().__init__()
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(vocab_size, n_embd),
-                "wpe": nn.Embedding(n_positions, n_embd),
-                "h": nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer)),
-                "ln_f": nn.LayerNorm(n_embd),
-            }
-        )
+        embeddings = {"wte": nn.Embedding(vocab_size, n_embd), "wpe": nn.Embedding(n_positions, n_embd)}
+        blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
+        self.transformer = nn.ModuleDict({**embeddings, "h": blocks, "ln_f": nn.LayerNorm(n_embd)})
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
 

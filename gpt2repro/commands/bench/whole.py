@@ -34,8 +34,7 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machin
 def measure(record: Record, nanogpt: Path) -> None:
     """Run both programs in turns, at most three times; fill and save the record."""
     data = {name: np.fromfile(nanogpt / f"data/shakespeare_char/{name}.bin", np.uint16) for name in ("train", "val")}
-    parts = {part: {OURS: [], NANOGPT: []} for part in PARTS}
-    losses = {OURS: [], NANOGPT: []}
+    runs: dict[str, list] = {OURS: [], NANOGPT: []}  # (seconds of each part, validation loss) of each run
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder, "data"), data, vocab_size=1 + int(max(ids.max() for ids in data.values())))
         for turn in range(min(record.rounds, 3)):
@@ -44,19 +43,16 @@ def measure(record: Record, nanogpt: Path) -> None:
             for name, run in ((OURS, run_ours), (NANOGPT, run_nanogpt)):
                 seconds, loss = run(nanogpt, Path(folder), turn)
                 print(f"  {name}: {[round(s, 2) for s in seconds]} s, validation loss {loss:.4f}", flush=True)
-                losses[name].append(loss)
-                for part, value in zip(PARTS, seconds, strict=True):
-                    parts[part][name].append(value)
+                runs[name].append((seconds, loss))
         launched = [first_step(Path(folder), how, launcher) for how, launcher in (("plain", []), ("launched", LAUNCH))]
-    record.save(
-        config={"nanogpt": RECIPE, "steps": STEPS, "val_tokens": VAL_TOKENS}, seconds=parts, validation_loss=losses
-    )
-    for part in PARTS:
-        times = {name: summary(seconds) for name, seconds in parts[part].items()}
-        goal = 1.0 if part == PARTS[0] else None
-        record.headline(
-            f"nanoGPT's shakespeare recipe, {part}", times, ours=OURS, baseline=NANOGPT, unit="s", goal=goal
-        )
+    config = {"nanogpt": RECIPE, "steps": STEPS, "val_tokens": VAL_TOKENS}
+    losses = {name: [loss for _, loss in done] for name, done in runs.items()}
+    record.save(config=config, validation_loss=losses, seconds={})
+    for number, part in enumerate(PARTS):
+        taken = record.results["seconds"][part] = {name: [s[number] for s, _ in done] for name, done in runs.items()}
+        times = {name: summary(seconds) for name, seconds in taken.items()}
+        measure, goal = f"nanoGPT's shakespeare recipe, {part}", None if number else 1.0
+        record.headline(measure, times, ours=OURS, baseline=NANOGPT, unit="s", goal=goal)
     record.figure("nanoGPT's shakespeare recipe, what accelerate launch adds", launched[1] - launched[0], unit="s")
 
 
