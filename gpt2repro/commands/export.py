@@ -54,7 +54,9 @@ def main(argv: list[str]) -> int:
     source = source if Path(source).is_dir() else fetch_model(source)
     model = load_for_comparison(source)
     with exports.new_directory(options.out) as out, tempfile.TemporaryDirectory(dir=out.parent) as work:
-        native = exports.export_native(source, out if options.format == "gpt2" else Path(work))
+        # A copy, since whoever saves a fine-tuned model there would write through a link into the run's checkpoint.
+        plain = options.format == "gpt2"
+        native = exports.export_native(source, out if plain else Path(work), put=shutil.copy2 if plain else None)
         record = {"model": options.model, "format": options.format}
         record["native_difference"] = exports.check_native(native, model)
         print(f"plain gpt2: logits differ by at most {record['native_difference']:.1e}")
