@@ -33,7 +33,7 @@ from typing import Literal
 import psutil
 
 from gpt2repro.files import check_outputs, write_json
-from gpt2repro.options import AtLeastOne, InputError, Positive
+from gpt2repro.options import AtLeastOne, InputError, Positive, first_line
 from gpt2repro.training.reference import commit
 
 RECORDS = Path("results/benchmarks")  # seen from the project's root, where the commands are run
@@ -120,7 +120,7 @@ class Record:
             return call()
         # torch's OutOfMemoryError and its compiler's errors are RuntimeErrors.
         except (RuntimeError, subprocess.SubprocessError, NotEqual) as error:
-            reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
         print(f"  LOST {name}: {reason}", flush=True)
         self.results["lost"][name] = reason
         self.save()
