@@ -78,14 +78,11 @@ def _piece_files(path: Path) -> list[Path]:
 
 
 def _piece_rows(path: Path, file) -> dict[str, list[int]]:
-    try:
+    with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError, RecursionError):
         rows = json.loads((file.metadata() or {})["rows"])
-        ordered = all(0 <= start < stop for start, stop in rows.values())
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
-        ordered = False
-    if not ordered:
-        raise InputError(f"{path}: its header does not say which rows it holds")
-    return rows
+        if all(0 <= start < stop for start, stop in rows.values()):
+            return rows
+    raise InputError(f"{path}: its header does not say which rows it holds")
 
 
 def _fill(tensor: Tensor, parts: list, name: str) -> None:

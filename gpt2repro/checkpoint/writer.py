@@ -78,8 +78,6 @@ class CheckpointWriter:
         self._token = self._common_token()
         if self.rank == 0:
             for left_over in self.directory.glob(".*.tmp-*"):
-                if left_over.name.endswith(self._token):
-                    continue
                 shutil.rmtree(left_over) if left_over.is_dir() and not left_over.is_symlink() else left_over.unlink()
 
     def save(
