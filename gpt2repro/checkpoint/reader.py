@@ -132,9 +132,8 @@ def verify_checkpoint(path: str | Path, *, strays: bool = False) -> None:
             raise InputError(f"{path}: {name} is missing")
         if (path / name).stat().st_size != record["bytes"]:
             raise InputError(f"{path}: {name} has {(path / name).stat().st_size} bytes, expected {record['bytes']}")
-    for name in ("config.json", "model.safetensors", "trainer_state/state.json"):
-        if name not in checksums:
-            raise InputError(f"{path}: checksums.json does not list {name}")
+    if absent := {"config.json", "model.safetensors", "trainer_state/state.json"} - checksums.keys():
+        raise InputError(f"{path}: checksums.json does not list {min(absent)}")
     for file in sorted([path / name for name in checksums] if strays else path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if file.suffix.lower() in PICKLES:
