@@ -30,9 +30,7 @@ def list_steps(directory: str | Path) -> list[tuple[int, Path]]:
 
 def resolve_pointer(directory: str | Path, name: str) -> Path | None:
     """The step_N that `latest`, `best` or `final` points to, or None if there is no such directory."""
-    step = pointed_step(Path(directory), name)
-    path = None if step is None else step_path(Path(directory), step)
-    return path if path and path.is_dir() else None
+    return dict(list_steps(directory)).get(pointed_step(Path(directory), name))
 
 
 def kept_steps(

@@ -188,11 +188,9 @@ def _check_sizes(path: Path, config: dict, shapes: dict[str, list[int]]) -> None
     for part, size in (("wte", "vocab_size"), ("wpe", "n_positions")):
         shape = next((shape for name, shape in shapes.items() if name.endswith(f"{part}.weight")), [])
         found[size], found["n_embd"] = shape if len(shape) == 2 else (None, None)
-    wrong = [
-        f"{name} {config[name]!r} (they have {size})" for name, size in found.items() if config.get(name, size) != size
-    ]
-    if wrong:
-        raise InputError(f"{path}: config.json does not belong to its weights: {', '.join(wrong)}")
+    if wrong := {name: size for name, size in found.items() if config.get(name, size) != size}:
+        sizes = ", ".join(f"{name} {config[name]!r} (they have {size})" for name, size in wrong.items())
+        raise InputError(f"{path}: config.json does not belong to its weights: {sizes}")
 
 
 def read_state(path: str | Path) -> dict:
