@@ -307,11 +307,9 @@ def _model_files(model: nn.Module, tokenizer) -> dict[str, bytes]:
         config = copy.deepcopy(model.config)
         config.architectures = [kind.__name__]
         config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        config.save_pretrained(folder)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        for part in (config, getattr(model, "generation_config", None), tokenizer):
+            if part is not None:
+                part.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 files[path.relative_to(folder).as_posix()] = path.read_bytes()
