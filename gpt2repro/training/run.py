@@ -288,9 +288,7 @@ class Run:
             seconds = UPLOAD_SECONDS_AT_EXIT if done else 0
             missing = self.uploader.close(timeout=seconds, stop=lambda: stop.received)
         if verdict is not None:
-            advice = (
-                "try a lower lr" if config.on_bad_numbers == "rewind" else "try a lower lr, or --on_bad_numbers rewind"
-            )
+            advice = "try a lower lr" + (", or --on_bad_numbers rewind" if config.on_bad_numbers != "rewind" else "")
             if verdict.action == "rewind":
                 advice = "there is none to rewind to: lower the lr, or --save_steps"
             message = f"{bad_steps(verdict)}; the checkpoints before are kept; {advice}"
