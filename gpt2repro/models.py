@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # commands take ModelOptions from here before they know wheth
 
 OUR_LAYOUT = ("gpt2repro", "gpt2")  # model types that GPT2ReproForCausalLM loads as they are
 ARCHITECTURE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function")
+# What transformers and torch raise for a model's files that are missing, damaged, or say something impossible.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError)
 DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
@@ -73,9 +75,13 @@ def architecture_of(name: str) -> dict:
 
     try:
         found = GPT2ReproConfig.from_pretrained(find_model(name))
-    except (OSError, ValueError) as error:
-        raise InputError(f"init_from={name}: {str(error).splitlines()[0]}") from error
+    except LOADING_ERRORS as error:
+        raise InputError(f"init_from={name}: {_first_line(error)}") from error
     return {size: getattr(found, size) for size in ARCHITECTURE if size != "activation_function"}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | None, trust_remote_code: bool = False):
@@ -111,8 +117,8 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
             model, loaded = AutoModelForCausalLM.from_pretrained(source, **how)
     except SafetensorError as error:
         raise InputError(f"the weights of {name} are damaged ({error}); copy or download them again") from None
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except LOADING_ERRORS as error:
+        reason = _first_line(error)
         if "trust_remote_code" in str(error):
             reason = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
         raise InputError(f"cannot load a causal language model from {name}: {reason}") from None
@@ -173,8 +179,8 @@ def load_for_comparison(name: str | Path):
     how = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": None}
     try:
         return GPT2ReproForCausalLM.from_pretrained(source, **how).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load a GPT-2 from {name}: {str(error).strip().splitlines()[0]}") from None
+    except LOADING_ERRORS as error:
+        raise InputError(f"cannot load a GPT-2 from {name}: {_first_line(error)}") from None
 
 
 def build_model(config, vocab_size: int, tokenizer):
@@ -227,8 +233,8 @@ def _first_weights(config, vocab_size: int, tokenizer):
             attn_implementation=config.attn_implementation,
             **{name: getattr(config, name) for name in DROPOUT},
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"init_from={config.init_from}: {str(error).splitlines()[0]}") from error
+    except LOADING_ERRORS as error:
+        raise InputError(f"init_from={config.init_from}: {_first_line(error)}") from error
     if vocab_size > model.config.vocab_size:
         raise InputError(
             f"the data has a vocabulary of {vocab_size}, but {config.init_from} only of {model.config.vocab_size}; "
