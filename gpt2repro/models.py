@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, sentence_for
 
 if TYPE_CHECKING:  # commands take ModelOptions from here before they know whether they will need torch
     import torch
 
 OUR_LAYOUT = ("gpt2repro", "gpt2")  # model types that GPT2ReproForCausalLM loads as they are
 ARCHITECTURE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function")
-# What transformers and torch raise for a model's files that are missing, damaged, or say something impossible.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError)
 DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
@@ -73,15 +71,18 @@ def architecture_of(name: str) -> dict:
     from configuration_gpt2repro import GPT2ReproConfig
     from gpt2repro.checkpoint.reader import find_model
 
+    source = find_model(name)
     try:
-        found = GPT2ReproConfig.from_pretrained(find_model(name))
-    except LOADING_ERRORS as error:
-        raise InputError(f"init_from={name}: {_first_line(error)}") from error
+        found = GPT2ReproConfig.from_pretrained(source)
+    except Exception as error:
+        raise _not_loaded(f"init_from={name}", error) from error
     return {size: getattr(found, size) for size in ARCHITECTURE if size != "activation_function"}
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _not_loaded(what: str, error: Exception) -> InputError:
+    """The sentence for an error while a model was loaded; a damaged file can make the libraries raise anything."""
+    known = None if isinstance(error, OSError) else sentence_for(error)
+    return known or InputError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
 
 
 def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | None, trust_remote_code: bool = False):
@@ -117,11 +118,12 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
             model, loaded = AutoModelForCausalLM.from_pretrained(source, **how)
     except SafetensorError as error:
         raise InputError(f"the weights of {name} are damaged ({error}); copy or download them again") from None
-    except LOADING_ERRORS as error:
-        reason = _first_line(error)
+    except Exception as error:
+        what = f"cannot load a causal language model from {name}"
         if "trust_remote_code" in str(error):
-            reason = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
-        raise InputError(f"cannot load a causal language model from {name}: {reason}") from None
+            advice = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
+            raise InputError(f"{what}: {advice}") from None
+        raise _not_loaded(what, error) from None
     if loaded["missing_keys"]:
         absent = sorted(loaded["missing_keys"])
         raise InputError(
@@ -179,8 +181,8 @@ def load_for_comparison(name: str | Path):
     how = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": None}
     try:
         return GPT2ReproForCausalLM.from_pretrained(source, **how).eval()
-    except LOADING_ERRORS as error:
-        raise InputError(f"cannot load a GPT-2 from {name}: {_first_line(error)}") from None
+    except Exception as error:
+        raise _not_loaded(f"cannot load a GPT-2 from {name}", error) from None
 
 
 def build_model(config, vocab_size: int, tokenizer):
@@ -224,8 +226,8 @@ def _first_weights(config, vocab_size: int, tokenizer):
     from gpt2repro.data.tokenization import fingerprint, load_tokenizer
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
+    source = resolve_model(config.init_from)
     try:
-        source = resolve_model(config.init_from)
         model = GPT2ReproForCausalLM.from_pretrained(
             source,
             dtype=torch.float32,
@@ -233,8 +235,8 @@ def _first_weights(config, vocab_size: int, tokenizer):
             attn_implementation=config.attn_implementation,
             **{name: getattr(config, name) for name in DROPOUT},
         )
-    except LOADING_ERRORS as error:
-        raise InputError(f"init_from={config.init_from}: {_first_line(error)}") from error
+    except Exception as error:
+        raise _not_loaded(f"init_from={config.init_from}", error) from error
     if vocab_size > model.config.vocab_size:
         raise InputError(
             f"the data has a vocabulary of {vocab_size}, but {config.init_from} only of {model.config.vocab_size}; "
