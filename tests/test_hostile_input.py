@@ -332,6 +332,21 @@ def test_a_broken_foreign_shard_is_refused(name, tmp_path):
     refused("train_accelerate", arguments, keep=data)
 
 
+@pytest.mark.parametrize("place", ["foreign/train.bin", "foreign/a_train_1.npy", "data/tokenizer/vocab.json", "model/x"])
+def test_a_pipe_is_not_waited_for(place, run_dir, shards, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    shutil.copytree(shards, tmp_path / "data")
+    shutil.copytree(run_dir / "checkpoints/step_000002", tmp_path / "model")
+    os.mkfifo(tmp_path / place)
+    data = tmp_path / "foreign" if place.startswith("foreign") else tmp_path / "data"
+    refused("train_accelerate", tiny_run.flags(data, tmp_path / "run", max_steps=1, init_from=tmp_path / "model"))
+
+
+def test_a_foreign_shard_whose_name_is_no_text_is_refused(tmp_path):
+    np.save(tmp_path / "a_train_\udce9.npy", np.arange(5000, dtype=np.uint16))
+    refused("train_accelerate", tiny_run.flags(tmp_path, tmp_path / "run", max_steps=1))
+
+
 # --- checkpoints
 
 CONFIGS = [
