@@ -332,7 +332,7 @@ def test_a_broken_foreign_shard_is_refused(name, tmp_path):
     refused("train_accelerate", arguments, keep=data)
 
 
-@pytest.mark.parametrize("place", ["foreign/train.bin", "foreign/a_train_1.npy", "data/tokenizer/vocab.json", "model/x"])
+@pytest.mark.parametrize("place", ["foreign/train.bin", "foreign/a_train_1.npy", "data/tokenizer/x", "model/x"])
 def test_a_pipe_is_not_waited_for(place, run_dir, shards, tmp_path):
     (tmp_path / "foreign").mkdir()
     shutil.copytree(shards, tmp_path / "data")
