@@ -118,8 +118,8 @@ class Record:
         """The result of `call`; None where it failed, from lack of memory or otherwise: then the record says so."""
         try:
             return call()
-        # torch's OutOfMemoryError and its compiler's errors are RuntimeErrors.
-        except (RuntimeError, subprocess.SubprocessError, NotEqual) as error:
+        # torch's OutOfMemoryError and its compiler's errors are RuntimeErrors; a bare GPU image lacks some packages.
+        except (RuntimeError, ImportError, subprocess.SubprocessError, NotEqual) as error:
             reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
         print(f"  LOST {name}: {reason}", flush=True)
         self.results["lost"][name] = reason
