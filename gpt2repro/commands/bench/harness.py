@@ -77,7 +77,9 @@ class Record:
         self.path, self.rounds = options.out / f"{name}-{host_kind()}.json", options.rounds
         self.deadline = time.monotonic() + 60 * (options.minutes or math.inf)
         check_outputs(self.path)
-        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+        # A bare GPU image lacks some of them.
+        distributions = {package: list(importlib.metadata.distributions(name=package)) for package in PACKAGES}
+        versions = {package: found[0].version for package, found in distributions.items() if found}
         self.results: dict = {"headlines": [], "lost": {}, "dropped": []}
         self.content = {
             "name": name,
