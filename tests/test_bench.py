@@ -87,6 +87,15 @@ def test_commit_comes_from_the_environment_only_where_git_knows_none(monkeypatch
     assert harness.commit() == "unknown"
 
 
+def test_a_bare_gpu_image_lacks_packages_and_loses_only_what_needs_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "PACKAGES", ("torch", "no-such-package"))
+    record = Record("train", [], CommonOptions(rounds=1, out=tmp_path))
+    times = record.compare({"ours": lambda: None, "theirs": lambda: __import__("no_such_package")})
+    assert list(times) == ["ours"] and record.finish() == 1
+    assert read(record)["versions"].keys() == {"python", "torch"}
+    assert read(record)["results"]["lost"] == {"theirs": "ModuleNotFoundError: No module named 'no_such_package'"}
+
+
 def test_candidate_without_memory_is_lost_alone_and_the_record_says_so(record):
     def too_large():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 26 GiB.")

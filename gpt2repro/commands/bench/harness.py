@@ -77,7 +77,9 @@ class Record:
         self.path, self.rounds = options.out / f"{name}-{host_kind()}.json", options.rounds
         self.deadline = time.monotonic() + 60 * (options.minutes or math.inf)
         check_outputs(self.path)
-        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+        # A bare GPU image lacks some of them.
+        distributions = {package: list(importlib.metadata.distributions(name=package)) for package in PACKAGES}
+        versions = {package: found[0].version for package, found in distributions.items() if found}
         self.results: dict = {"headlines": [], "lost": {}, "dropped": []}
         self.content = {
             "name": name,
@@ -118,8 +120,8 @@ class Record:
         """The result of `call`; None where it failed, from lack of memory or otherwise: then the record says so."""
         try:
             return call()
-        # torch's OutOfMemoryError and its compiler's errors are RuntimeErrors.
-        except (RuntimeError, subprocess.SubprocessError, NotEqual) as error:
+        # torch's OutOfMemoryError and its compiler's errors are RuntimeErrors; a bare GPU image lacks some packages.
+        except (RuntimeError, ImportError, subprocess.SubprocessError, NotEqual) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
         print(f"  LOST {name}: {reason}", flush=True)
         self.results["lost"][name] = reason
