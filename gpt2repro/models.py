@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line, say
 
 if TYPE_CHECKING:  # commands take ModelOptions from here before they know whether they will need torch
     import torch
@@ -52,7 +52,7 @@ def pick_device(name: str | None = None) -> torch.device:
             raise RuntimeError("it holds no numbers")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} is not usable here; try cpu ({str(error).splitlines()[0]})") from None
+        raise InputError(f"device {name!r} is not usable here; try cpu ({first_line(error)})") from None
 
 
 def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
@@ -74,7 +74,7 @@ def architecture_of(name: str) -> dict:
     try:
         found = GPT2ReproConfig.from_pretrained(find_model(name))
     except (OSError, ValueError) as error:
-        raise InputError(f"init_from={name}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"init_from={name}: {first_line(error)}") from error
     return {size: getattr(found, size) for size in ARCHITECTURE if size != "activation_function"}
 
 
@@ -112,9 +112,8 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
     except SafetensorError as error:
         raise InputError(f"the weights of {name} are damaged ({error}); copy or download them again") from None
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "trust_remote_code" in str(error):
-            reason = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
+        own_code = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
+        reason = own_code if "trust_remote_code" in str(error) else first_line(error)
         raise InputError(f"cannot load a causal language model from {name}: {reason}") from None
     if loaded["missing_keys"]:
         absent = sorted(loaded["missing_keys"])
@@ -164,17 +163,21 @@ def load_for_comparison(name: str | Path):
 
     Its checksums are the caller's part: export and push have compared them.
     """
+    from gpt2repro.checkpoint.reader import find_model
+
+    return _ours(find_model(str(name)), f"cannot load a GPT-2 from {name}", attn_implementation=None).eval()
+
+
+def _ours(source: str, said: str, **how):
+    """The model at `source` in fp32. Raises: InputError that begins as `said`, where it cannot be loaded."""
     import torch
 
-    from gpt2repro.checkpoint.reader import find_model
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
-    source = find_model(str(name))
-    how = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": None}
-    try:
-        return GPT2ReproForCausalLM.from_pretrained(source, **how).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load a GPT-2 from {name}: {str(error).strip().splitlines()[0]}") from None
+    try:  # nothing is ever unpickled
+        return GPT2ReproForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **how)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"{said}: {first_line(error)}") from error
 
 
 def build_model(config, vocab_size: int, tokenizer):
@@ -200,8 +203,13 @@ def build_model(config, vocab_size: int, tokenizer):
         try:
             model = GPT2ReproForCausalLM._from_config(GPT2ReproConfig(**sizes, **ends), dtype=torch.float32, **kernel)
         except ImportError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"attn_implementation={config.attn_implementation}: {reason}; try sdpa") from None
+            raise InputError(
+                f"attn_implementation={config.attn_implementation}: {first_line(error)}; try sdpa"
+            ) from None
+        if config.zero_init:
+            for module in model.modules():
+                if getattr(module, "feeds_the_residual_stream", False):
+                    torch.nn.init.zeros_(module.weight)
     if config.precision == "fp64":
         model = model.double()
     if config.gradient_checkpointing:
@@ -212,23 +220,12 @@ def build_model(config, vocab_size: int, tokenizer):
 
 def _first_weights(config, vocab_size: int, tokenizer):
     """The model that `init_from` names, with the run's dropout. Raises: InputError as in `build_model`."""
-    import torch
-
     from gpt2repro.checkpoint.reader import resolve_model
     from gpt2repro.data.tokenization import fingerprint, load_tokenizer
-    from modeling_gpt2repro import GPT2ReproForCausalLM
 
-    try:
-        source = resolve_model(config.init_from)
-        model = GPT2ReproForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            use_safetensors=True,  # nothing is ever unpickled
-            attn_implementation=config.attn_implementation,
-            **{name: getattr(config, name) for name in DROPOUT},
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"init_from={config.init_from}: {str(error).splitlines()[0]}") from error
+    source = resolve_model(config.init_from)
+    how = {name: getattr(config, name) for name in ("attn_implementation", *DROPOUT)}
+    model = _ours(source, f"init_from={config.init_from}", **how)
     if vocab_size > model.config.vocab_size:
         raise InputError(
             f"the data has a vocabulary of {vocab_size}, but {config.init_from} only of {model.config.vocab_size}; "
@@ -238,7 +235,10 @@ def _first_weights(config, vocab_size: int, tokenizer):
         raise InputError(f"seq_len={config.seq_len} is longer than n_positions={model.config.n_positions} of init_from")
     try:
         own = load_tokenizer(source)
-    except InputError:  # a model without a tokenizer, such as a bare export: nothing to compare with
+    except InputError:
+        if (Path(source) / "tokenizer.json").exists():
+            raise
+        say(f"warning: {config.init_from} has no tokenizer to compare with that of the data")
         return model
     # Fingerprints, not bytes of files: OpenAI's own files and our rebuilt ones are the same tokenizer.
     if fingerprint(own) != fingerprint(tokenizer):

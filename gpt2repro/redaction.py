@@ -8,14 +8,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-SECRET_NAME = re.compile(r"(^|[_-])(token|secret|password|passwd|key|credentials?)$", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(^|[_-])(token|secret|key|credentials?)$|passw(or)?d$|[_-](pass|pwd|pat)$", re.IGNORECASE)
 SECRET_TEXT = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|\bwandb_v\d+_\w{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"  # W&B, GitHub
+    r"|\bwandb_v\d+_\w{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}"  # W&B, GitHub, GitLab
     r"|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[A-Z0-9]{16}\b"  # OpenAI and others, AWS
     r"|\bAIza[\w-]{35}|\bxox[abprs]-[\w-]{10,}"  # Google, Slack
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # https://user:password@host
+    r"|(?<=://)[^/\s:@\"']*:[^/\s\"']+(?=@)|(?<=://)[\w-]{20,}(?=@)"  # https://user:password@host, https://token@host
+    r"|(?<=Bearer )[\w.~+/-]{16,}"
     r"|(?:(?<=_TOKEN=)|(?<=_KEY=)|(?<=PASSWORD=)|(?<=SECRET=))[^\s\[\]\"'\\,}]+"  # NAME=value in a command
+)
+# name=value and "name": "value" in any text, where the value is as long as a secret.
+ASSIGNED = re.compile(
+    r"""((?:token|api_?key|passw(?:or)?d|secret)["']?(?:=|: ?)["']?)[^\s\[\]"'\\,}&;]{8,}""", re.IGNORECASE
 )
 HIDDEN = "[hidden]"
 # Linux, macOS, root's, Windows (also with the backslashes doubled, as in JSON); the name must end there.
@@ -45,4 +50,5 @@ def scrub(value: Any, name: str = "") -> Any:
             value = value.replace(secret, HIDDEN)
     here = os.path.expanduser("~")  # this user's home may be anywhere, such as /data/me
     homes = f"{HOMES}|{re.escape(here)}" if len(Path(here).parts) > 1 else HOMES
-    return re.sub(rf"(?<![\w.~-])(?:{homes})(?![\w.-])", "~", SECRET_TEXT.sub(HIDDEN, value))
+    value = ASSIGNED.sub(rf"\1{HIDDEN}", SECRET_TEXT.sub(HIDDEN, value))
+    return re.sub(rf"(?<![\w.~-])(?:{homes})(?![\w.-])", "~", value)

@@ -31,6 +31,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -54,13 +56,21 @@ NASTY_JSON = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 2**70, 1.5, -0.0, 1e308, float("nan"), "", "x", "..", "/etc/passwd",
     "a\0b", "\ud800", [], {}, [None], [[]], {"": None}, "x" * 5000,
 ]  # fmt: skip
+NASTY_YAML = [
+    "010", "0x10", "0o17", "0b11", "1:30:00", "1:30.5", "1_000", "1e3", "1e400", ".inf", "-.inf", ".nan", "~", "",
+    "yes", "off", "2001-01-01", "2001-01-01 10:00:00", "!!binary aGVsbG8=", "!!set {a, b}", "!!omap [a: 1]",
+    "!!timestamp 1", "!!python/name:os.system", "!!int x", "!!float x", "!!int '5'", "!!str 5", "&a 1", "*a", "[1]",
+    "[[]]", "{a: 1}", "'", "|\n  x\n  y", ">-\n  x", "? x", "\t1", "'a\\0b'", '"a\\0b"', '"\\ud800"', "a: b: c", "- 1",
+    "%", "@", "1 # 2", "\x00",
+]  # fmt: skip
 FIELDS = {
     TRAIN: "TrainConfig", PREPARE: "Options", EVAL: "Options",
     **{f"{COMMANDS}.{name}": "Options" for name in (
         "prepare_text", "generate", "plot", "push", "import_checkpoint", "export", "demo", "verify_resume",
-        "perplexity",
+        "perplexity", "conformance",
     )},
 }  # fmt: skip
+NAMES = ("interval.npy", "train.bin", "val.bin", "x_train_val_1.npy", "TRAIN.npy", "a\nval.npy", "val_\udce9.bin")
 BENCHMARKS = ("train", "data", "tokenize", "hellaswag", "generate", "checkpoint", "all", "table")
 
 
@@ -117,7 +127,16 @@ class Base:
                 "".join(json.dumps({**example, "ind": n}) + "\n" for n in range(9))
             )
             write_foreign(self.root / "foreign.pt")
+            foreign = self.root / "foreign"
+            foreign.mkdir()
+            tokens = np.random.default_rng(0).integers(29, size=4000)
+            np.save(foreign / "some_train_000001.npy", tokens.astype("<u2"))
+            np.save(foreign / "some_val_000000.npy", tokens[:500].astype("<u2"))
         self.losses = losses(self.run)
+        self.bare = self.root / "bare"
+        if not self.bare.is_dir():
+            leave = shutil.ignore_patterns("trainer_state", "checksums.json")
+            shutil.copytree(self.run / "checkpoints/step_000002", self.bare, ignore=leave)
         self.checkpoint = self.run / "checkpoints/step_000002"
 
     def train(self, data, run_dir, **changes) -> list[str]:
@@ -206,13 +225,15 @@ def damage_file(chance: random.Random, path: Path) -> str:
     content = path.read_bytes()
     if chance.random() < 0.1:
         path.unlink()
-        how = chance.choice(["missing", "directory", "link", "pipe", "dangling"])
+        how = chance.choice(["missing", "directory", "link", "device", "dangling", "pipe"])
         if how == "directory":
             path.mkdir()
         elif how == "link":
             path.symlink_to("/etc/hostname")
-        elif how == "pipe":
+        elif how == "device":
             path.symlink_to("/dev/null")
+        elif how == "pipe":
+            os.mkfifo(path)
         elif how == "dangling":
             path.symlink_to("nowhere")
         return f"{path.name} {how}"
@@ -258,6 +279,7 @@ def simplest(base: Base, at: Path) -> dict[str, list]:
         f"{COMMANDS}.demo": ["--model", "no/such/model"],
         f"{COMMANDS}.verify_resume": ["--kills", "1", "--work_dir", at / "work", "--", "--data", "no/such/data"],
         f"{COMMANDS}.perplexity": [*model, "--data", base.texts / "prose.txt"],
+        f"{COMMANDS}.conformance": [base.run, "--only", "no-such-program"],
     }
 
 
@@ -289,6 +311,88 @@ def a_preset(chance, base, at) -> Case:
     content, what = damaged(chance, (base.run / "config.yaml").read_bytes())
     (at / "preset.yaml").write_bytes(content)
     argv = ["--config", at / "preset.yaml", "--data", base.shards, "--run_dir", at / "run", "--max_steps", "2"]
+    return Case(TRAIN, argv, damage=what)
+
+
+def a_yaml_value(chance, base, at) -> Case:
+    """One option of a run, or two lines for it, with a value that YAML reads in a way of its own."""
+    lines = (base.run / "config.yaml").read_text().splitlines()
+    number = chance.choice([n for n, line in enumerate(lines) if line[0].isalpha()])
+    name, value = lines[number].partition(":")[0], chance.choice(NASTY_YAML)
+    lines[number : number + chance.choice([0, 1, 1, 1])] = [f"{name}: {value}"]
+    (at / "preset.yaml").write_text("\n".join(lines) + "\n")
+    argv = ["--config", at / "preset.yaml", "--data", base.shards, "--run_dir", at / "run", "--max_steps", "2"]
+    return Case(TRAIN, argv, damage=f"{name}: {value}")
+
+
+def a_manifest(chance, base, at) -> Case:
+    """A manifest that is well-formed and wrong: every one of these has to be refused."""
+    shutil.copytree(base.shards, at / "data")
+    manifest = json.loads((at / "data/manifest.json").read_text())
+    train, val, tokenizer = manifest["splits"]["train"], manifest["splits"]["val"], manifest["tokenizer"]
+    first, last = train["shards"][0], val["shards"][0]
+    what, change = chance.choice(
+        [
+            ("val is train", lambda: val.update(train)),
+            ("a shard twice", lambda: train.update(shards=[first, first], tokens=2 * train["tokens"])),
+            ("names exchanged", lambda: (first.update(file=last["file"]), last.update(file="train_000000.bin"))),
+            ("hashes exchanged", lambda: (first.update(sha256=last["sha256"]), last.update(sha256=first["sha256"]))),
+            ("no training", lambda: manifest["splits"].pop("train")),
+            ("no shards", lambda: train.update(shards=[], tokens=0)),
+            ("a token more", lambda: (first.update(tokens=train["tokens"] + 1), train.update(tokens=first["tokens"]))),
+            ("another dtype", lambda: manifest.update(dtype="uint32")),
+            ("another end", lambda: tokenizer.update(eot_id=chance.randrange(tokenizer["eot_id"]))),
+            ("a larger vocabulary", lambda: tokenizer.update(vocab_size=chance.choice([100, 50257, 2**30]))),
+            ("a smaller vocabulary", lambda: tokenizer.update(vocab_size=chance.randrange(tokenizer["vocab_size"]))),
+            ("another tokenizer", lambda: tokenizer.update(sha256=first["sha256"])),
+            ("a place", lambda: first.update(file=chance.choice(["./", "../", "a/", "/"]) + first["file"])),
+        ]
+    )  # fmt: skip
+    change()
+    (at / "data/manifest.json").write_text(json.dumps(manifest))
+    return Case(TRAIN, base.train(at / "data", at / "run"), must_refuse=True, damage=what)
+
+
+def a_tokenizer(chance, base, at) -> Case:
+    """Two ids exchanged, in the tokenizer of the data or of the first weights."""
+    shutil.copytree(base.shards, at / "data")
+    shutil.copytree(base.bare, at / "bare")
+    place = chance.choice([at / "data/tokenizer", at / "bare"])
+    content = json.loads((place / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    one, other = chance.sample(sorted(vocab), 2)
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    (place / "tokenizer.json").write_text(json.dumps(content))
+    argv = base.train(at / "data", at / "run", init_from=at / "bare")
+    return Case(TRAIN, argv, must_refuse=True, damage=f"{place.name}: {one!r} and {other!r} exchanged")
+
+
+def a_bare_model(chance, base, at) -> Case:
+    """A model's directory without checksums: any of its files damaged, up to three of them."""
+    shutil.copytree(base.bare, at / "bare")
+    files = sorted((at / "bare").iterdir())
+    what = "; ".join(damage_file(chance, path) for path in chance.sample(files, chance.choice([1, 1, 2, 3])))
+    model = ["--model", at / "bare", "--device", "cpu"]
+    programs = {
+        TRAIN: base.train(base.shards, at / "run", init_from=at / "bare"),
+        f"{COMMANDS}.generate": [*model, "--prompt", "the", "--max_new_tokens", "3"],
+        EVAL: [*model, "--data", base.texts / "examples.jsonl", "--limit", "2"],
+        f"{COMMANDS}.export": ["--model", at / "bare", "--out", at / "out"],
+        f"{COMMANDS}.prepare_text": [
+            "--input", base.texts / "rows.jsonl", "--tokenizer", at / "bare", "--out", at / "out", "--workers", "1",
+        ],
+    }  # fmt: skip
+    program = chance.choice(list(programs))
+    return Case(program, programs[program], damage=what)
+
+
+def a_foreign_data_set(chance, base, at) -> Case:
+    shutil.copytree(base.root / "foreign", at / "data")
+    path = chance.choice(sorted((at / "data").iterdir()))
+    what = damage_file(chance, path)
+    if path.exists() and chance.random() < 0.3:
+        what += f"; renamed to {path.rename(at / 'data' / chance.choice(NAMES)).name}"
+    argv = base.train(at / "data", at / "run", tokenizer=base.shards / "tokenizer")
     return Case(TRAIN, argv, damage=what)
 
 
@@ -382,7 +486,8 @@ def a_foreign_checkpoint(chance, base, at) -> Case:
 
 FAMILIES = (
     an_option, a_text, a_data_set, a_checkpoint, an_option, a_preset, a_run, a_trainer_state, a_text, an_option,
-    a_foreign_checkpoint, a_benchmark,
+    a_foreign_checkpoint, a_benchmark, a_yaml_value, a_bare_model, a_manifest, a_foreign_data_set, a_yaml_value,
+    a_bare_model, a_tokenizer,
 )  # fmt: skip
 
 

@@ -218,7 +218,8 @@ MANIFEST_CHANGES = [
     *[(("version",), value) for value in (None, 99, "1", -1)],
     *[(("format",), value) for value in (None, "other", 5)],
     *[(("tokenizer",), value) for value in (None, [], {}, "gpt2")],
-    *[(("tokenizer", "vocab_size"), value) for value in (None, -1, 0, "many", 3, [])],
+    *[(("tokenizer", "vocab_size"), value) for value in (None, -1, 0, "many", 3, [], 65_537)],
+    *[(("tokenizer", "eot_id"), value) for value in (-1, 0, 10**6)],
 ]  # fmt: skip
 
 
@@ -236,6 +237,42 @@ def test_a_manifest_that_says_something_impossible_is_refused(where, value, shar
         owner[where[-1]] = value
     (data / "manifest.json").write_text(json.dumps(manifest))
     refused("train_accelerate", tiny_run.flags(data, tmp_path / "run", max_steps=1), keep=data)
+
+
+def test_a_shard_that_the_manifest_lists_twice_is_refused(shards, tmp_path):
+    """Such as validation data that are training data."""
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["splits"]["val"] = manifest["splits"]["train"]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    said = refused("train_accelerate", tiny_run.flags(data, tmp_path / "run", max_steps=1), keep=data)
+    assert "train_000000.bin is listed twice" in said
+
+
+@pytest.mark.parametrize("content", [b"", b"\0", b"[]", b"{}", b"{"])
+def test_first_weights_with_a_damaged_tokenizer_are_refused(content, run_dir, shards, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(run_dir / "checkpoints/step_000002", model, ignore=lambda *_: ["trainer_state", "checksums.json"])
+    (model / "tokenizer.json").write_bytes(content)
+    refused("train_accelerate", tiny_run.flags(shards, tmp_path / "run", max_steps=1, init_from=model))
+
+
+UNKNOWN = "the \u00e9 fox"
+ASKED = {
+    "gpt2repro.commands.generate": ["--prompt", UNKNOWN],
+    "gpt2repro.commands.perplexity": ["--data", "text.txt"],
+    "train_accelerate": ["--sample_prompts", UNKNOWN, "--sample_tokens", "2"],
+}
+
+
+@pytest.mark.parametrize("program", ASKED)
+def test_a_character_that_the_tokenizer_does_not_know_is_refused(program, run_dir, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(UNKNOWN, encoding="utf-8")
+    model = ["--model", run_dir, "--device", "cpu"]
+    model = tiny_run.flags(shards, tmp_path / "run", max_steps=1) if program == "train_accelerate" else model
+    assert "knows no '\u00e9'" in refused(program, [*model, *ASKED[program]])
 
 
 def whole_shard() -> bytes:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -74,19 +75,23 @@ class Run:
         (directory / "config.yaml").write_text(yaml.safe_dump(options))
         (directory / "loss.png").write_bytes(b"\x89PNG picture")
 
-    def save(self, step: int, *, best: bool = False, on_written=None) -> Path:
+    def save(self, step: int, *, best: bool = False, on_written=None, ema: bool = False) -> Path:
         self.model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         with (self.dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "loss": 3.0, "lr": 1e-3}) + "\n")
             evaluation = {"val_loss": 3.25, "perplexity": 25.79, "bits_per_byte": 1.1, "val_tokens": 512}
+            evaluation |= {"val_loss_ema": 3.125, "bits_per_byte_ema": 1.05} if ema else {}
             hellaswag = {"hellaswag_acc_norm_tokens": 0.2955, "hellaswag_acc_norm_tokens_stderr": 0.0046}
             file.write(json.dumps({"step": step, **evaluation, **hellaswag, "hellaswag_examples": 500}) + "\n")
         (self.dir / "samples" / f"step_{step:06d}.md").write_text(
             f"# Samples at step {step}\n\n## 1\n\n    once {step}\n"
         )
         tools = {"model": self.model, "optimizer": self.optimizer, "tokenizer": self.tokenizer}
+        if ema:
+            tools["averages"] = {name: weight.detach() / 2 for name, weight in self.model.named_parameters()}
+            tools["extra_files"] = {"ema/average.json": json.dumps({"kind": "ema", "decay": 0.9, "step": step})}
         self.writer.save(step, **tools, state={**STATE, "step": step}, on_written=on_written)
         if best:
             self.writer.point("best", step)
@@ -130,6 +135,27 @@ def test_each_checkpoint_becomes_a_revision_and_main_is_the_best(hub, run):
     ):
         assert file in hub.files(REPO, "main"), file
     assert not (run.dir / "uploads" / "step_000003").exists()
+
+
+def test_averaged_weights_are_a_revision_of_their_own_with_their_own_numbers(hub, run, tmp_path):
+    uploader = uploader_of(run)
+    for step in (1, 2):
+        uploader.checkpoint(run.save(step, ema=True))
+    assert uploader.close(timeout=60) == [] and "ema" in uploader.published
+    average = run.dir / "checkpoints/step_000002/ema"
+    files = hub.files(REPO, "ema")
+    assert files["model.safetensors"] == (average / "model.safetensors").read_bytes()
+    assert {"config.json", "tokenizer.json", "modeling_gpt2repro.py", "average.json"} <= files.keys()
+    assert not [name for name in {**hub.files(REPO, "main"), **files} if name.startswith(("ema/", "trainer_state"))]
+    assert "ema/model.safetensors" in hub.files(REPO, "step-2")  # a resumed run needs it
+    card = files["README.md"].decode()
+    assert "exponential moving average over the steps until then (decay 0.9)" in card and "This is step 2" in card
+    assert "| 3.1250 |" in card and "| 3.2500 |" not in card and "HellaSwag" not in card
+    main = hub.files(REPO, "main")["README.md"].decode()
+    assert "| 3.2500 |" in main and "validation loss of the averaged weights (branch ema) | 3.1250 |" in main
+
+    fetched = fetch_checkpoint(f"hub:{REPO}", tmp_path / "fetched")
+    assert load_file(fetched / "ema/model.safetensors").keys() == load_file(average / "model.safetensors").keys()
 
 
 def test_only_the_newest_revision_keeps_the_optimizer_and_the_hub_forgets_the_others(hub, run):
@@ -505,6 +531,16 @@ def test_linked_steps_and_queue_entries_are_not_followed_and_hold_up_nothing(hub
     assert (foreign / "model.safetensors").exists()
 
 
+def test_a_linked_queue_is_neither_sent_nor_emptied(hub, run, tmp_path, capsys):
+    run.save(1)
+    foreign = tmp_path / "foreign"
+    shutil.copytree(run.save(2), foreign / "step_000009")
+    (run.dir / "uploads").symlink_to(foreign)
+    assert run_main(push.main, ["--model", str(run.dir), "--repo", REPO]) == 2
+    assert "uploads is a link" in capsys.readouterr().err
+    assert not sent_anywhere(hub) and (foreign / "step_000009").is_dir()
+
+
 def test_strangers_in_a_checkpoint_or_a_models_directory_stay_at_home(hub, run, model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "bare")
     path = run.save(1)
@@ -550,6 +586,28 @@ def test_a_damaged_directory_is_not_published(hub, run, model, tmp_path, capsys)
     assert not sent_anywhere(hub)
 
 
+def test_a_checkpoint_without_its_checksums_is_not_taken_for_a_bare_model(hub, run, capsys):
+    path = run.save(1)
+    (path / "checksums.json").unlink()
+    assert run_main(push.main, ["--model", str(path), "--repo", REPO]) == 2
+    assert "checksums.json is missing" in capsys.readouterr().err
+    assert not sent_anywhere(hub)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a directory", "a hard link"])
+def test_only_model_files_of_a_models_directory_are_sent(hub, model, tmp_path, capsys, kind):
+    bare, place = tmp_path / "bare", tmp_path / "bare/vocab.json"
+    model.save_pretrained(bare)
+    (tmp_path / "id_rsa").write_text("PRIVATE KEY")
+    {
+        "a pipe": os.mkfifo, "a directory": os.mkdir, "a hard link": lambda path: os.link(tmp_path / "id_rsa", path),
+    }[kind](place)  # fmt: skip
+    code = run_main(push.main, ["--model", str(bare), "--repo", REPO, "--native"])
+    said = capsys.readouterr().err
+    assert (code, "vocab.json is not valid JSON" in said) == ((2, True) if kind == "a hard link" else (0, False)), said
+    assert code == 2 or not [name for name in sent_anywhere(hub) if "vocab.json" in name]
+
+
 def test_revisions_of_an_earlier_run_keep_their_optimizer(hub, run, model, tmp_path):
     """Two runs publish into one repository; each clears up behind itself only."""
     uploader = uploader_of(run)
@@ -569,6 +627,63 @@ def test_revisions_of_an_earlier_run_keep_their_optimizer(hub, run, model, tmp_p
     assert before["trainer_state/optimizer-00000-of-00001.safetensors"] in hub.repo(REPO).lfs.values()
     holders = {branch for branch in hub.repo(REPO).branches if "checksums.json" in hub.files(REPO, branch)}
     assert holders == {"step-1", "step-12"}
+
+
+def test_another_runs_revision_of_the_same_step_stays_in_the_history(hub, run, model, tmp_path):
+    uploader = uploader_of(run)
+    run.save(2, on_written=uploader.checkpoint)
+    assert uploader.close(timeout=60) == []
+    theirs = hub.repo(REPO).branches["step-2"]
+    (tmp_path / "later").mkdir()
+    later = Run(tmp_path / "later", model)
+    uploader = uploader_of(later)
+    for step in (2, 4):
+        uploader.checkpoint(later.save(step))
+        wait_for(lambda name=f"step-{step}": name in uploader.published)
+    assert uploader.close(timeout=60) == []
+    head = hub.repo(REPO).resolve("step-2")
+    assert theirs in [commit.oid for commit in hub.repo(REPO).history(head)]
+
+
+def test_what_waits_already_is_not_queued_again(hub, run):
+    hub.fail(r"POST .*/commit/", status=503, times=10_000)
+    uploader = uploader_of(run)
+    path = run.save(1, on_written=uploader.checkpoint)
+    queued = (run.dir / "uploads/step_000001").stat().st_ino
+    uploader.checkpoint(path)
+    assert (run.dir / "uploads/step_000001").stat().st_ino == queued
+    uploader.close(timeout=0)
+
+
+def test_a_checkpoint_that_is_damaged_while_the_hub_is_down_is_not_sent(hub, run):
+    hub.fail(r"POST .*/commit/", status=503, times=10_000)
+    uploader = uploader_of(run)
+    run.save(1, on_written=uploader.checkpoint)
+    wait_for(lambda: any("/commit/" in path for _, path, _ in hub.requests))
+    flip_a_bit(run.dir / "uploads/step_000001/model.safetensors")
+    hub.forgive()
+    assert "its sha256 differs" in uploader.close(timeout=60)[0]
+    assert "step-1" not in hub.repo(REPO).branches or not hub.files(REPO, "step-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", b"\xff\xfe"),
+        ("config.yaml", b"- a list"),
+        ("config.yaml", b"{unclosed"),
+        ("samples/step_000001.md", b"\xff\xfe"),
+        ("conformance.json", b'{"rows": [1]}'),
+        ("data/manifest.json", b'{"source": {"corpus": []}, "splits": {"train": 5}, "tokenizer": {}}'),
+    ],
+)
+def test_a_damaged_file_beside_the_checkpoints_is_not_called_a_fault_of_the_network(hub, run, capsys, name, content):
+    run.save(1)
+    (run.dir / "data").mkdir()
+    (run.dir / "config.yaml").write_text(yaml.safe_dump({"data": str(run.dir / "data")}))
+    (run.dir / name).write_bytes(content)
+    assert run_main(push.main, ["--model", str(run.dir), "--repo", REPO, "--timeout_minutes", "0.1"]) == 2
+    assert "the model card cannot be made" in capsys.readouterr().err
 
 
 def test_a_revision_that_somebody_changed_since_is_left_alone(hub, run):
@@ -669,7 +784,8 @@ def test_a_revision_names_a_model_for_every_command(hub, run, tmp_path):
 
 
 def test_whether_a_login_may_write_is_asked_before(hub, monkeypatch, tmp_path):
-    assert our_hub.may_write(REPO) == our_hub.may_write("bare") == ("user", None)
+    assert our_hub.may_write(REPO) == ("user", None)
+    assert our_hub.may_write("bare") == ("", "'bare' is no repository's name: expected USER/NAME")
     assert "belongs to other, but this login is user" in our_hub.may_write("other/model")[1]
     hub.adopt_clients(monkeypatch, tmp_path / "home", token=None)
     name, complaint = our_hub.may_write(REPO)
@@ -689,6 +805,18 @@ def test_a_space_carries_the_demo_and_names_the_model(hub, run, capsys):
     assert "torch>=2.11,<2.14" in required and not [line for line in required if re.match("wandb|datasets", line)]
     assert hub.repo(REPO, "space").settings["sdk"] == "gradio" and hub.repo(REPO, "space").private
     assert "secret HF_TOKEN" in capsys.readouterr().out
+
+
+def test_strangers_in_the_package_stay_at_home(tmp_path, monkeypatch):
+    package = tmp_path / "gpt2repro"
+    shutil.copytree(push.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(push, "PACKAGE", package)
+    whole = push.space_files(REPO).keys()
+    for name in (".env", "presets/.netrc", "commands/notes.txt", "publishing/token"):
+        (package / name).write_text("of nobody's business")
+    assert push.space_files(REPO).keys() == whole
+    assert {"gpt2repro/presets/124M.yaml", "gpt2repro/publishing/card.md"} < whole
+    assert {"gpt2repro/generation/demo_page.css", "gpt2repro/generation/demo_page.js"} < whole
 
 
 @pytest.mark.slow

@@ -280,7 +280,7 @@ def test_damaged_and_foreign_files_are_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["transformer.wpe.weight", "transformer.ln_f.weight", "lm_head.weight"])
-@pytest.mark.parametrize("kind", ["sparse", "csr", "fp8", "meta", "scalar", "integers", "a list"])
+@pytest.mark.parametrize("kind", ["sparse", "csr", "fp8", "meta", "scalar", "integers", "nested", "a list"])
 def test_tensors_that_are_no_dense_rows_of_numbers_are_refused_in_a_sentence(tmp_path, kind, name):
     state = linear_state(97)
     tensor = state[name]
@@ -291,6 +291,7 @@ def test_tensors_that_are_no_dense_rows_of_numbers_are_refused_in_a_sentence(tmp
         "meta": lambda: tensor.to("meta"),
         "scalar": lambda: torch.tensor(1.0),
         "integers": lambda: tensor.to(torch.int8),
+        "nested": lambda: torch.nested.nested_tensor([tensor.flatten(), tensor.flatten()[:2]]),
         "a list": lambda: [1.0],
     }
     state[name] = change[kind]()
@@ -298,6 +299,19 @@ def test_tensors_that_are_no_dense_rows_of_numbers_are_refused_in_a_sentence(tmp
     with pytest.raises(InputError, match=f"{name} is not a tensor of floating-point numbers") as caught:
         read_checkpoint("nanogpt", tmp_path / "odd.pt")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"n_layer": True}, {"vocab_size": True}, {"dropout": "x"}, {"dropout": 5}])
+def test_sizes_that_are_none_are_refused_in_a_sentence(tmp_path, change):
+    torch.save({"model": linear_state(97), "model_args": {**sizes(97), **change}}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match="the model's"):
+        read_checkpoint("nanogpt", tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("val_loss", ["y", [1], torch.zeros(3), 10**400, None])
+def test_what_a_file_says_of_itself_may_be_anything(tmp_path, val_loss):
+    torch.save({"model": linear_state(97), "model_args": sizes(97), "step": 5, "val_loss": val_loss}, tmp_path / "a.pt")
+    assert not [note for note in read_checkpoint("nanogpt", tmp_path / "a.pt").notes if "the file says" in note]
 
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path, capsys):

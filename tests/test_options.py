@@ -265,6 +265,9 @@ def test_an_empty_value_is_refused_where_it_can_mean_nothing():
         (NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "/dev/null/x"), "/dev/null/x: Not a directory"),
         (MemoryError(), "the memory ran out"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "the memory"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "the memory"),
+        (SystemError("error return without exception set"), "the memory ran out; take smaller batches (for training: "),
+        (RuntimeError("can't start new thread"), "the memory ran out"),
     ],
 )
 def test_what_the_machine_cannot_do_is_a_sentence(error, said, capsys):

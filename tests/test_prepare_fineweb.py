@@ -1,6 +1,7 @@
 """prepare_fineweb.py: from a Hub (on 127.0.0.1) or local files to shards, in parts, and up to the Hub again."""
 
 import filecmp
+import json
 import os
 import random
 import shutil
@@ -137,10 +138,11 @@ def test_upload_continues_where_it_was_cut_and_trains_from_the_hub(
 @pytest.mark.parametrize(
     ("repo", "sentence", "token"),
     [
-        ("user/shards", "needs a login: run `hf auth login` or set HF_TOKEN", None),
-        ("somebody/shards", "--push_to_hub somebody/shards: the login may write below user", "right"),
-        ("shards", "--push_to_hub shards: the login may write below user", "right"),
-        ("user/a b", "--push_to_hub user/a b is no USER/NAME", "right"),
+        ("user/shards", "nobody is logged in to", None),
+        ("user/shards", "set HF_TOKEN, or run `hf auth login`", None),
+        ("somebody/shards", "belongs to somebody, but this login is user and may write for user", "right"),
+        ("shards", "'shards' is no repository's name: expected USER/NAME", "right"),
+        ("user/a b", "'user/a b' is no repository's name: expected USER/NAME", "right"),
     ],
 )
 def test_name_and_login_of_an_upload_are_checked_before_any_work(
@@ -160,6 +162,39 @@ def test_a_damaged_data_set_is_not_uploaded(tmp_path, files, tokenizer, loopback
         file.write(b"\x01")
     with pytest.raises(InputError, match=r"train_000001.bin is damaged"):
         push_dataset(tmp_path / "out", "user/shards")
+
+
+def test_strangers_links_and_secrets_beside_the_shards_are_not_uploaded(
+    tmp_path, files, tokenizer, loopback_hub, monkeypatch
+):
+    loopback_hub.adopt_clients(monkeypatch, tmp_path / "home")
+    out = tmp_path / "out"
+    run(files, out, tokenizer)
+    (out / "tokenizer/id_rsa").write_text("PRIVATE KEY")
+    push_dataset(out, "user/shards")
+    assert not [name for name in loopback_hub.files("user/shards", kind="dataset") if "id_rsa" in name]
+
+    (out / "tokenizer/special_tokens_map.json").symlink_to(out / "tokenizer/id_rsa")
+    with pytest.raises(InputError, match=r"special_tokens_map.json is a link"):
+        push_dataset(out, "user/other")
+    (out / "tokenizer/special_tokens_map.json").unlink()
+
+    path = out / "tokenizer/tokenizer.json"
+    whole, content = path.read_text(), json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    one, other = list(vocab)[:2]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"is not the tokenizer that manifest.json names"):
+        push_dataset(out, "user/other")
+    path.write_text(whole)
+
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["source"]["url"] = "https://me:opensesame@host/text"
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"manifest.json holds a secret"):
+        push_dataset(out, "user/other")
+    assert ("dataset", "user/other") not in loopback_hub.repos
 
 
 @pytest.mark.slow

@@ -178,6 +178,45 @@ def test_secrets_are_hidden_by_name_by_look_and_by_the_environment(monkeypatch):
     }
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://me:SECRETSECRET@host/x",
+        "https://me:SECRET@SECRET@host/x",
+        "redis://:SECRETSECRET@host/0",
+        "https://SECRETSECRETSECRETSECRET@host/x.git",
+        "https://host/x?token=SECRETSECRET&page=2",
+        "Authorization: Bearer SECRETSECRETSECRET",
+        "glpat-SECRETSECRETSECRETSEC",
+        "HF_TOKEN='SECRETSECRET'",
+        "api_key=SECRETSECRET",
+        '{"password": "SECRETSECRET"}',
+        "password: SECRETSECRET",
+        "the SECRET-of-the-environment",
+    ],
+)
+def test_a_secret_in_a_text_is_hidden(monkeypatch, text):
+    for name in ("PGPASSWORD", "DB_PASS", "SMTP_PWD", "MY_PAT"):
+        monkeypatch.setenv(name, "SECRET-of-the-environment")
+        assert "SECRET" not in (clean := scrub(text)) and "[hidden]" in clean
+        assert scrub(clean) == clean
+        monkeypatch.delenv(name)
+        if "environment" not in text:
+            break
+
+
+def test_a_text_without_secrets_stays_as_it_is():
+    for text in (
+        "tokenizer: gpt2",
+        "batch_tokens=524288 val_tokens: 10485760",
+        "bos_token: <|end|>",
+        "http://host:8080/x?page=2",
+        "me@host, see https://host/@me",
+        "sorted(items, key=itemgetter(1))",
+    ):
+        assert scrub(text) == text
+
+
 def test_tensorboard_files_read_back_as_one_run_after_a_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -17,6 +17,7 @@ FORMAT, VERSION = "gpt2repro-checkpoint", 1
 STEP_NAME = re.compile(r"step_(\d{6,12})")
 PIECE_NAME = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.safetensors")
 POINTERS = ("latest", "best", "final")
+EMA = "ema/"  # in a checkpoint: the averaged weights, as a model's directory
 LONGEST_WAIT = timedelta(hours=6)  # for one process' slow work: 19 GB of the 1558M over a slow line
 
 
@@ -45,9 +46,9 @@ def kept_steps(
 
 
 def find_run(model: str | Path) -> Path | None:
-    """The run that a model belongs to: the directory itself, or the one around its checkpoints."""
+    """The run that a model belongs to: the directory itself, or the one around its checkpoints and their ema/."""
     path = Path(model).resolve()
-    return next((place for place in [path, *list(path.parents)[:2]] if (place / "metrics.jsonl").is_file()), None)
+    return next((place for place in [path, *list(path.parents)[:3]] if (place / "metrics.jsonl").is_file()), None)
 
 
 def step_path(directory: Path, step: int) -> Path:
@@ -106,13 +107,13 @@ def from_all_ranks(value: Any = None) -> list:
 
 def from_rank_zero(call: Callable):
     """Rank 0 alone makes `call()`; every rank returns its result. Raises: the call's InputError, on every rank."""
-    answer: list = [None, None]
+    answer = None
     if rank_and_world()[0] == 0:
         try:
-            answer[0] = call()
+            answer = call()
         except InputError as error:
-            answer[1] = str(error)
-    result, complaint = from_all_ranks(answer)[0]
-    if complaint:
-        raise InputError(complaint)
-    return result
+            answer = error
+    answer = from_all_ranks(answer)[0]
+    if isinstance(answer, InputError):
+        raise answer
+    return answer

@@ -1,13 +1,12 @@
 """Checkpoints and models found by name, and verified before anything in them is used. Nothing is ever unpickled."""
 
 import re
-import sys
 from pathlib import Path
 
 from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import open_tensors
 from gpt2repro.files import is_plain_name, read_json, read_json_if_whole, sha256_of
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line, say
 
 MODEL_TYPES = ("gpt2repro", "gpt2")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
@@ -37,7 +36,7 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
         try:
             verify_checkpoint(path)
         except InputError as error:
-            print(f"warning: damaged checkpoint skipped: {error}", file=sys.stderr, flush=True)
+            say(f"warning: damaged checkpoint skipped: {error}")
         else:
             return path
     if steps:
@@ -86,9 +85,10 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
     """
     path = Path(find_model(model, any_architecture=any_architecture))
     # What is about to be loaded, and no more: the optimizer's files are several times as large.
-    checksums = read_json_if_whole(path / "checksums.json") or {}
-    for name in {"model.safetensors", "tokenizer.json"} & checksums.keys():
-        record = checksums[name]
+    inside = layout.EMA if (path.parent / "checksums.json").is_file() and f"{path.name}/" == layout.EMA else ""
+    checksums = read_json_if_whole((path.parent if inside else path) / "checksums.json") or {}
+    for name in {"model.safetensors", "tokenizer.json"} & {key.removeprefix(inside) for key in checksums}:
+        record = checksums.get(inside + name)
         whole = (path / name).is_file() and isinstance(record, dict) and sha256_of(path / name) == record.get("sha256")
         if not whole:
             raise InputError(
@@ -111,7 +111,7 @@ def fetch_model(name: str) -> str:
             repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"], library_name="gpt2repro"
         )
     except Exception as error:  # whatever the client and its HTTP library raise
-        raise InputError(f"cannot fetch the model {name}: {(str(error).splitlines() or [repr(error)])[0]}") from None
+        raise InputError(f"cannot fetch the model {name}: {first_line(error)}") from None
 
 
 def verify_checkpoint(path: str | Path, *, strays: bool = False) -> None:
@@ -175,9 +175,9 @@ def check_model_directory(path: str | Path, *, any_architecture: bool = False) -
             raise InputError(f"{path}: {shard} is missing")
         with open_tensors(path / shard) as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        if (path / name).is_file():
-            read_json(path / name)
+    for name in ("generation_config", "tokenizer_config", "tokenizer", "special_tokens_map", "added_tokens", "vocab"):
+        if (path / f"{name}.json").is_file():
+            read_json(path / f"{name}.json")
     if model_type in MODEL_TYPES:
         _check_sizes(path, config, shapes)
 

@@ -22,6 +22,7 @@ import re
 import tempfile
 import threading
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -184,6 +185,13 @@ class _Content(BaseModel):
     source: dict = {}
     settings: dict = {}
     splits: Annotated[dict[str, _Split], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _has_each_once(self):
+        names = [shard.file for split in self.splits.values() for shard in split.shards]
+        if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+            raise ValueError(f"{twice} is listed twice")
+        return self
 
 
 class Manifest(dict):

@@ -34,10 +34,8 @@ def read_rows(
         return _read_file(path)
     if not os.path.isdir(source) and not HUB_ID.fullmatch(str(source)):
         raise InputError(f"there is no file {source}; give a .jsonl file, a directory or a dataset of the Hub")
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"reading {source} needs the package `datasets`; install it or give a .jsonl file") from None
+    import datasets
+
     split = {"val": "validation"}.get(split, split)
     try:
         return list(datasets.load_dataset(str(source), subset, split=split))

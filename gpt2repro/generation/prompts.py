@@ -2,18 +2,25 @@
 
 from tokenizers.decoders import DecodeStream
 
+from gpt2repro.data.tokenization import unknown_characters
 from gpt2repro.options import InputError
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """A prompt's ids; an empty prompt becomes the end-of-text token, after which GPT-2 begins a new document.
 
-    Raises: InputError for text that is no Unicode, or an empty prompt where the tokenizer has no token to start from.
+    Raises: InputError for text that is no Unicode, for characters that a character tokenizer does not know, and for an
+    empty prompt where the tokenizer has no token to start from.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:  # a lone surrogate: from "\ud800" in JSON, or a terminal that is not UTF-8
         raise InputError(f"the prompt is not valid text: character {error.start + 1} is half of one") from None
+    if unknown := unknown_characters(tokenizer, text):
+        raise InputError(
+            f"the model's tokenizer knows no {', '.join(map(repr, unknown[:5]))}; write the prompt without, or take a "
+            "model whose tokenizer is not one of characters"
+        )
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # too long is said by `room_for`
     if ids:
         return ids

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from gpt2repro.files import read_json, sha256_of
+from gpt2repro.files import name_aside, read_json, sha256_of
 from gpt2repro.options import InputError
 
 # The names of a model's files; any other file in a model's directory is private.
@@ -59,10 +59,15 @@ def export_native(source: str | Path, target: str | Path, *, put: Callable | Non
     config.pop("auto_map", None)
     config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": config["n_positions"]}
     for path in sorted(source.iterdir()):
-        if MODEL_FILE.fullmatch(path.name) and path.suffix != ".py" and path.name != "config.json":
+        if is_model_file(path) and path.suffix != ".py" and path.name != "config.json":
             (put or link)(path.resolve(), target / path.name)  # the Hub's cache keeps links to the files
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a path of a model's directory is a file of the model; pipes and directories of such names are not."""
+    return MODEL_FILE.fullmatch(path.name) is not None and path.is_file()
 
 
 def link(source: Path, target: Path) -> None:
@@ -119,20 +124,17 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Raises: InputError where it cannot be written.
     """
-    aside = None
+    aside = name_aside(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+        aside.mkdir(parents=True)
         yield aside
         if out.is_dir():
             out.rmdir()  # empty, as checked: Windows renames onto nothing
-        aside.chmod(0o755)  # mkdtemp's is for its owner alone
         aside.rename(out)
     except OSError as error:
         raise InputError(f"--out {out} could not be written: {error.strerror or error}") from None
     finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def to_onnx(native: Path, out: Path) -> tuple[str, Callable]:

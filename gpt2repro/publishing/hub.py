@@ -2,6 +2,7 @@
 
     runs/x/checkpoints/step_5000 --hard links--> runs/x/uploads/step_005000 --thread--> branch step-5000, branch main
                                                                                         branch native: a plain gpt2
+                                                                                        branch ema: averaged weights
 
 * Every revision is one commit: a reader sees a checkpoint whole or not at all.
 * `main` is the run's best checkpoint (the newest one, where nothing was evaluated), without the optimizer.
@@ -30,11 +31,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gpt2repro.checkpoint.layout import STEP_NAME, from_rank_zero, list_steps, resolve_pointer
+from gpt2repro.checkpoint.layout import EMA, STEP_NAME, from_rank_zero, list_steps, resolve_pointer
 from gpt2repro.checkpoint.reader import check_model_directory, verify_checkpoint
 from gpt2repro.files import read_json, read_json_if_whole, write_json
 from gpt2repro.options import InputError
-from gpt2repro.publishing.exports import MODEL_FILE, check_native, export_native, link
+from gpt2repro.publishing.exports import check_native, export_native, is_model_file, link
 from gpt2repro.publishing.model_card import card_files
 from gpt2repro.redaction import scrub
 
@@ -91,7 +92,7 @@ def publish(api, repo: str, files: dict[str, Path | bytes], *, revision: str, me
 def checkpoint_files(directory: str | Path) -> dict[str, Path | bytes]:
     """Path in the repository -> file, of a checkpoint or any other model's directory; the files are verified first.
 
-    A checkpoint's files are those that checksums.json names; another directory's are those that MODEL_FILE matches.
+    A checkpoint's files are those that checksums.json names; another directory's are those of a model's names.
     No other file is published. A state.json that was written before states were scrubbed is scrubbed here, and its
     checksum is corrected.
 
@@ -99,9 +100,9 @@ def checkpoint_files(directory: str | Path) -> dict[str, Path | bytes]:
     """
     directory = Path(directory)
     refuse_links(directory)
-    if not (directory / CHECKSUMS).exists():
+    if not (directory / CHECKSUMS).exists() and not (directory / TRAINER_STATE).exists():
         check_model_directory(directory)
-        return {path.name: path for path in sorted(directory.iterdir()) if MODEL_FILE.fullmatch(path.name)}
+        return {path.name: path for path in sorted(directory.iterdir()) if is_model_file(path)}
     verify_checkpoint(directory, strays=True)
     checksums = read_json(directory / CHECKSUMS)
     files: dict[str, Path | bytes] = {name: directory / name for name in (*checksums, CHECKSUMS)}
@@ -114,8 +115,9 @@ def checkpoint_files(directory: str | Path) -> dict[str, Path | bytes]:
 
 
 def weights_only(files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """`files` without the trainer's state and without the checksums, which cover that state; the Hub has its own."""
-    return {name: file for name, file in files.items() if name != CHECKSUMS and not name.startswith(TRAINER_STATE)}
+    """`files` without the trainer's state, the averages, and the checksums of those; the Hub has its own checksums."""
+    left_out = (TRAINER_STATE, EMA, CHECKSUMS)
+    return {name: file for name, file in files.items() if not name.startswith(left_out)}
 
 
 def refuse_links(directory: Path) -> None:
@@ -132,15 +134,15 @@ def may_write(repo: str) -> tuple[str, str | None]:
     """(account name or "", complaint or None): whether the login at hand may write to the Hub repository `repo`."""
     from huggingface_hub import HfApi
 
-    owner, slash, _ = repo.partition("/")
+    if not REPO_ID.fullmatch(repo):
+        return "", f"{repo!r} is no repository's name: expected USER/NAME"
     try:
         account = HfApi().whoami()
     except Exception as error:  # no login, no network, a server's bad day: all the same to a plan
-        reason = scrub((str(error).strip() or type(error).__name__).splitlines()[0])
-        return "", f"the Hub does not say who you are, so {repo} may not be writable (`hf auth login`): {reason}"
-    name = account.get("name", "")
+        return "", f"the Hub does not say who you are, so {repo} may not be writable: {explain(error, repo)}"
+    name, owner = account.get("name", ""), repo.split("/")[0]
     mine = {name, *(group.get("name") for group in account.get("orgs", []))}
-    if slash and owner not in mine:
+    if owner not in mine:
         return name, f"{repo} belongs to {owner}, but this login is {name} and may write for {', '.join(sorted(mine))}"
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         return name, f"the token of {name} may only read; pushing to {repo} needs one with write permission"
@@ -227,12 +229,15 @@ class Uploader:
         self._said: set[str] = set()
         self._errors: dict[str, str] = {}  # name of what has not arrived -> the reason
         self._refused: set[str] = set()  # names in the queue that are not sent: damaged checkpoints and links
-        self._verified: dict[tuple[str, int], dict] = {}  # (name, inode) -> files, so that each is hashed once
+        self._verified: dict[tuple, dict] = {}  # (name, inode and time of each file) -> files: hashed once
+        self._before: dict[str, str | None] = {}  # branch -> its commit before this process published it
         self._wake = threading.Condition()
         self._closing_at: float | None = None  # the deadline, once close() was called
         logging.set_verbosity_error()  # its warnings are about single attempts; this class reports their outcome
         if quiet:
             disable_progress_bars()  # they would disturb the training's own bar
+        if self.uploads.is_symlink():
+            raise InputError(f"{self.uploads} is a link, and what lies behind it would be published; remove the link")
         self.api = None
         try:
             self._connected()
@@ -250,8 +255,10 @@ class Uploader:
     def checkpoint(self, path: str | Path) -> None:
         """Queue a written checkpoint. Only the main process calls it, from any thread."""
         path = Path(path)
+        queued = self.uploads / path.name
         try:
-            _link_tree(path, self.uploads / path.name)
+            if _inodes(queued) != _inodes(path):  # else it waits already
+                _link_tree(path, queued)
         except (OSError, InputError) as error:
             reason = str(error) if isinstance(error, InputError) else error.strerror or str(error)
             self._say(f"{path.name} cannot be queued for upload: {reason}")
@@ -296,25 +303,21 @@ class Uploader:
         wait = FIRST_WAIT_SECONDS
         while True:
             with self._wake:
-                while not self._news and self._closing_at is None:
-                    self._wake.wait()
+                self._wake.wait_for(lambda: self._news or self._closing_at is not None)
                 self._news = False
             error = self._send_what_waits()
             with self._wake:
                 closing = self._closing_at is not None
-                if error is None:
+                if error is None or is_final(error):
                     wait = FIRST_WAIT_SECONDS
-                    if closing and not self._queue():
+                    if closing and not (error is None and self._queue()):
                         return
-                elif is_final(error):
-                    if closing:
-                        return
-                else:
-                    pause = wait * random.uniform(0.5, 1.5)  # jitter: many runs meet one busy Hub
-                    if closing and time.monotonic() + pause > self._closing_at:
-                        return
-                    self._wake.wait(pause)
-                    wait, self._news = min(2 * wait, LONGEST_WAIT_SECONDS), True
+                    continue
+                pause = wait * random.uniform(0.5, 1.5)  # jitter: many runs meet one busy Hub
+                if closing and time.monotonic() + pause > self._closing_at:
+                    return
+                self._wake.wait(pause)
+                wait, self._news = min(2 * wait, LONGEST_WAIT_SECONDS), True
 
     def _send_what_waits(self) -> Exception | None:
         """Send the oldest first, so that the newest comes last; stop at the first fault: the next would meet it too."""
@@ -322,10 +325,15 @@ class Uploader:
         try:
             ready = {}
             for staged in self._queue():
-                name, key = staged.name, (staged.name, staged.lstat().st_ino)
+                name, inode = staged.name, staged.lstat().st_ino
+                stats = [path.lstat() for path in sorted(staged.rglob("*"))]
+                key = (name, *((stat.st_ino, stat.st_mtime_ns) for stat in stats))
                 try:
                     self._verified[key] = ready[staged] = self._verified.get(key) or checkpoint_files(staged)
                 except InputError as error:
+                    if not staged.exists() or staged.lstat().st_ino != inode:  # replaced while it was read
+                        self._news = True
+                        continue
                     self._refused.add(name)
                     self._errors[name] = str(error)
                     self._say(f"{name} is not sent: {error}")
@@ -366,12 +374,20 @@ class Uploader:
         step = int(STEP_NAME.fullmatch(staged.name)[1])
         branch, inode = f"step-{step}", staged.stat().st_ino
         kept = files if newest else weights_only(files)
+        heads = {ref.name: ref.target_commit for ref in api.list_repo_refs(self.repo).branches}
+        before = self._before.setdefault(branch, heads.get(branch))  # a second attempt meets what the first one made
+        before = None if before == heads.get("main") else before  # a branch begins there
         commit = publish(api, self.repo, kept | self._cards(staged), revision=branch, message=f"Step {step}")
         self._publish_main(api, self._best() or staged)
         self.published.append(branch)
+        average = {name.removeprefix(EMA): file for name, file in files.items() if name.startswith(EMA)}
+        if newest and average:
+            average |= self._cards(staged / EMA)
+            publish(api, self.repo, average, revision="ema", message=f"Averaged weights, step {step}")
+            self.published.append("ema")
         if newest:
             try:
-                self._strip_older(branch, commit)
+                self._strip_older(branch, commit, before)
             except Exception as error:  # costs space, loses nothing
                 self._say(f"older optimizer states stay on the Hub for now: {explain(error, self.repo)}")
         if staged.stat().st_ino == inode:  # else a rewound run has saved this step anew meanwhile
@@ -390,11 +406,12 @@ class Uploader:
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
-    def _strip_older(self, newest: str, commit: str) -> None:
+    def _strip_older(self, newest: str, commit: str, before: str | None) -> None:
         """Delete the optimizer's state from this run's older branches, and its files from the Hub's storage.
 
         `uploads/optimizer_states.json` names the branches that this run has published with an optimizer's state, and
-        their commits. A branch that has another commit now, or that another run has made, stays as it is.
+        their commits. A branch that has another commit now, or that another run has made, stays as it is. `before` is
+        the commit that `newest` had before `commit`: of another run, it would be lost with the branch's history.
         """
         from huggingface_hub import CommitOperationDelete
         from huggingface_hub.errors import EntryNotFoundError
@@ -408,7 +425,10 @@ class Uploader:
 
         log = self.uploads / "optimizer_states.json"
         repos = read_json_if_whole(log) or {}
-        ours = repos.get(self.repo, {}) | {newest: commit}
+        ours = repos.get(self.repo)
+        ours = ours if isinstance(ours, dict) else {}
+        known = ours.pop(newest, None)
+        ours |= {newest: commit} if before in (None, known) else {}
         write_json(log, {**repos, self.repo: ours})
         refs = self.api.list_repo_refs(self.repo)
         heads = {ref.name: ref.target_commit for ref in [*refs.branches, *refs.tags]}
@@ -435,6 +455,10 @@ class Uploader:
         if message not in self._said:
             self._said.add(message)
             print(f"upload: {scrub(message)}", file=sys.stderr, flush=True)
+
+
+def _inodes(folder: Path) -> dict[Path, int]:
+    return {path.relative_to(folder): path.lstat().st_ino for path in folder.rglob("*") if path.is_file()}
 
 
 def _link_tree(source: Path, target: Path) -> None:

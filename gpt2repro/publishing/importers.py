@@ -12,6 +12,7 @@ keeps; llm.c `train_gpt2.py` (`write_model`) and `train_gpt2.cu` (`gpt2_write_to
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pickle
 import re
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line
 
 GPT2_VOCAB_SIZE = 50257
 # nn.Linear keeps (out, in), GPT-2's Conv1D (in, out): https://github.com/karpathy/nanoGPT/blob/master/model.py
@@ -82,8 +83,9 @@ def read_pickle(path: Path, file: str, sizes_key: str, activation: str) -> Impor
     if not isinstance(sizes, dict):
         raise InputError(f"{path}: expected the model's sizes in a dict or a GPTConfig, found {type(sizes).__name__}")
     imported = _from_linear_layout(path, state, sizes, activation)
-    if isinstance(checkpoint.get("step"), int) and checkpoint.get("val_loss") is not None:
-        imported.notes.append(f"the file says: step {checkpoint['step']}, val_loss {float(checkpoint['val_loss']):.4f}")
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError, RuntimeError):  # a file may say anything
+        step, val_loss = checkpoint["step"], float(checkpoint["val_loss"])
+        imported.notes.append(f"the file says: step {step:d}, val_loss {val_loss:.4f}")
     return imported
 
 
@@ -162,8 +164,7 @@ def _load_pickle(path: Path):
     except Exception as error:  # unpickling a damaged or hostile file can raise anything
         if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # a file from before torch 1.6
             raise _would_run(path, [refused[1]]) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is not a readable PyTorch checkpoint: {reason}") from None
+        raise InputError(f"{path} is not a readable PyTorch checkpoint: {first_line(error)}") from None
 
 
 def _would_run(path: Path, names: list[str]) -> InputError:
@@ -177,9 +178,12 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
     """A state dict of nanoGPT's family -> GPT-2's names, (in, out) matrices, biases, and no padded vocabulary rows."""
     notes: list[str] = []
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    wrong = [name for name in names if not isinstance(sizes.get(name), int) or sizes[name] < 1]
+    wrong = [name for name in names if type(sizes.get(name)) is not int or sizes[name] < 1]
     if wrong:
         raise InputError(f"{path}: the model's sizes lack a positive {', '.join(wrong)}")
+    dropout = sizes.get("dropout") or 0.0
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise InputError(f"{path}: the model's dropout is {str(dropout)[:80]!r}, expected a number from 0 to below 1")
     T, V, L, H, C = (sizes[name] for name in names)
     if len(state) < L:
         raise InputError(f"{path} has {len(state)} tensors, too few for its n_layer={L}")
@@ -190,9 +194,11 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
     for name, value in state.items():
         found = type(value).__name__
         if isinstance(value, torch.Tensor):
-            if value.layout == torch.strided and not value.is_meta and value.dtype in DTYPES and value.dim() > 0:
+            dense = value.layout == torch.strided and not value.is_nested and not value.is_meta
+            if dense and value.dtype in DTYPES and value.dim() > 0:
                 continue
-            found = f"{value.dtype} of shape {tuple(value.shape)} and layout {value.layout} on {value.device}"
+            shape = "varying shape" if value.is_nested else f"shape {tuple(value.shape)}"
+            found = f"{value.dtype} of {shape} and layout {value.layout} on {value.device}"
         raise InputError(
             f"{path}: {name} is not a tensor of floating-point numbers that can be read but {found}: save it dense, as "
             "fp32, bf16 or fp16"
@@ -234,7 +240,6 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
     for name in shapes:
         tensor = state[name].t() if name.endswith(TRANSPOSED) else state[name]
         tensors[name] = tensor.clone(memory_format=torch.contiguous_format)  # the file's memory map can go
-    dropout = float(sizes.get("dropout") or 0.0)
     config = {"vocab_size": vocab_size, "n_positions": T, "n_embd": C, "n_layer": L, "n_head": H}
     config |= {"activation_function": activation, "embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
     if vocab_size != GPT2_VOCAB_SIZE:
