@@ -315,9 +315,8 @@ def train(config: TrainConfig) -> int:
     model = build_model(config, source.vocab_size, source.tokenizer)
 
     # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
-    sharded = accelerator.distributed_type == "FSDP"
-    overlapping = world if config.reduction == "fast" else 1  # processes that exchange gradients during backward
-    compiled = compile_model(model, config.compile, device.type, overlapping, sharded=sharded)
+    ranks = world if config.reduction == "fast" else 1  # that exchange gradients during the backward pass
+    compiled = compile_model(model, config.compile, device.type, ranks, sharded=accelerator.distributed_type == "FSDP")
     # The processes of one machine share Muon's work. Between machines the results may travel longer than they compute.
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
     recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale", "cautious_decay")}
@@ -328,7 +327,8 @@ def train(config: TrainConfig) -> int:
 
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
-    meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
+    speed = {"batch_tokens": config.batch_tokens, "flops_per_token": flops, "device_peak": peak}
+    meter = Meter(accelerator, **speed, same=config.reduction == "fixed")
     if config.reduction == "fixed":
         model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP: `fixed` exchanges the gradients
     model, optimizer = accelerator.prepare(model, optimizer)  # nothing else: the module's first lines say why
@@ -406,7 +406,7 @@ def train(config: TrainConfig) -> int:
 
             # Step; with `skip`, a bad loss or norm leaves weights and moments as they are, decided on the device.
             if config.on_bad_numbers == "skip":
-                mean_loss = accelerator.reduce(loss, reduction="mean")
+                mean_loss = accelerator.reduce(loss, reduction="mean") if fixed is None else loss
                 fine = run.monitor.allow(mean_loss, grad_norm, scaled=accelerator.scaler is not None)
                 step_unless_bad(optimizer, fine, accelerator.scaler)
             else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line, say
 
 if TYPE_CHECKING:  # commands take ModelOptions from here before they know whether they will need torch
     import torch
@@ -52,7 +52,7 @@ def pick_device(name: str | None = None) -> torch.device:
             raise RuntimeError("it holds no numbers")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} is not usable here; try cpu ({str(error).splitlines()[0]})") from None
+        raise InputError(f"device {name!r} is not usable here; try cpu ({first_line(error)})") from None
 
 
 def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
@@ -74,7 +74,7 @@ def architecture_of(name: str) -> dict:
     try:
         found = GPT2ReproConfig.from_pretrained(find_model(name))
     except (OSError, ValueError) as error:
-        raise InputError(f"init_from={name}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"init_from={name}: {first_line(error)}") from error
     return {size: getattr(found, size) for size in ARCHITECTURE if size != "activation_function"}
 
 
@@ -112,9 +112,8 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
     except SafetensorError as error:
         raise InputError(f"the weights of {name} are damaged ({error}); copy or download them again") from None
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "trust_remote_code" in str(error):
-            reason = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
+        own_code = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
+        reason = own_code if "trust_remote_code" in str(error) else first_line(error)
         raise InputError(f"cannot load a causal language model from {name}: {reason}") from None
     if loaded["missing_keys"]:
         absent = sorted(loaded["missing_keys"])
@@ -178,7 +177,7 @@ def _ours(source: str, said: str, **how):
     try:  # nothing is ever unpickled
         return GPT2ReproForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **how)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"{said}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{said}: {first_line(error)}") from error
 
 
 def build_model(config, vocab_size: int, tokenizer):
@@ -204,8 +203,9 @@ def build_model(config, vocab_size: int, tokenizer):
         try:
             model = GPT2ReproForCausalLM._from_config(GPT2ReproConfig(**sizes, **ends), dtype=torch.float32, **kernel)
         except ImportError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"attn_implementation={config.attn_implementation}: {reason}; try sdpa") from None
+            raise InputError(
+                f"attn_implementation={config.attn_implementation}: {first_line(error)}; try sdpa"
+            ) from None
         if config.zero_init:
             for module in model.modules():
                 if getattr(module, "feeds_the_residual_stream", False):
@@ -238,7 +238,7 @@ def _first_weights(config, vocab_size: int, tokenizer):
     except InputError:
         if (Path(source) / "tokenizer.json").exists():
             raise
-        print(f"warning: {config.init_from} has no tokenizer to compare with that of the data", file=sys.stderr)
+        say(f"warning: {config.init_from} has no tokenizer to compare with that of the data")
         return model
     # Fingerprints, not bytes of files: OpenAI's own files and our rebuilt ones are the same tokenizer.
     if fingerprint(own) != fingerprint(tokenizer):

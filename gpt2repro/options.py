@@ -29,6 +29,7 @@ import gc
 import inspect
 import itertools
 import re
+import signal
 import sys
 import textwrap
 import types
@@ -61,6 +62,22 @@ T = TypeVar("T")
 
 class InputError(Exception):
     """Bad input. The message is one sentence for the user; the process ends with exit code 2 and no traceback."""
+
+
+def taken(out: Path) -> Problems:
+    """The problem of an option --out that is to become a new directory and cannot."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        yield f"--out {out} exists and is not an empty directory; choose another"
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an error in one line; the error's name where it has none."""
+    return ((getattr(error, "strerror", None) or str(error)).strip().splitlines() or [type(error).__name__])[0]
+
+
+def say(message: str) -> None:
+    """Print a message about the work on stderr; results go to stdout."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: str | None = None) -> T:
@@ -157,6 +174,9 @@ def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None
         except OSError:
             sys.stdout = None  # or the interpreter tries once more when it ends
         return 2
+    finally:
+        if argv is None:  # Ctrl-C while the interpreter ends: no traceback of what it was just closing
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def sentence_for(error: BaseException) -> InputError | None:
@@ -166,15 +186,22 @@ def sentence_for(error: BaseException) -> InputError | None:
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         what = f"{error.filename}: " if error.filename is not None else ""
         return InputError(f"{what}{error.strerror}; {_ADVICE.get(error.errno, _ELSEWHERE)}")
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
-        return InputError("the memory ran out; take smaller batches, or a machine with more of it")
+    kinds = (RuntimeError, ImportError, SystemError)
+    if isinstance(error, MemoryError) or (isinstance(error, kinds) and _OUT_OF_MEMORY.search(str(error))):
+        return InputError(
+            "the memory ran out; take smaller batches (for training: halve --micro_batch_size), or a machine with more "
+            "memory"
+        )
     return None
 
 
 _ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and start the same command again")
 _ELSEWHERE = "see to it, or name another place"
-# torch's allocators say it in these words; torch itself is not imported here
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+# The words of torch's allocators, of the loader of shared libraries, and of Python; torch is not imported here.
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory|[Cc]annot allocate memory|bad_alloc|failed to map segment"
+    "|can't start new thread|error return without exception set"
+)
 
 
 def preset_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""One of two processes that evaluate a model as training does; `test_evaluation.py` compares it with one process.
+"""One of several processes that evaluate a model as training does; `test_evaluation.py` compares it with one process.
 
 python evaluation_worker.py RANK WORLD PORT OUT.json
 """
@@ -15,6 +15,7 @@ from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.data.tokenization import bpe_tokenizer
 from gpt2repro.evaluation import hellaswag
 from gpt2repro.evaluation.losses import validation_loss
+from gpt2repro.evaluation.multiple_choice import score
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 EXAMPLES = Path(__file__).parent / "data" / "hellaswag_synthetic.jsonl"
@@ -45,11 +46,13 @@ def build():
 
 
 def evaluate(model, tokenizer, examples) -> dict:
-    """What a run logs at an evaluation. 1000 tokens and 3 rows per pass leave one rank with less to do."""
+    """What a run logs at an evaluation, and each example's scores. 1000 tokens and 3 rows per pass: uneven work."""
     split = Tokens(1000, len(tokenizer), text_bytes=4000)
     record = validation_loss(model, split, seq_len=32, batch_size=3, tokens=900)
     prepared = hellaswag.TASK.prepare(examples, tokenizer, 384)
-    return record | prepared.evaluate(model)
+    scores = score(model, prepared)
+    record = record | hellaswag.TASK.summary(hellaswag.TASK.predictions(prepared, scores))
+    return record | {f"{name} of each": [one.tolist() for one in examples] for name, examples in scores.items()}
 
 
 def train_one_step(model, rank: int) -> float:

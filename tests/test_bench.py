@@ -287,7 +287,7 @@ def test_recipes_are_measured_cell_by_cell_and_a_second_start_does_the_rest(tmp_
     monkeypatch.setattr(recipes, "LENGTHS", (0.5,))
     done = []
 
-    def training(arguments, log):
+    def training(arguments):
         """Stands in for minutes of training: a loss that falls with the steps, by an amount for each option."""
         given = dict(zip(arguments[1::2], arguments[2::2], strict=False))
         steps, seed = given["--max_steps"], given["--seed"]

@@ -645,6 +645,16 @@ def test_another_runs_revision_of_the_same_step_stays_in_the_history(hub, run, m
     assert theirs in [commit.oid for commit in hub.repo(REPO).history(head)]
 
 
+def test_what_waits_already_is_not_queued_again(hub, run):
+    hub.fail(r"POST .*/commit/", status=503, times=10_000)
+    uploader = uploader_of(run)
+    path = run.save(1, on_written=uploader.checkpoint)
+    queued = (run.dir / "uploads/step_000001").stat().st_ino
+    uploader.checkpoint(path)
+    assert (run.dir / "uploads/step_000001").stat().st_ino == queued
+    uploader.close(timeout=0)
+
+
 def test_a_checkpoint_that_is_damaged_while_the_hub_is_down_is_not_sent(hub, run):
     hub.fail(r"POST .*/commit/", status=503, times=10_000)
     uploader = uploader_of(run)

@@ -31,6 +31,7 @@ from gpt2repro.models import build_model, load_model
 from gpt2repro.options import InputError, parse_options, run_main
 from gpt2repro.publishing.model_card import card_files
 from gpt2repro.training.plotting import draw_runs, sources_of
+from gpt2repro.training.state import refuse_another_run
 
 BOUND = Fraction(168, 100)  # of the docstring, for each phase
 TWO = {"web": {"data": "w"}, "code": {"data": "c"}}
@@ -80,6 +81,30 @@ def test_every_source_is_near_its_share_after_any_number_of_windows(seed):
         done = position + 1 - recipe.starts[phase]
         bound = BOUND if len(weights) > 2 else Fraction(1, 2)
         assert all(abs(in_phase[name] - done * weight / total) <= bound for name, weight in weights.items()), position
+
+
+@pytest.mark.parametrize("kind", ["equal", "random", "fibonacci", "powers"])
+def test_the_sum_in_the_proof_of_the_bound_holds_for_every_leaf_of_large_trees(kind):
+    chance, fibonacci = random.Random(1), [1, 1]
+    while len(fibonacci) < 80:
+        fibonacci.append(sum(fibonacci[-2:]))
+    weights = {
+        "equal": [1] * 256,
+        "random": [chance.random() ** 4 + 1e-9 for _ in range(256)],
+        "fibonacci": [1e-9, 1.0, *(f * (1 + k * 1e-6) for k, f in enumerate(fibonacci, 1))],  # the worst there is
+        "powers": [2.0**number for number in range(50)],
+    }[kind]
+    recipe = recipe_of(({f"s{number}": weight for number, weight in enumerate(weights)}, 0))
+    largest, waiting = 0.0, [(recipe._trees[0], 1.0, [])]
+    while waiting:
+        tree, weight, above = waiting.pop()
+        if isinstance(tree, str):
+            largest = max(largest, sum(weight / one for one in above) / 2)
+            continue
+        share, whole, left, right = tree
+        for child, part in ((left, weight * share / whole), (right, weight * (1 - share / whole))):
+            waiting.append((child, part, [*above, part]))
+    assert largest <= BOUND and (largest > 1.67 or kind != "fibonacci"), largest
 
 
 def test_a_border_is_the_first_window_that_begins_at_or_after_the_token():
@@ -239,6 +264,15 @@ def test_other_data_under_a_source_that_was_trained_on_is_refused_and_a_data_set
     assert "phases[0]" in changed_past(shards, identity((CODE, 0), (BOTH, 400)), 100)[0]
     assert "kind was stream" in changed_past({"kind": "stream"}, now, 0)[0]
     assert "kind was recipe" in changed_past(now, shards, 0)[0]
+
+
+def test_an_order_of_another_version_or_seed_is_refused():
+    same = {"batch_tokens": 8, "optimizer": "adamw", "architecture": {}}
+    saved, now = ({**same, "data": identity((BOTH, 0))} for _ in range(2))
+    refuse_another_run(saved, now, Path("step_000001"), 100)
+    for name in ("order", "seed", "seq_len"):
+        with pytest.raises(InputError, match=f"data: {name} was [14] and is now 7"):
+            refuse_another_run(saved, {**now, "data": now["data"] | {name: 7}}, Path("step_000001"), 100)
 
 
 # --- batches

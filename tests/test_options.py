@@ -2,8 +2,10 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -171,6 +173,30 @@ def test_exit_codes_of_a_program(capsys):
     assert run_main(interrupted, []) == 130
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no signals to send")
+def test_ctrl_c_while_a_program_ends_says_nothing():
+    """The interpreter waits for a thread, as it does for torch.compile's; its own handler would show that wait."""
+    code = """import threading, time
+from gpt2repro.options import run_main
+def main(argv):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    return 0
+code = run_main(main)
+print("ending", flush=True)
+raise SystemExit(code)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert process.stdout.readline() == "ending\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT and process.stdout.read() == ""
+    finally:
+        process.kill()
+
+
 def test_the_command_list_is_shown_without_importing_a_command(run_program):
     # The third line proves the laziness: nothing heavy is loaded for a list of names.
     code = (
@@ -239,6 +265,9 @@ def test_an_empty_value_is_refused_where_it_can_mean_nothing():
         (NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "/dev/null/x"), "/dev/null/x: Not a directory"),
         (MemoryError(), "the memory ran out"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "the memory"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "the memory"),
+        (SystemError("error return without exception set"), "the memory ran out; take smaller batches (for training: "),
+        (RuntimeError("can't start new thread"), "the memory ran out"),
     ],
 )
 def test_what_the_machine_cannot_do_is_a_sentence(error, said, capsys):

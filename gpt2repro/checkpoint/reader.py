@@ -1,13 +1,12 @@
 """Checkpoints and models found by name, and verified before anything in them is used. Nothing is ever unpickled."""
 
 import re
-import sys
 from pathlib import Path
 
 from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import open_tensors
 from gpt2repro.files import is_plain_name, read_json, read_json_if_whole, sha256_of
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line, say
 
 MODEL_TYPES = ("gpt2repro", "gpt2")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
@@ -37,7 +36,7 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
         try:
             verify_checkpoint(path)
         except InputError as error:
-            print(f"warning: damaged checkpoint skipped: {error}", file=sys.stderr, flush=True)
+            say(f"warning: damaged checkpoint skipped: {error}")
         else:
             return path
     if steps:
@@ -112,7 +111,7 @@ def fetch_model(name: str) -> str:
             repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"], library_name="gpt2repro"
         )
     except Exception as error:  # whatever the client and its HTTP library raise
-        raise InputError(f"cannot fetch the model {name}: {(str(error).splitlines() or [repr(error)])[0]}") from None
+        raise InputError(f"cannot fetch the model {name}: {first_line(error)}") from None
 
 
 def verify_checkpoint(path: str | Path, *, strays: bool = False) -> None:

@@ -24,7 +24,6 @@ import json
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -43,7 +42,7 @@ from torch.distributed.tensor import DTensor
 from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import named_parameters, named_weights, rows_of, unwrap
 from gpt2repro.files import sha256_of, sync_folder
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, say
 from gpt2repro.redaction import scrub
 
 VISIBLE_SECONDS = 30  # how long a network filesystem may take to show one node what another wrote
@@ -92,7 +91,7 @@ class CheckpointWriter:
         tokenizer=None,
         state: dict,
         averages: dict[str, Tensor] | None = None,
-        extra_files: dict[str, bytes | str] | None = None,
+        extra_files: dict[str, str] | None = None,
         on_written: Callable[[Path], None] | None = None,
     ) -> None:
         """Write step_N. The caller waits for the copy to host memory, and for an unfinished earlier save.
@@ -107,9 +106,8 @@ class CheckpointWriter:
         model, optimizer = unwrap(model), getattr(optimizer, "optimizer", optimizer)
         header = {"format": layout.FORMAT, "version": layout.VERSION, "step": step}
         header |= {"optimizer": type(optimizer).__name__, "state": scrub(state)}
-        small_files = {"trainer_state/state.json": json.dumps(header, indent=1).encode()}
-        for name, content in (extra_files or {}).items():
-            small_files[name] = content.encode() if isinstance(content, str) else content
+        texts = {"trainer_state/state.json": json.dumps(header, indent=1), **(extra_files or {})}
+        small_files = {name: text.encode() for name, text in texts.items()}
         models = {"": named_weights(model)}
         if averages:
             models[layout.EMA] = {**models[""], **averages}
@@ -274,9 +272,7 @@ class CheckpointWriter:
                 try:
                     on_written(target)
                 except Exception as error:  # a failed picture or upload does not end a run
-                    print(
-                        f"warning: after saving {target}: {type(error).__name__}: {error}", file=sys.stderr, flush=True
-                    )
+                    say(f"warning: after saving {target}: {type(error).__name__}: {error}")
         except Exception as error:
             self._error = error
         finally:
@@ -342,14 +338,10 @@ def _settle(path: Path) -> dict:
 
 
 def _save_error(failure: Exception | None, failed: list[int], step: int, directory: Path, size: int) -> Exception:
-    if failure is None:
-        reason = f"rank {failed[0]} could not write its part, and says why"
-    elif isinstance(failure, OSError):
-        reason = os.strerror(failure.errno) if failure.errno else str(failure)
-    elif isinstance(failure, SafetensorError):
-        reason = str(failure)
-    else:
+    if not isinstance(failure, OSError | SafetensorError | None):
         return failure  # a bug of ours: with its traceback
+    elsewhere = f"rank {failed[0]} could not write its part, and says why"
+    reason = elsewhere if failure is None else getattr(failure, "strerror", None) or str(failure)
     advice = "make room" if failure is None or "space" in reason or "large" in reason else "see to it"
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(directory).free

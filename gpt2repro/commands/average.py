@@ -17,7 +17,7 @@ import yaml
 
 from gpt2repro.checkpoint.layout import list_steps
 from gpt2repro.checkpoint.reader import verify_checkpoint
-from gpt2repro.options import AtLeastOne, InputError, parse_options
+from gpt2repro.options import AtLeastOne, InputError, Problems, parse_options, taken
 
 
 @dataclass(kw_only=True)
@@ -31,11 +31,10 @@ class Options:
     device: str | None = None
     "Where the two losses are measured: cuda, cuda:1, mps or cpu; none: the best one here."
 
-    def problems(self) -> list[str]:
-        found = [] if len(self.run) == 1 else [f"expected one run, found {len(self.run)}"]
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            found.append(f"--out {self.out} exists and is not an empty directory; choose another")
-        return found
+    def problems(self) -> Problems:
+        if len(self.run) != 1:
+            yield f"expected one run, found {len(self.run)}"
+        yield from taken(self.out)
 
 
 def main(argv: list[str]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2repro.models import load_for_comparison
-from gpt2repro.options import Problems, parse_options
+from gpt2repro.options import Problems, parse_options, taken
 
 # |logit difference| in fp32; llama.cpp keeps its cache in fp16.
 TOLERANCE = {"onnx": 1e-3, "ct2": 1e-3, "gguf": 0.1}
@@ -34,8 +34,7 @@ class Options:
     "gguf: llama.cpp's convert_hf_to_gguf.py; none: the one on the PATH."
 
     def problems(self) -> Problems:
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            yield f"--out {self.out} exists and is not an empty directory; choose another"
+        yield from taken(self.out)
         if self.converter is not None and self.format != "gguf":
             yield "--converter belongs to --format gguf"
         if self.format == "gguf" and not (self.converter or Path(shutil.which(CONVERTER) or "nowhere")).is_file():
@@ -55,7 +54,9 @@ def main(argv: list[str]) -> int:
     source = source if Path(source).is_dir() else fetch_model(source)
     model = load_for_comparison(source)
     with exports.new_directory(options.out) as out, tempfile.TemporaryDirectory(dir=out.parent) as work:
-        native = exports.export_native(source, out if options.format == "gpt2" else Path(work))
+        # A copy, since whoever saves a fine-tuned model there would write through a link into the run's checkpoint.
+        plain = options.format == "gpt2"
+        native = exports.export_native(source, out if plain else Path(work), put=shutil.copy2 if plain else None)
         record = {"model": options.model, "format": options.format}
         record["native_difference"] = exports.check_native(native, model)
         print(f"plain gpt2: logits differ by at most {record['native_difference']:.1e}")

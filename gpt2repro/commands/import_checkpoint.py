@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gpt2repro.options import InputError, Problems, parse_options
+from gpt2repro.options import InputError, Problems, parse_options, taken
 
 # Ordinary English of our own. A trained GPT-2 has 3 to 5 nats per token; a wrongly read one more than ln(V) = 10.8.
 ENGLISH = (
@@ -33,8 +33,7 @@ class Options:
     "nanoGPT's meta.pkl, for a model over characters; without it such a model comes without a tokenizer."
 
     def problems(self) -> Problems:
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            yield f"--out {self.out} exists and is not an empty directory; choose another"
+        yield from taken(self.out)
         if self.meta is not None and self.format != "nanogpt":
             yield "--meta belongs to --format nanogpt"
 

@@ -211,9 +211,7 @@ class _Work:
         self.in_flight = max(BATCHES_AHEAD, 2 * workers // min(UNITS_AT_ONCE, len(indices)) + 1)  # per unit
         with self.bar, self.pool, ThreadPoolExecutor(UNITS_AT_ONCE) as readers:
             try:
-                futures = [readers.submit(self._unit, index) for index in indices]
-                for future in futures:
-                    future.result()
+                list(readers.map(self._unit, indices))
             except BrokenProcessPool:
                 raise InputError(
                     "a tokenising process was killed, most likely for want of memory; run the same command again with "
@@ -221,7 +219,6 @@ class _Work:
                 ) from None
             finally:
                 self.stop.set()
-                readers.shutdown(cancel_futures=True)
 
     def _unit(self, index: int) -> None:
         """Read, tokenise and write one unit, then its note."""

@@ -6,11 +6,12 @@ between data sets with the same sha256. Python Software Foundation licence.
 """
 
 import ast
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from gpt2repro.options import say
 
 # Test code, and installed packages, which are not part of CPython.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo", "__pycache__"}
@@ -24,7 +25,7 @@ def python_docs() -> Iterator[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # in Debian's python3-minimal
-        print("pydoc_data is not installed, so the corpus is the docstrings alone", file=sys.stderr)
+        say("pydoc_data is not installed, so the corpus is the docstrings alone")
         topics = {}
     for name in sorted(topics):
         yield topics[name]

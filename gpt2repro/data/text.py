@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gpt2repro.data import text_io
-from gpt2repro.data.text_io import FORMATS, NEVER, format_of, local_files, resuming, retrying, say
+from gpt2repro.data.text_io import FORMATS, NEVER, format_of, local_files, resuming, retrying
 from gpt2repro.files import sha256_of, sha256_of_ends
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, say
 
 PACKED_RATIO = 3  # unpacked bytes per packed byte of text; an estimate
 BYTES_PER_TOKEN = 4.5  # of English under GPT-2's tokenizer; an estimate

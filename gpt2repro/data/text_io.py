@@ -9,14 +9,13 @@ import io
 import itertools
 import random
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path, PurePosixPath
 
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line, say
 
 SPEC = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?")
 
@@ -35,11 +34,6 @@ BLOCK_BYTES = 2**20
 REMOTE_BLOCK_BYTES = 2**24  # one request to the Hub; its latency of about 0.1 s must not count
 WHOLE_CHUNK_BYTES = 2**26  # a column of a row group on the Hub is one request up to this size, else page by page
 ROWS_AT_ONCE = 256
-
-
-def say(message: str) -> None:
-    """Print a message about the work on stderr; results go to stdout."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def resolve_hub(dataset: str, config: str | None, revision: str | None) -> tuple[str, str, list[str]]:
@@ -147,11 +141,6 @@ def may_pass(error: BaseException | None) -> bool:
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | OfflineModeIsEnabled):
         return False
     return isinstance(error, OSError | EOFError) or type(error).__module__.startswith(NETWORK_LIBRARIES)
-
-
-def first_line(error: Exception) -> str:
-    """The message of an error, in one line."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _seconds_before_retry(error: Exception, attempt: int) -> float:

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import re
-import sys
 import tempfile
 from base64 import b64encode
 from collections import Counter
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2repro.data.shards import TOKENIZER, token_dtype
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line, say
 
 EOT = "<|endoftext|>"
 # What every tokenizer has: one special token for all purposes, and the length of GPT-2's context.
@@ -141,8 +140,7 @@ def load_tokenizer(source: str | Path):
         # Without trust_remote_code=False transformers asks a question on stdin if a checkpoint carries model code.
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # a damaged file can make the libraries raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"no tokenizer could be loaded from {source}: {reason}") from error
+        raise InputError(f"no tokenizer could be loaded from {source}: {first_line(error)}") from error
 
 
 def fingerprint(tokenizer) -> str:
@@ -224,7 +222,7 @@ class Encoder:
             self._strange, why_not = _gigatoken_disagreements(self._tiktoken)
             self.uses_gigatoken = self._strange is not None
             if why_not:
-                print(f"{why_not}; tiktoken does the work", file=sys.stderr)
+                say(f"{why_not}; tiktoken does the work")
             self._prepare()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:

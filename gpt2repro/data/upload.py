@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from gpt2repro.data.shards import MANIFEST, TOKENIZER, Manifest, verify_dataset
-from gpt2repro.data.text_io import first_line, is_fault
+from gpt2repro.data.text_io import is_fault
 from gpt2repro.data.tokenization import fingerprint, load_tokenizer
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line
 from gpt2repro.redaction import scrub
 
 # The Hub advises against more than 100 files per commit; with fewer an interruption costs less.

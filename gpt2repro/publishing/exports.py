@@ -41,9 +41,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 NATIVE_TOLERANCE = 1e-4  # |logit difference| in fp32; the two classes do the same sums in another order
 
 
-def export_native(source: str | Path, target: str | Path) -> Path:
+def export_native(source: str | Path, target: str | Path, *, put: Callable | None = None) -> Path:
     """A directory of ours -> one of type `gpt2` that needs no remote code: same weights file, rewritten config.json.
 
+    Files are hard links unless `put` is another way, such as `shutil.copy2` for a directory that its owner may change.
     transformers no longer reads `n_ctx`, but converters such as llama.cpp's do.
 
     Raises: InputError where `source` is no model of ours or `target` is not empty.
@@ -59,7 +60,7 @@ def export_native(source: str | Path, target: str | Path) -> Path:
     config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": config["n_positions"]}
     for path in sorted(source.iterdir()):
         if is_model_file(path) and path.suffix != ".py" and path.name != "config.json":
-            link(path.resolve(), target / path.name)  # the Hub's cache keeps links to the files
+            (put or link)(path.resolve(), target / path.name)  # the Hub's cache keeps links to the files
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
 
@@ -163,7 +164,7 @@ def to_onnx(native: Path, out: Path) -> tuple[str, Callable]:
     )
     for path in native.glob("*.*"):
         if path.suffix != ".safetensors":
-            link(path, out / path.name)
+            shutil.copy2(path, out / path.name)
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     return f"torch.onnx {torch.__version__}", lambda ids: session.run(None, {"input_ids": ids.numpy()})[0][0]
 

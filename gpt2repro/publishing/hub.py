@@ -255,8 +255,10 @@ class Uploader:
     def checkpoint(self, path: str | Path) -> None:
         """Queue a written checkpoint. Only the main process calls it, from any thread."""
         path = Path(path)
+        queued = self.uploads / path.name
         try:
-            _link_tree(path, self.uploads / path.name)
+            if _inodes(queued) != _inodes(path):  # else it waits already
+                _link_tree(path, queued)
         except (OSError, InputError) as error:
             reason = str(error) if isinstance(error, InputError) else error.strerror or str(error)
             self._say(f"{path.name} cannot be queued for upload: {reason}")
@@ -323,11 +325,15 @@ class Uploader:
         try:
             ready = {}
             for staged in self._queue():
+                name, inode = staged.name, staged.lstat().st_ino
                 stats = [path.lstat() for path in sorted(staged.rglob("*"))]
-                name, key = staged.name, (staged.name, *((stat.st_ino, stat.st_mtime_ns) for stat in stats))
+                key = (name, *((stat.st_ino, stat.st_mtime_ns) for stat in stats))
                 try:
                     self._verified[key] = ready[staged] = self._verified.get(key) or checkpoint_files(staged)
                 except InputError as error:
+                    if not staged.exists() or staged.lstat().st_ino != inode:  # replaced while it was read
+                        self._news = True
+                        continue
                     self._refused.add(name)
                     self._errors[name] = str(error)
                     self._say(f"{name} is not sent: {error}")
@@ -449,6 +455,10 @@ class Uploader:
         if message not in self._said:
             self._said.add(message)
             print(f"upload: {scrub(message)}", file=sys.stderr, flush=True)
+
+
+def _inodes(folder: Path) -> dict[Path, int]:
+    return {path.relative_to(folder): path.lstat().st_ino for path in folder.rglob("*") if path.is_file()}
 
 
 def _link_tree(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -112,7 +113,7 @@ def card_files(
 
     directory, run_dir = Path(directory), None if run_dir is None else Path(run_dir)
     facts = collect(directory, run_dir)
-    results = eval_results(facts)
+    results = list(eval_results(facts))
     hub_data = _hub_dataset(facts)
     if language is None and {hub_data, (facts.manifest.get("source") or {}).get("corpus")} & ENGLISH:
         language = "en"
@@ -149,7 +150,6 @@ def card_files(
         init_from=init_from,
         parameters=f"{_count_parameters(weights):,}" if weights.is_file() else "",
         step=None if facts.step is None else f"{facts.step:,}",
-        average=facts.average,
         prompt=json.dumps(prompts[0] if prompts else "Once upon a time", ensure_ascii=False),
         results=results,
         counts=" and ".join(counts),
@@ -161,7 +161,6 @@ def card_files(
         co2_kg=co2_kg,
         conformance=(read_json_if_whole((run_dir or directory) / "conformance.json") or {}).get("rows", []),
         options=options,
-        data=_data(facts),
     )
     files = {"README.md": scrub(card.content).rstrip().encode() + b"\n"} | _result_files(facts, results)
     if has_picture:
@@ -215,11 +214,10 @@ def _is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def eval_results(facts: Facts) -> list[tuple]:
+def eval_results(facts: Facts) -> Iterator[tuple]:
     """(huggingface_hub's `EvalResult`, " ± standard error" or "") of each number that was measured."""
     from huggingface_hub import EvalResult
 
-    found = []
     sources = [key for key in facts.evaluation if key.startswith("val_loss/")]
     of_sources = {key: ("loss", f"validation loss on {key[9:]} (nats per token)", None) for key in sources}
     for key, (kind, name, task) in {**METRICS, **of_sources}.items():
@@ -237,8 +235,7 @@ def eval_results(facts: Facts) -> list[tuple]:
                 metric_name=name,
                 **dataset,
             )
-            found.append((result, f" ± {stderr:.4f}" if isinstance(stderr, (int, float)) else ""))
-    return found
+            yield result, f" ± {stderr:.4f}" if isinstance(stderr, (int, float)) else ""
 
 
 def _result_files(facts: Facts, results: list) -> dict[str, bytes]:
@@ -267,33 +264,6 @@ def _samples(facts: Facts) -> str:
         apart = f"## {number}\n\nPrompt:\n\n{block}\n\nContinuation:\n\n    "
         text = text.replace(f"## {number}\n\n{block}", apart, 1) if prompt else text
     return re.sub(r"^(#+) ", r"#\1 ", re.sub(r"^# .*\n*", "", text, flags=re.M), flags=re.M).strip()
-
-
-def _data(facts: Facts) -> dict[str, str]:
-    rows, manifest = {}, facts.manifest
-    if facts.options.get("data"):
-        rows["given as"] = f"`{facts.options['data']}`"
-    names = {"source": "source", "config": "config", "revision": "revision", "sha256": "sha256 of its manifest"}
-    rows |= {shown: f"`{facts.data[name]}`" for name, shown in names.items() if facts.data.get(name)}
-    for recipe in facts.recipes:
-        data, start = recipe["data"], f"from step {recipe['step'] + 1:,} on"
-        for number, phase in enumerate(data.get("phases", [])):
-            shares = ", ".join(f"{name} {weight:g}" for name, weight in phase["weights"].items())
-            rows[f"recipe {start}: phases[{number}]"] = f"weights {shares} from token {phase['from_tokens']:,}"
-        for name, source in data.get("sources", {"data": data}).items():
-            rows[f"recipe {start}: {name}"] = f"`{source.get('data', 'one data set')}`, sha256 `{source.get('sha256')}`"
-    for name, value in facts.losses.items():
-        rows[f"training loss on {name[5:]}"] = f"{value:.4f} nats per token, at the last step that saw it"
-    for name, value in (manifest.get("source") or {}).items():
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            rows[f"source: {name}"] = f"`{str(value)[:200]}`"
-    for name, split in (manifest.get("splits") or {}).items():
-        rows[name] = ", ".join(
-            f"{split[unit]:,} {unit}" for unit in ("tokens", "documents", "bytes") if split.get(unit)
-        )
-    if tokenizer := manifest.get("tokenizer"):
-        rows["tokenizer"] = f"{tokenizer.get('kind')}, {tokenizer.get('vocab_size'):,} entries"
-    return rows
 
 
 def _validation_set(facts: Facts) -> dict:

@@ -4,31 +4,18 @@ import math
 import statistics
 from pathlib import Path
 
-import yaml
 from mpmath import betainc
 
-from gpt2repro.options import InputError
-from gpt2repro.training.metrics_log import read_metrics
+from gpt2repro.training.metrics_log import finished_run
 
 LEAST_PAIRS = 3  # with two, only a difference of 12.7 standard errors would count
 SIGNIFICANT = 0.05
 
 
 def final_loss(run_dir: str | Path) -> tuple[int, float]:
-    """(seed, validation loss after the last step) of a finished run.
-
-    Raises: InputError for a directory that is no run, or a run that has not evaluated its last step.
-    """
-    run_dir = Path(run_dir)
-    try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{run_dir} is no run: it has no config.yaml") from None
-    _, evaluations = read_metrics(run_dir, at_most=1)
-    last = evaluations[-1] if evaluations else {"step": 0}
-    if last["step"] < config["max_steps"] or last.get("val_loss") is None:
-        raise InputError(f"{run_dir} has not evaluated its last step, {config['max_steps']}; finish the run first")
-    return config["seed"], last["val_loss"]
+    """(seed, validation loss after the last step) of a finished run. Raises: InputError as `finished_run` does."""
+    config, evaluations = finished_run(run_dir)
+    return config["seed"], evaluations[-1]["val_loss"]
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> dict:

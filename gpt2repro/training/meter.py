@@ -62,12 +62,15 @@ def peak_flops(device_name: str) -> float | None:
 class Meter:
     """A run's steps between two readings: what they computed stays on the device until `read`.
 
-    `accelerator` averages over the ranks. `device_peak` is one device's FLOP/s, None if unknown. Time in
-    `pause()` (evaluation, saving) does not count.
+    `accelerator` averages over the ranks, unless all have the `same` numbers: a sum of eight equal ones is rounded on
+    its way, so their mean is another number. `device_peak` is one device's FLOP/s, None if unknown. Time in `pause()`
+    (evaluation, saving) does not count.
     """
 
-    def __init__(self, accelerator, *, batch_tokens: int, flops_per_token: float, device_peak: float | None):
-        self.accelerator, self.batch_tokens = accelerator, batch_tokens
+    def __init__(
+        self, accelerator, *, batch_tokens: int, flops_per_token: float, device_peak: float | None, same: bool = False
+    ):
+        self.accelerator, self.batch_tokens, self._same = accelerator, batch_tokens, same
         self.flops_per_token = flops_per_token
         self.peak = device_peak * accelerator.num_processes if device_peak else None
         self._steps: list[dict] = []
@@ -105,7 +108,7 @@ class Meter:
         if not steps:
             return []
         numbers = torch.stack([torch.stack([step["loss"], step["grad_norm"]]) for step in steps])  # (steps, 2)
-        numbers = self.accelerator.reduce(numbers, reduction="mean").tolist()
+        numbers = (numbers if self._same else self.accelerator.reduce(numbers, reduction="mean")).tolist()
         if "row_nats" in steps[0]:
             rows = self.accelerator.gather(torch.stack([step["row_nats"] for step in steps]))  # (W steps, rows)
             for number, step in enumerate(steps):

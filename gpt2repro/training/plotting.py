@@ -42,22 +42,15 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
         steps, losses = series(train, "loss")
         loss_axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         loss_axes.plot(steps, smooth(losses), color=colour, linewidth=1.4, label=f"{name}: training, smoothed")
-        steps, losses = series(evaluations, "val_loss")
-        if steps:
-            label = f"{name}: validation, last {losses[-1]:.4f}"
-            loss_axes.plot(steps, losses, "o--", color=colour, markersize=4, linewidth=1, label=label)
-        steps, losses = series(evaluations, "val_loss_ema")
-        if steps:
-            label = f"{name}: averaged weights, last {losses[-1]:.4f}"
-            loss_axes.plot(steps, losses, "s:", color=colour, markersize=3, linewidth=1, label=label)
+        draw_evaluations(loss_axes, evaluations, "val_loss", f"{name}: validation", "o--", colour)
+        draw_evaluations(loss_axes, evaluations, "val_loss_ema", f"{name}: averaged weights", "s:", colour)
         for source in sources_of(train + evaluations):
-            of_source = {"color": f"C{next(more_colours) % 10}", "linewidth": 1}
+            of_source, label = f"C{next(more_colours) % 10}", f"{name}: {source}"
             steps, losses = series(train, f"loss/{source}")
-            loss_axes.plot(steps, smooth(losses), ":", label=f"{name}: {source}, training, smoothed", **of_source)
-            steps, losses = series(evaluations, f"val_loss/{source}")
-            if steps:
-                label = f"{name}: {source}, validation, last {losses[-1]:.4f}"
-                loss_axes.plot(steps, losses, "s--", markersize=3, label=label, **of_source)
+            loss_axes.plot(
+                steps, smooth(losses), ":", color=of_source, linewidth=1, label=f"{label}, training, smoothed"
+            )
+            draw_evaluations(loss_axes, evaluations, f"val_loss/{source}", f"{label}, validation", "s--", of_source)
         lr_axes.plot(*series(train, "lr"), color=colour)
         steps, rates = series(train, "tokens_per_second")
         speed_axes.plot(steps, rates, color=colour, alpha=0.25, linewidth=0.8)
@@ -85,6 +78,14 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
 def sources_of(records: list[dict]) -> list[str]:
     """The names of a recipe's sources, from loss/NAME and val_loss/NAME."""
     return sorted({name.partition("/")[2] for r in records for name in r if name.startswith(("loss/", "val_loss/"))})
+
+
+def draw_evaluations(axes, evaluations: list[dict], metric: str, label: str, style: str, colour: str) -> None:
+    """A line with a mark at each evaluation and its last value in the legend; nothing where nothing was measured."""
+    steps, values = series(evaluations, metric)
+    if steps:
+        label = f"{label}, last {values[-1]:.4f}"
+        axes.plot(steps, values, style, color=colour, markersize=4 if style[0] == "o" else 3, linewidth=1, label=label)
 
 
 def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:

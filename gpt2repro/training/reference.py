@@ -20,12 +20,9 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import yaml
-
 from gpt2repro.data.shards import load_manifest
 from gpt2repro.files import write_json
-from gpt2repro.options import InputError
-from gpt2repro.training.metrics_log import read_metrics
+from gpt2repro.training.metrics_log import finished_run
 
 DIRECTORY = Path(__file__).parents[1] / "references"
 
@@ -141,25 +138,17 @@ def recipe_of(config: dict) -> dict:
 def record(run_dir: str | Path, *, name: str, directory: Path = DIRECTORY) -> Path:
     """Write the reference curve of a finished run as `directory/NAME-<start of the sha256>.json`.
 
-    Raises: InputError for a directory that is no run, or a run that has not ended.
+    Raises: InputError as `finished_run` does.
     """
-    run_dir = Path(run_dir)
-    try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{run_dir} is no run: it has no config.yaml") from None
+    config, evaluations = finished_run(run_dir)
     manifest = load_manifest(config["data"])
-    _, evaluations = read_metrics(run_dir)
-    curve = [(entry["step"], round(entry["val_loss"], 4)) for entry in evaluations if "val_loss" in entry]
-    if not curve or curve[-1][0] < config["max_steps"]:
-        raise InputError(f"{run_dir} has not evaluated its last step, {config['max_steps']}; finish the run first")
     reference = {
         "name": name,
         "manifest_sha256": manifest.sha256,
         "recipe": recipe_of(config),
-        "curve": curve,
+        "curve": [(entry["step"], round(entry["val_loss"], 4)) for entry in evaluations],
         "made": {
-            "command": f"python train_accelerate.py --config {run_dir.as_posix()}/config.yaml",
+            "command": f"python train_accelerate.py --config {Path(run_dir).as_posix()}/config.yaml",
             "commit": commit(),
             "date": date.today().isoformat(),
             "python": platform.python_version(),

@@ -29,7 +29,7 @@ from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.sources import merge_states, prefetch
 from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name
 from gpt2repro.models import ARCHITECTURE
-from gpt2repro.options import InputError, to_yaml
+from gpt2repro.options import InputError, say, to_yaml
 from gpt2repro.redaction import scrub
 from gpt2repro.training import console
 from gpt2repro.training.averaging import WeightAverage
@@ -144,7 +144,7 @@ class Run:
                 tokens, epoch = config.max_steps * config.batch_tokens, self.source.tokens_per_epoch
                 work = flops_per_token_of(self.plain_model, config.seq_len) * tokens
                 for doubt in doubts(config, tokens / epoch if epoch else None, work):
-                    print(f"warning: {doubt}", file=sys.stderr, flush=True)
+                    say(f"warning: {doubt}")
             self._referee = Referee(options, self.source.manifest)
             self._console = console.Console(total=config.max_steps, step=self.state.step, shown=is_main)
             opened.callback(self._console.close)
@@ -167,7 +167,7 @@ class Run:
                 known = read_json_if_whole(self.config.run_dir / "status.json") or {}
                 if known.get("state") != "failed":  # the process that failed knows better why
                     self.log.status("failed", self.state.step, 1, message)
-                print(f"error: {message}", file=sys.stderr, flush=True)
+                say(f"error: {message}")
                 raise SystemExit(1) from None
             sentence = said_to_the_user(error)
             message = f"{type(error).__name__}: {error}" if sentence is None else str(sentence)
@@ -316,11 +316,9 @@ class Run:
             machines = self.state.identity.setdefault("machines", [here])
             if machines[-1] != here:
                 if self.accelerator.is_main_process:
-                    print(
+                    say(
                         f"warning: {checkpoint} was made by {machines[-1]}, and this is {here}: from here on the last "
-                        "bits may differ, and with them the run",
-                        file=sys.stderr,
-                        flush=True,
+                        "bits may differ, and with them the run"
                     )
                 machines.append(here)  # the next checkpoints say so
         restore(checkpoint, self.model, self.optimizer)
@@ -380,7 +378,7 @@ class Run:
         try:
             draw_runs([self.config.run_dir], self.config.run_dir / "loss.png")
         except Exception as error:
-            print(f"loss.png was not drawn: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            say(f"loss.png was not drawn: {type(error).__name__}: {error}")
 
 
 def lock_run(run_dir: Path) -> FileLock:

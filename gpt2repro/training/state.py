@@ -128,7 +128,8 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path, positio
         if part == "data" and old.get("revision") is None:
             names = [name for name in names if name != "source"]  # local files may lie elsewhere: their sha256 decides
         if part == "data" and has_recipe:
-            names = ["seed", "seq_len"]  # the rest is compared below, up to this position
+            # The rest is compared below, up to `position`. Shards that become a recipe had another kind of order.
+            names = ["seed", "seq_len", *(["order"] if old.get("kind") == new.get("kind") else [])]
         pairs |= {f"{part}: {name}": (old.get(name), new.get(name)) for name in names}
     changed = [f"{name} was {before} and is now {after}" for name, (before, after) in pairs.items() if before != after]
     if has_recipe and not changed:

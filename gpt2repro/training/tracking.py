@@ -9,7 +9,6 @@ Owns the files named above. Knows no model, data or checkpoint, and no metric by
 import contextlib
 import json
 import math
-import sys
 import threading
 import uuid
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
 from gpt2repro.files import write_json
+from gpt2repro.options import say
 from gpt2repro.redaction import scrub
 from gpt2repro.training.metrics_log import cut_metrics
 
@@ -61,7 +61,7 @@ class RunLog:
 
     def _open_metrics(self, last_step: int | None) -> None:
         for first, last in cut_metrics(self.run_dir / "metrics.jsonl", last_step):
-            print(f"warning: metrics.jsonl has lost the steps {first} to {last}", file=sys.stderr, flush=True)
+            say(f"warning: metrics.jsonl has lost the steps {first} to {last}")
         # Line-buffered: a killed process leaves every line it logged, and at worst one torn last line.
         self._metrics = open(self.run_dir / "metrics.jsonl", "a", buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
 
@@ -210,4 +210,4 @@ def _code_block(text: str) -> str:
 
 def _say_dropped(name: str, error: Exception) -> None:
     text = " ".join(scrub(str(error)).split())
-    print(f"{name} failed and is left out from here on ({type(error).__name__}: {text})", file=sys.stderr, flush=True)
+    say(f"{name} failed and is left out from here on ({type(error).__name__}: {text})")

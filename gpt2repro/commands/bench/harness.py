@@ -33,7 +33,7 @@ from typing import Literal
 import psutil
 
 from gpt2repro.files import check_outputs, write_json
-from gpt2repro.options import AtLeastOne, Positive
+from gpt2repro.options import AtLeastOne, InputError, Positive
 from gpt2repro.training.reference import commit
 
 RECORDS = Path("results/benchmarks")  # seen from the project's root, where the commands are run
@@ -186,6 +186,15 @@ def cells(row: dict) -> list[str]:
         met = value <= row["goal"] if at_most else value >= row["goal"]
         goal = f"{'<=' if at_most else '>='} {row['goal']:,g}{unit} {'✓' if met else '✗ not met'}"
     return [row["measure"], shown, baseline, ratio, goal]
+
+
+def finished(command: list, directory: Path | None = None) -> str:
+    """The output of a program. Raises: InputError with the last line of stderr where the program failed."""
+    done = subprocess.run(list(map(str, command)), cwd=directory, capture_output=True, text=True)
+    if done.returncode != 0:
+        words = (done.stderr.strip() or "nothing on stderr").splitlines()[-1]
+        raise InputError(f"{shlex.join(map(str, command[:5]))} … ended with exit code {done.returncode}: {words}")
+    return done.stdout
 
 
 def timed(call: Callable) -> float:

@@ -19,19 +19,19 @@ import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpt2repro.commands.bench.harness import CommonOptions, Record
+from gpt2repro.commands.bench.harness import CommonOptions, Record, finished
 from gpt2repro.files import read_json_if_whole
-from gpt2repro.options import AtLeastOne, InputError, parse_options
+from gpt2repro.options import AtLeastOne, parse_options
 from gpt2repro.training.comparison import mean_and_error, paired
 from gpt2repro.training.metrics_log import read_metrics
 
 HEAD_SIZE, LAYERS, SEQ_LEN, BATCH_TOKENS, VOCABULARY = 24, 4, 128, 1024, 512
 EMA_DECAY = 0.98  # about the last 50 steps
+BASES = {"adamw": "AdamW", "muon": "Muon"}  # optimizer -> the recipe whose rate is tuned
 GRIDS = {"adamw": (0.002, 0.004, 0.008, 0.016), "muon": (0.004, 0.008, 0.016, 0.032)}
 TO_ZERO = ["--min_lr", "0"]
 LINEAR, WSD = ["--schedule", "linear", *TO_ZERO], ["--schedule", "wsd", *TO_ZERO]
@@ -90,7 +90,7 @@ class Bench:
         self.data = options.data or options.work_dir / "data"
         if not self.data.exists():
             made = ["prepare-text", "--corpus", "python-docs", "--vocab_size", VOCABULARY, "--out", self.data]
-            program(made, options.work_dir / "data.log")
+            program(made)
         sizes = {"layers": LAYERS, "head_size": HEAD_SIZE, "seq_len": SEQ_LEN, "batch_tokens": BATCH_TOKENS}
         splits = (read_json_if_whole(self.data / "manifest.json") or {}).get("splits", {})
         epochs = round(options.steps * BATCH_TOKENS / splits["train"]["tokens"], 3) if splits else None
@@ -101,23 +101,19 @@ class Bench:
     def measure(self, width: int) -> None:
         """All cells of one width, the grids first, then seed by seed: a bench that is cut off has whole comparisons."""
         whole = self.options.steps
-        for name, (optimizer, _) in RECIPES.items():
-            if name in ("AdamW", "Muon"):
-                for lr in GRIDS[optimizer]:
-                    self.cell(width, name, lr, 1, whole)
+        for optimizer, grid in GRIDS.items():
+            for lr in grid:
+                self.cell(width, BASES[optimizer], lr, 1, whole)
         rates = {optimizer: self.best_rate(width, optimizer) for optimizer in GRIDS}
         if None in rates.values():
             return
-        for seed in range(1, self.options.seeds + 1):
-            for name, (optimizer, _) in RECIPES.items():
-                self.cell(width, name, rates[optimizer], seed, whole)
-        for seed in range(self.options.seeds + 1, self.options.seeds + MORE_SEEDS + 1):
-            for name in ("AdamW", *FINALISTS):
-                self.cell(width, name, rates[RECIPES[name][0]], seed, whole)
-        for seed in range(1, self.options.seeds + 1):
-            for name in FINALISTS:
-                for part in LENGTHS:
-                    self.cell(width, name, rates["muon"], seed, round(part * whole))
+        seeds = range(1, self.options.seeds + 1)
+        more_seeds = range(seeds.stop, seeds.stop + MORE_SEEDS)
+        jobs = [(name, seed, 1.0) for seed in seeds for name in RECIPES]
+        jobs += [(name, seed, 1.0) for seed in more_seeds for name in ("AdamW", *FINALISTS)]
+        jobs += [(name, seed, part) for seed in seeds for name in FINALISTS for part in LENGTHS]
+        for name, seed, part in jobs:
+            self.cell(width, name, rates[RECIPES[name][0]], seed, round(part * whole))
 
     def cell(self, width: int, name: str, lr: float, seed: int, steps: int) -> None:
         """Train one run, unless the record has it or the time is over."""
@@ -132,7 +128,7 @@ class Bench:
         flags |= {"max_steps": steps, "warmup_steps": steps // 20, "min_lr": lr / 10, "ema_decay": EMA_DECAY}
         flags |= {"eval_steps": max(1, steps // 8), "save_steps": steps, "val_tokens": 32768, "sample_tokens": 0}
         command = ["train", *(part for flag, value in flags.items() for part in (f"--{flag}", value)), "--trackers"]
-        program([*command, *changes], run_dir.with_suffix(".log"))
+        program([*command, *changes])
         training, evaluations = read_metrics(run_dir)
         last = evaluations[-1]
         self.cells[key] = {
@@ -149,8 +145,7 @@ class Bench:
 
     def best_rate(self, width: int, optimizer: str) -> float | None:
         """The rate of the grid with the lowest loss; None before the whole grid is done."""
-        name = "AdamW" if optimizer == "adamw" else "Muon"
-        keys = {lr: cell_name(width, name, lr, 1, self.options.steps) for lr in GRIDS[optimizer]}
+        keys = {lr: cell_name(width, BASES[optimizer], lr, 1, self.options.steps) for lr in GRIDS[optimizer]}
         if not self.cells.keys() >= set(keys.values()):
             return None
         return min(keys, key=lambda lr: self.cells[keys[lr]]["val_loss"])
@@ -166,11 +161,9 @@ class Bench:
         """Put the comparisons of all widths and recipes into the record, print them, and add the table's rows."""
         rows, steps = [], self.options.steps
         for width in self.options.widths:
-            for name, (optimizer, _) in RECIPES.items():
-                for what in ("val_loss", "val_loss_ema"):
-                    found = self.losses(width, name, steps, what)
-                    if found:
-                        rows.append(self.row(width, name, what, found, "AdamW" if optimizer == "adamw" else "Muon"))
+            for name, what in itertools.product(RECIPES, ("val_loss", "val_loss_ema")):
+                if found := self.losses(width, name, steps, what):
+                    rows.append(self.row(width, name, what, found))
         widths = self.options.widths
         needed = {f"{width}, {name}": self.tokens_needed(width, name) for width in widths for name in FINALISTS}
         rates = {f"{width}, {optimizer}": self.best_rate(width, optimizer) for width in widths for optimizer in GRIDS}
@@ -182,7 +175,7 @@ class Bench:
                 measure = f"tokens to tuned AdamW's loss, width {key}, part of AdamW's"
                 self.record.figure(measure, part, unit="", goal=0.45 if key.startswith("72") else None, at_most=True)
 
-    def row(self, width: int, name: str, what: str, found: dict[int, float], base: str) -> dict:
+    def row(self, width: int, name: str, what: str, found: dict[int, float]) -> dict:
         """One recipe against its optimizer's plain recipe and against tuned AdamW, at equal tokens."""
         mean, error = mean_and_error([*found.values()])
         steps = self.options.steps
@@ -192,7 +185,7 @@ class Bench:
         return {
             "width": width, "recipe": name + (" + EMA" if what == "val_loss_ema" else ""), "seeds": len(found),
             "mean": mean, "standard_error": error, "seconds_ratio": ratio,
-            "against_plain": paired(found, self.losses(width, base, steps)),
+            "against_plain": paired(found, self.losses(width, BASES[RECIPES[name][0]], steps)),
             "against_adamw": paired(found, self.losses(width, "AdamW", steps)),
         }  # fmt: skip
 
@@ -238,14 +231,6 @@ def markdown(rows: list[dict]) -> list[str]:
     return lines
 
 
-def program(arguments: list, log: Path) -> None:
+def program(arguments: list) -> None:
     """Run one of this project's commands. Raises: InputError with its own message where it failed."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        command = [sys.executable, "-m", "gpt2repro", *map(str, arguments)]
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT).returncode
-    if code != 0:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        message = ([line for line in lines if line.startswith("error: ")] or lines[-1:] or ["it said nothing"])[-1]
-        raise InputError(f"{' '.join(command[1:4])} ended with exit code {code}: {message}")
-    log.unlink()
+    finished([sys.executable, "-m", "gpt2repro", *arguments])

@@ -7,7 +7,6 @@ steps, evaluation and saving. It also has what `accelerate launch` adds to our s
 
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2repro.commands.bench.harness import Record, summary
+from gpt2repro.commands.bench.harness import Record, finished, summary
 from gpt2repro.commands.bench.train import ROOT, seconds_to_first_step, write_dataset
 from gpt2repro.options import InputError
 from gpt2repro.training.metrics_log import read_metrics
@@ -92,12 +91,3 @@ def our_command(folder: Path, run: str, *options, launcher: list[str] = ()) -> l
     """Our program on the preset of this recipe, as a user starts it, in `folder`."""
     flags = ["--data", folder / "data", "--run_dir", folder / run, "--val_tokens", VAL_TOKENS, *options]
     return [sys.executable, *launcher, "train_accelerate.py", "--config", "shakespeare_char_cpu", *map(str, flags)]
-
-
-def finished(command: list[str], directory: Path) -> str:
-    """The output of a program. Raises: InputError with the last line of stderr where the program failed."""
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
-    if done.returncode != 0:
-        words = (done.stderr.strip() or "nothing on stderr").splitlines()[-1]
-        raise InputError(f"the run in {directory} ended with exit code {done.returncode}: {words}")
-    return done.stdout
