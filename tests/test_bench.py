@@ -294,7 +294,7 @@ def test_evaluations_of_a_whole_run_read_as_many_tokens_in_both_programs():
 
 
 def test_recipes_are_measured_cell_by_cell_and_a_second_start_does_the_rest(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(recipes, "GRIDS", {"adamw": (0.002, 0.004), "muon": (0.01,)})
+    monkeypatch.setattr(recipes, "GRIDS", {"AdamW": (0.002, 0.004), "Muon": (0.01,)})
     chosen = ("AdamW", "AdamW, linear to 0", "Muon", "Muon, all together")
     monkeypatch.setattr(recipes, "RECIPES", {name: recipes.RECIPES[name] for name in chosen})
     monkeypatch.setattr(recipes, "LENGTHS", (0.5,))
@@ -327,7 +327,7 @@ def test_recipes_are_measured_cell_by_cell_and_a_second_start_does_the_rest(tmp_
 
     content = json.loads((tmp_path / f"recipes-{harness.host_kind()}.json").read_text())
     rows = {row["recipe"]: row for row in content["results"]["comparisons"]}
-    assert content["complete"] and content["results"]["rates"] == {"24, adamw": 0.004, "24, muon": 0.01}
+    assert content["complete"] and content["results"]["rates"] == {"24, AdamW": 0.004, "24, Muon": 0.01}
     assert rows["AdamW"]["mean"] == pytest.approx(4 - 0.4 + 0.3) and rows["AdamW"]["seeds"] == 5
     assert rows["Muon, all together"]["against_plain"]["mean"] == pytest.approx(-0.1)
     assert rows["AdamW, linear to 0"]["against_adamw"]["pairs"] == 3
