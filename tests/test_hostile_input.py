@@ -424,6 +424,14 @@ def test_broken_json_in_a_model_is_refused_where_it_is_read(content, file, reade
     refused(*readers(checkpoint, shards, tmp_path)[reader], keep=checkpoint)
 
 
+@pytest.mark.parametrize("reader", ["init_from", "generate"])
+def test_a_tokenizer_whose_length_is_no_number_is_refused(reader, run_dir, shards, tmp_path):
+    checkpoint = copied(run_dir, tmp_path)
+    content = json.loads((checkpoint / "tokenizer_config.json").read_text()) | {"model_max_length": [[]]}
+    set_consistently(checkpoint, "tokenizer_config.json", json.dumps(content).encode())
+    assert "model_max_length" in refused(*readers(checkpoint, shards, tmp_path)[reader], keep=checkpoint)
+
+
 @pytest.mark.parametrize("reader", ["resume", "init_from", "generate"])
 @pytest.mark.parametrize("content", BROKEN_TENSORS, ids=lambda c: repr(c[:10]))
 def test_broken_weights_are_refused(content, reader, run_dir, shards, tmp_path):
