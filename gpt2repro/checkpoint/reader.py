@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import open_tensors
-from gpt2repro.files import is_plain_name, read_json, read_json_if_whole, sha256_of
+from gpt2repro.files import is_plain_name, read_json, read_json_if_whole, refuse_pipes, sha256_of
 from gpt2repro.options import InputError, first_line, say
 
 MODEL_TYPES = ("gpt2repro", "gpt2")
@@ -150,6 +150,7 @@ def check_model_directory(path: str | Path, *, any_architecture: bool = False) -
     """Raises: InputError unless a directory can be loaded safely: known architecture, safetensors, plain names."""
     path = Path(path)
     config = read_json(path / "config.json")
+    refuse_pipes(path)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or (model_type not in MODEL_TYPES and not any_architecture):
         raise InputError(f"{path} is a model of type {model_type!r}; expected {' or '.join(MODEL_TYPES)}")

@@ -310,6 +310,13 @@ def _model_files(model: nn.Module, tokenizer) -> dict[str, bytes]:
         for part in (config, getattr(model, "generation_config", None), tokenizer):
             if part is not None:
                 part.save_pretrained(folder)
+        if tokenizer is not None:
+            # It was made for the data: it does not know the model's context, and remembers where it was read from.
+            written = Path(folder) / "tokenizer_config.json"
+            settings = json.loads(written.read_text(encoding="utf-8"))
+            settings = {name: settings[name] for name in settings if name not in ("is_local", "local_files_only")}
+            settings["model_max_length"] = model.config.n_positions
+            written.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 files[path.relative_to(folder).as_posix()] = path.read_bytes()

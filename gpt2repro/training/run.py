@@ -258,8 +258,9 @@ class Run:
         self._restore(checkpoint, rewinding=True)
         self.state.source = skip_ahead(self.state.source, verdict.start, verdict.stop)
         self.log.rewind(self.state.step)
-        self._write_config()
-        self._log_recipe()
+        if self.state.recipes:
+            self._write_config()
+            self._log_recipe()
         # Logged at the first new step: a resume from an earlier step makes the bad steps again and logs them again.
         self.log.log(verdict.record() | {"step": self.state.step + 1})
         self._console.back_to(self.state.step)
