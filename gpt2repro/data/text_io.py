@@ -209,9 +209,8 @@ def _unpack(raw, path: str):
     import fsspec.utils
     from fsspec.compression import compr
 
-    if (
-        method := fsspec.utils.infer_compression(path.lower())
-    ) is None:  # fsspec knows the methods whose packages are installed
+    # fsspec knows the methods whose packages are installed.
+    if (method := fsspec.utils.infer_compression(path.lower())) is None:
         raise InputError(f"{path} can't be unpacked here; unpack it first, or pip install zstandard")
     return compr[method](raw, mode="rb")
 
