@@ -356,6 +356,7 @@ CONFIGS = [
     {"add_cross_attention": True},
     {"scale_attn_by_inverse_layer_idx": True}, {"n_layer": 7}, {"n_embd": 32}, {"vocab_size": 31}, {"n_inner": -4},
     {"attn_pdrop": "x"}, {"resid_pdrop": None}, {"dtype": "float9"}, {"n_inner": "x"}, {"eos_token_id": 1.5},
+    {"pad_token_id": "x"}, {"layer_norm_epsilon": "x"}, {"initializer_range": []},
 ]  # fmt: skip
 BROKEN_JSON = [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a":' * 5000, b'"text"', b"{}"]
 BROKEN_TENSORS = [
