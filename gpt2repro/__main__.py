@@ -63,7 +63,7 @@ def dispatch(argv: list[str], modules: dict[str, str], said: dict[str, str], *, 
         return 0 if argv else 2
     name = argv[0]
     if name not in modules:
-        near = difflib.get_close_matches(name, modules, n=1)
+        near = difflib.get_close_matches(name, [*modules, "--help", "--version"], n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; the commands are {', '.join(modules)}"
         raise InputError(f"{prog}: unknown command {name!r}{hint}")
     return importlib.import_module(modules[name]).main(argv[1:])

@@ -13,7 +13,9 @@ from gpt2repro.commands.bench import all as bench_all
 from gpt2repro.commands.bench import harness, hellaswag, recipes, reduction, table, train, whole
 from gpt2repro.commands.bench.harness import CommonOptions, Record, peak_memory_gib, speedup, summary
 from gpt2repro.data.shards import open_split
-from gpt2repro.options import InputError
+from gpt2repro.data.sources import open_data
+from gpt2repro.options import InputError, parse_options
+from train_accelerate import TrainConfig
 
 
 @pytest.fixture
@@ -83,6 +85,15 @@ def test_commit_comes_from_the_environment_only_where_git_knows_none(monkeypatch
     assert harness.commit() == "carried"
     monkeypatch.delenv("GPT2REPRO_COMMIT")
     assert harness.commit() == "unknown"
+
+
+def test_a_bare_gpu_image_lacks_packages_and_loses_only_what_needs_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "PACKAGES", ("torch", "no-such-package"))
+    record = Record("train", [], CommonOptions(rounds=1, out=tmp_path))
+    times = record.compare({"ours": lambda: None, "theirs": lambda: __import__("no_such_package")})
+    assert list(times) == ["ours"] and record.finish() == 1
+    assert read(record)["versions"].keys() == {"python", "torch"}
+    assert read(record)["results"]["lost"] == {"theirs": "ModuleNotFoundError: No module named 'no_such_package'"}
 
 
 def test_candidate_without_memory_is_lost_alone_and_the_record_says_so(record):
@@ -205,6 +216,8 @@ def test_random_data_of_the_loop_measurement_is_a_data_set(tmp_path: Path):
     split = open_split(tmp_path / "data", "train")
     assert split.vocab_size == 97 and split.tokens >= 3 * 2 * 16 + 1
     assert command[command.index("--max_steps") + 1] == "3"
+    config = parse_options(TrainConfig, command[2:], prog="train")
+    assert len(open_data(config, sequences=2).tokenizer) == 97  # else training would refuse the data
 
 
 @pytest.mark.parametrize("name", [train.OURS, train.TRANSFORMERS, train.BY_HAND])

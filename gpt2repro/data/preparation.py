@@ -133,8 +133,7 @@ def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite:
         return
     # A run killed before its plan was written leaves these behind.
     begun = re.compile(rf"{UNITS}|{shards.TOKENIZER}|({PLAN}|{shards.TOKENIZER})\.tmp-.*")
-    strangers = sorted(path.name for path in out.glob("*") if not begun.fullmatch(path.name))
-    if strangers:
+    if strangers := sorted(path.name for path in out.glob("*") if not begun.fullmatch(path.name)):
         raise InputError(
             f"{out} is not empty and was not made by this command (it holds {', '.join(strangers[:3])}); "
             "choose another --out"

@@ -4,14 +4,14 @@
     gpt2repro bench recipes --widths 72 --seeds 5   the smallest width, with more seeds
 
 Every cell is a run of the real training program: one width, one recipe, one seed. All recipes of a width see the same
-tokens; those of one seed begin with the same weights and see them in the same order, so they are compared in pairs. The
-learning rates of AdamW and of Muon are tuned first, each on a grid with one seed under the plain cosine, so that no
-baseline is a straw man; the changes keep that rate. Every run also keeps a moving average of its weights (EMA), whose
-loss is listed beside its own.
+tokens. Runs of one seed begin with the same weights and see the tokens in the same order, so they are compared in
+pairs. The learning rates of AdamW and of Muon are tuned first, each on a grid with one seed and a cosine schedule, so
+that both baselines are as good as they can be; the changes keep that rate. Every run also keeps a moving average of its
+weights (EMA), whose loss is listed beside its own.
 
-"Tokens needed" is not read off a long run, whose learning rate has not fallen yet: shorter runs of their own length are
-trained, and the length that reaches the tuned AdamW's loss is read off between them. The record is written cell by
-cell, and the next start goes on with what is missing.
+The tokens that a recipe needs are not read off the middle of a long run, where the learning rate has not fallen yet.
+Shorter runs are trained to their end, and the length that reaches tuned AdamW's loss lies between two of them. The
+record is written cell by cell, and the next start goes on with what is missing.
 """
 
 import itertools
@@ -51,7 +51,7 @@ RECIPES = {
 }
 FINALISTS = ("Muon", "Muon, all together")
 LENGTHS = (0.35, 0.5, 0.7)  # of the whole run, for the finalists
-MORE_SEEDS = 2  # for the finalists, and AdamW that they are compared with
+MORE_SEEDS = 2  # for the finalists, and for AdamW, with which they are compared
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 
 class Bench:
-    """The cells that are done, by name, and how the next one is made."""
+    """The cells that are done, by name; trains those that are missing, and compares them."""
 
     def __init__(self, record: Record, options: Options):
         self.record, self.options = record, options
@@ -99,7 +99,7 @@ class Bench:
         record.save(settings=sizes, widths_not_run=[], cells=self.cells)
 
     def measure(self, width: int) -> None:
-        """All cells of one width, the grids first, then seed by seed: a bench that is cut off has whole comparisons."""
+        """All cells of one width: the grids, then seed by seed; so a bench that is cut off has whole comparisons."""
         whole = self.options.steps
         for name, grid in GRIDS.items():
             for lr in grid:
