@@ -10,11 +10,11 @@ Takes any causal language model of transformers. Expect about 0.2955 (build-nano
 because that is what the references run in; bf16 moves a few near-ties.
 """
 
+import atexit
 import json
 import os
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -23,7 +23,7 @@ from typing import Literal
 
 from gpt2repro.files import check_outputs, write_output
 from gpt2repro.models import ModelOptions
-from gpt2repro.options import AtLeastOne, InputError, parse_options, run_main
+from gpt2repro.options import AtLeastOne, InputError, Problems, parse_options, run_main
 
 SIZES = ("124M", "350M", "774M", "1558M")
 
@@ -47,25 +47,23 @@ class Options(ModelOptions):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     "Precision of the weights."
 
-    def problems(self) -> list[str]:
+    def problems(self) -> Problems:
         if not self.task:
-            return ["--task needs a name"]
-        if self.data is not None and (len(self.task) > 1 or "=" in self.task[0]):
-            return ["--data belongs to a single --task; of several each can be given as --task NAME=FILE"]
-        return []
+            yield "--task needs a name"
+        elif self.data is not None and (len(self.task) > 1 or "=" in self.task[0]):
+            yield "--data belongs to a single --task; of several each can be given as --task NAME=FILE"
 
 
 def main(argv: list[str]) -> int:
     try:
-        with ExitStack() as at_exit:
-            return evaluate(parse_options(Options, argv, prog="eval_hellaswag.py", description=__doc__), argv, at_exit)
+        return evaluate(parse_options(Options, argv, prog="eval_hellaswag.py", description=__doc__), argv)
     except InputError:
         if int(os.environ.get("RANK", 0)) == 0:
             raise
         return 2  # the first process prints the message
 
 
-def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
+def evaluate(options: Options, argv: list[str]) -> int:
     check_outputs(options.out, options.predictions)
     from gpt2repro.evaluation.losses import max_length_of  # after the options: a typing error should not wait for torch
     from gpt2repro.evaluation.multiple_choice import score
@@ -87,16 +85,15 @@ def evaluate(options: Options, argv: list[str], at_exit: ExitStack) -> int:
         from accelerate import PartialState
 
         state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available())
-        at_exit.callback(state.destroy_process_group)
+        atexit.register(state.destroy_process_group)
         rank, world, device = state.process_index, state.num_processes, str(state.device)
     model, tokenizer, device = options.load(device=device)
-    how = {"device": device, "batch_tokens": options.batch_tokens, "rank": rank, "world": world}
     bar = partial(tqdm, unit="batch", disable=rank > 0, file=sys.stderr)
     records, lines = [], []
     for task, data, split, examples in tasks:
         start = time.perf_counter()
         prepared = task.prepare(examples, tokenizer, max_length_of(model, tokenizer))
-        scores = score(model, prepared, progress=partial(bar, desc=task.title), **how)
+        scores = score(model, prepared, batch_tokens=options.batch_tokens, progress=partial(bar, desc=task.title))
         rows = task.predictions(prepared, scores)
         lines += [json.dumps({"task": task.name, **row} if len(tasks) > 1 else row) for row in rows]
         record = {"task": task.name, "data": data, "split": split, "examples": len(rows)}

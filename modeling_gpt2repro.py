@@ -364,6 +364,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         output_logits: bool = True,
         num_items_in_batch: int | torch.Tensor | None = None,
         loss_chunk_tokens: int | None = None,
+        loss_per_row: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """(B, T) ids -> (B, T, V) logits and, given `labels` or `shift_labels`, the loss in nats per token (fp32).
@@ -375,7 +376,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         The loss is a mean over the targets, or their sum divided by `num_items_in_batch` (the tokens of an optimizer
         step of several micro-batches). Training passes `output_logits=False`: only the loss leaves the graph. With
         `loss_chunk_tokens` at most that many rows of logits exist at a time; backward computes them again, which trades
-        time for memory.
+        time for memory. With `loss_per_row` the loss is (B,), the part of each row; their sum is the loss.
 
         Raises: ValueError for labels together with logits_to_keep, and if neither loss nor logits are asked for.
         """
@@ -402,7 +403,10 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, keep])  # (B, T, V)
         if targets is not None:
-            total = self._sum_of_losses(hidden_states, logits, targets.to(hidden_states.device), loss_chunk_tokens)
+            how = "none" if loss_per_row else "sum"
+            total = self._losses(hidden_states, logits, targets.to(hidden_states.device), loss_chunk_tokens, how)
+            if loss_per_row:
+                total = total.view(targets.shape).sum(-1)  # (B * T,) -> (B,)
             loss = total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -412,14 +416,15 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _sum_of_losses(
+    def _losses(
         self,
         hidden_states: torch.Tensor,  # (B, T, C)
         logits: torch.Tensor | None,  # (B, T, V)
         targets: torch.Tensor,  # (B, T)
         loss_chunk_tokens: int | None,
+        how: str,
     ) -> torch.Tensor:
-        """Summed cross-entropy, from the logits if there are any, else from the hidden states.
+        """Cross-entropy, from the logits if there are any, else from the hidden states: `how` is "sum" or "none".
 
         The head is called as a module and outside `cross_entropy`: FSDP2 gathers its weight in a hook of that call,
         LoRA and quantisers replace the module, and a compiled cross-entropy must trace none of these.
@@ -428,21 +433,24 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         def from_hidden_states(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             if isinstance(self.lm_head, PaddedHead):
                 vocab_size = self.lm_head.weight.shape[0]
-                return self.cross_entropy(self.lm_head(hidden_states, padded=True), targets, vocab_size)
-            return self.cross_entropy(self.lm_head(hidden_states), targets)
+                return self.cross_entropy(self.lm_head(hidden_states, padded=True), targets, vocab_size, how)
+            return self.cross_entropy(self.lm_head(hidden_states), targets, None, how)
 
         targets = targets.reshape(-1)  # (B * T,)
         if logits is not None:
-            return self.cross_entropy(logits.reshape(targets.shape[0], -1), targets)
+            return self.cross_entropy(logits.reshape(targets.shape[0], -1), targets, None, how)
         hidden_states = hidden_states.reshape(targets.shape[0], -1)  # (B * T, C)
         if loss_chunk_tokens is None:
             return from_hidden_states(hidden_states, targets)
         chunks = zip(hidden_states.split(loss_chunk_tokens), targets.split(loss_chunk_tokens), strict=True)
-        return sum(checkpoint(from_hidden_states, h, t, use_reentrant=False) for h, t in chunks)
+        losses = [checkpoint(from_hidden_states, h, t, use_reentrant=False) for h, t in chunks]
+        return sum(losses) if how == "sum" else torch.cat(losses)
 
     @staticmethod
-    def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
-        """Sum over (N,) targets of (N, V) logits, at least in fp32; targets of -100 are ignored.
+    def cross_entropy(
+        logits: torch.Tensor, targets: torch.Tensor, vocab_size: int | None = None, how: str = "sum"
+    ) -> torch.Tensor:
+        """Sum over (N,) targets of (N, V) logits, or (N,) with "none"; at least in fp32; targets of -100 are ignored.
 
         Only the first `vocab_size` columns of padded logits are real; the others are masked, not cut off.
         """
@@ -450,7 +458,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             padding = torch.arange(logits.shape[-1], device=logits.device) >= vocab_size
             logits = logits.masked_fill(padding, -torch.inf)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction=how)
 
 
 __all__ = ["GPT2ReproForCausalLM", "GPT2ReproModel", "GPT2ReproPreTrainedModel"]

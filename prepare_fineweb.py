@@ -36,8 +36,8 @@ from pydantic import Field
 from gpt2repro.data.preparation import check_place, prepare
 from gpt2repro.data.text import find_text
 from gpt2repro.data.tokenization import Encoder, gpt2_tokenizer, load_tokenizer
-from gpt2repro.data.upload import check_push, push_dataset
-from gpt2repro.options import AtLeastOne, InputError, NotNegative, parse_options, run_main
+from gpt2repro.data.upload import push_dataset
+from gpt2repro.options import AtLeastOne, InputError, NotNegative, Problems, parse_options, run_main
 
 
 @dataclass
@@ -77,32 +77,31 @@ class Options:
     overwrite: bool = False
     "Replace another data set in --out."
 
-    def problems(self) -> list[str]:
-        problems = []
+    def problems(self) -> Problems:
         if self.node_index >= self.num_nodes:
-            problems.append(f"node_index={self.node_index} must be below num_nodes={self.num_nodes} (it counts from 0)")
+            yield f"node_index={self.node_index} must be below num_nodes={self.num_nodes} (it counts from 0)"
         if self.num_nodes > 1 and self.tokens is not None:
-            problems.append("tokens needs one machine: which shards reach the limit is known in order only")
+            yield "tokens needs one machine: which shards reach the limit is known in order only"
         if self.num_nodes > 1 and self.overwrite:
-            problems.append(
-                "overwrite with num_nodes > 1 would remove what the other machines write; empty --out first"
-            )
+            yield "overwrite with num_nodes > 1 would remove what the other machines write; empty --out first"
         if self.executor == "datatrove" and (self.num_nodes > 1 or self.tokens is not None or self.overwrite):
-            problems.append("executor=datatrove splits the work itself; leave num_nodes, tokens and overwrite")
+            yield "executor=datatrove splits the work itself; leave num_nodes, tokens and overwrite"
         if self.val != "first-shard":
             try:
                 if not 0 <= float(self.val) < 1:
-                    problems.append(f"val={self.val} must be first-shard or a fraction from 0 to below 1")
+                    yield f"val={self.val} must be first-shard or a fraction from 0 to below 1"
             except ValueError:
-                problems.append(f"val={self.val!r} must be first-shard or a fraction such as 0.001")
-        return problems
+                yield f"val={self.val!r} must be first-shard or a fraction such as 0.001"
 
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="prepare_fineweb.py", description=__doc__)
     check_place(options.out)
     if options.push_to_hub:
-        check_push(options.push_to_hub)
+        from gpt2repro.publishing.hub import may_write  # imports torch
+
+        if complaint := may_write(options.push_to_hub)[1]:
+            raise InputError(complaint)
     if options.executor == "datatrove":
         from gpt2repro.data.datatrove_task import run_locally
 

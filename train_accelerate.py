@@ -56,7 +56,7 @@ class TrainConfig:
     """Every option of a run. Field = flag = YAML key = tracker column."""
 
     data: str
-    "Token shards to train on: a directory, hf://user/name[@revision], or stream:<dataset id or files>."
+    "Token shards, a directory or hf://user/name[@revision]; stream:<dataset id or files>; or a recipe.yaml of several."
     run_dir: Path = Path("runs/124M")
     "Where the run lives: config.yaml, metrics.jsonl, loss.png, samples/, checkpoints/. Same directory = same run."
     max_steps: AtLeastOne = 19073
@@ -85,6 +85,8 @@ class TrainConfig:
     "Dropout on the embeddings."
     attn_pdrop: Fraction = 0.0
     "Dropout on the attention weights."
+    zero_init: bool = False
+    "Begin with zeros in the projections into the residual stream, so that each block first passes its input on."
     init_from: str | None = None
     "Start from this model (run, directory or Hub id, also of type gpt2) instead of random weights; its sizes win."
     tokenizer: str | None = None
@@ -125,6 +127,8 @@ class TrainConfig:
     "Checkpoint of a wsd run's stable phase: a new run that continues it and cools down over cooldown_steps."
     weight_decay: NotNegativeNumber = 0.1
     "Decoupled weight decay, on matrices only."
+    cautious_decay: bool = False
+    "Let weights decay only where the optimizer's step shrinks them as well."
     beta1: Fraction = 0.9
     "AdamW's first momentum."
     beta2: Fraction = 0.95
@@ -135,6 +139,8 @@ class TrainConfig:
     "Muon's learning rate as a multiple of lr."
     grad_clip: Positive | None = 1.0
     "Clip the gradient's norm to this; none: measure it only."
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    "Keep an exponential moving average of the weights (0.999, say), evaluated and saved beside them; none: off."
 
     # --- machine
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
@@ -150,7 +156,7 @@ class TrainConfig:
     bf16_residual: bool = False
     "Keep the residual stream in bf16 under bf16 autocast: faster, slightly less exact."
     reduction: Literal["fast", "fixed"] = "fast"
-    "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes, see gpt2repro/training/reduction.py."
+    "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes (on GPUs with deterministic)."
     deterministic: bool = False
     "Only deterministic kernels: bit-identical repeats on a GPU, slower."
     collective_timeout_minutes: Positive | None = None
@@ -235,7 +241,7 @@ class TrainConfig:
             (
                 self.reduction == "fixed" and (leaves & (leaves - 1) or world & (world - 1)),
                 f"reduction=fixed needs powers of two, not {leaves} micro-batches in the batch and {world} processes; "
-                "change batch_tokens or micro_batch_size",
+                "take 1, 2, 4 or 8 processes, and change batch_tokens or micro_batch_size",
             ),
             (self.reduction == "fixed" and self.micro_batch_size is None, "reduction=fixed needs micro_batch_size"),
             (self.cooldown_from is not None and self.cooldown_steps is None, "cooldown_from needs cooldown_steps"),
@@ -253,6 +259,7 @@ class TrainConfig:
                 self.bf16_residual and self.precision not in ("auto", "bf16"),
                 f"bf16_residual needs precision bf16, not {self.precision}",
             ),
+            (self.zero_init and not fresh, "zero_init is for random weights, not for init_from; leave one of them out"),
             (self.resume == "hub:", "resume=hub: needs a repository: hub:user/name[@revision]"),
         ]
         return [sentence for is_wrong, sentence in checks if is_wrong]
@@ -261,10 +268,10 @@ class TrainConfig:
 def main(argv: list[str]) -> int:
     """Options, then the plan or the run."""
     # OpenMP's threads spin while they wait, which slows others on a busy CPU; threads that sleep at once wake up late.
-    # The quickstart on two cores, alone and beside two busy processes: 10,400 and 2,300 tokens/s with OpenMP's default,
-    # 7,700 and 5,500 without spinning, 10,000 and 4,500 with 1000 turns. The import of torch reads the variable.
+    # The quickstart on two cores, alone and beside two busy processes: 12,100 and 5,000 tokens/s with 1000 turns,
+    # 16,000 and 5,700 with 10,000, 16,000 and 5,200 (3,400 on average) with 300,000. The import of torch reads it.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     is_first = int(os.environ.get("RANK", 0)) == 0
     try:
         config = parse_options(TrainConfig, argv, prog="train_accelerate.py", description=__doc__ + CONFIGS)
@@ -308,28 +315,26 @@ def train(config: TrainConfig) -> int:
     model = build_model(config, source.vocab_size, source.tokenizer)
 
     # Compile first, wrap second: so autocast lies inside the graph and the state dict keeps its names.
-    sharded = accelerator.distributed_type == "FSDP"
-    compiled = compile_model(model, config.compile, device.type, world, sharded=sharded)
+    ranks = world if config.reduction == "fast" else 1  # that exchange gradients during the backward pass
+    compiled = compile_model(model, config.compile, device.type, ranks, sharded=accelerator.distributed_type == "FSDP")
     # The processes of one machine share Muon's work. Between machines the results may travel longer than they compute.
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
-    recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale")}
+    recipe = {name: getattr(config, name) for name in ("lr", "weight_decay", "eps", "muon_lr_scale", "cautious_decay")}
     recipe |= {"name": config.optimizer, "betas": (config.beta1, config.beta2)}
-    optimizer = build_optimizer(
-        model,
-        **recipe,
-        processes=world if one_machine else 1,
-        compiled=compiled != "off" and device.type == "cuda",
-    )
+    recipe |= {"processes": world if one_machine else 1, "compiled": compiled != "off" and device.type == "cuda"}
+    optimizer = build_optimizer(model, **recipe)
     schedule = {name: getattr(config, name) for name in SCHEDULE}
 
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
-    meter = Meter(accelerator, batch_tokens=config.batch_tokens, flops_per_token=flops, device_peak=peak)
+    speed = {"batch_tokens": config.batch_tokens, "flops_per_token": flops, "device_peak": peak}
+    meter = Meter(accelerator, **speed, same=config.reduction == "fixed")
+    if config.reduction == "fixed":
+        model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP: `fixed` exchanges the gradients
     model, optimizer = accelerator.prepare(model, optimizer)  # nothing else: the module's first lines say why
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
-    forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens}
-    if config.bf16_residual:
-        forward_options["residual_dtype"] = torch.bfloat16
+    forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens, "loss_per_row": bool(source.sources)}
+    forward_options |= {"residual_dtype": torch.bfloat16} if config.bf16_residual else {}
 
     with (
         Run(config, accelerator, model, optimizer, source, compiled=compiled, fetch=fetch_checkpoint) as run,
@@ -378,12 +383,10 @@ def train(config: TrainConfig) -> int:
                 if fixed is not None:
                     leaf = (rank * len(x) + first) // config.micro_batch_size
                     torch.manual_seed(step_seed(config.seed, state.step, leaf))
-                exchanging = fixed is None and rows.stop >= len(x)
-                with contextlib.nullcontext() if exchanging else accelerator.no_sync(model):
-                    # Only the loss leaves the graph: (B, T, V) logits in fp32 would be the largest tensor of the run.
-                    # It is this rank's sum over the tokens of the whole step, so that micro-batches weigh alike; the
-                    # average over the ranks is DDP's and FSDP's part.
-                    micro_loss = model(
+                with contextlib.nullcontext() if rows.stop >= len(x) else accelerator.no_sync(model):
+                    # Only the loss leaves the graph, not (B, T, V) logits in fp32: this rank's sum over the tokens of
+                    # the step: micro-batches weigh alike. The average over the ranks is DDP's and FSDP's part.
+                    row_losses = model(
                         input_ids=x[rows],
                         shift_labels=y[rows],
                         use_cache=False,  # no keys and values are kept: nothing is decoded
@@ -391,19 +394,19 @@ def train(config: TrainConfig) -> int:
                         num_items_in_batch=divisor,
                         **forward_options,
                     ).loss
-                    accelerator.backward(micro_loss)
+                    accelerator.backward(micro_loss := row_losses.sum())  # a recipe's losses come row by row, (B,)
                 loss += micro_loss.detach()  # stays on the device: no step waits for a number
+                meter.keep(row_losses, divisor)  # for the loss of each source of a recipe
                 if fixed is not None:
-                    fixed.keep(micro_loss)  # with its gradients, in the place that its number has in the batch
-            if fixed is not None:
-                loss = fixed.finish()
+                    fixed.keep(micro_loss)  # its gradients went into the tree as backward made them
+            loss = loss if fixed is None else fixed.finish()
 
             # Clip to one global norm. Without clipping the norm is still the best early sign of trouble.
             grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
 
             # Step; with `skip`, a bad loss or norm leaves weights and moments as they are, decided on the device.
             if config.on_bad_numbers == "skip":
-                mean_loss = accelerator.reduce(loss, reduction="mean")
+                mean_loss = accelerator.reduce(loss, reduction="mean") if fixed is None else loss
                 fine = run.monitor.allow(mean_loss, grad_norm, scaled=accelerator.scaler is not None)
                 step_unless_bad(optimizer, fine, accelerator.scaler)
             else:
@@ -411,6 +414,8 @@ def train(config: TrainConfig) -> int:
             optimizer.zero_grad(set_to_none=True)  # the next backward writes instead of adding to zeros
             profiler.step()
             state.step += 1
+            if run.average is not None:
+                run.average.update(state.step)
             meter.add(
                 step=state.step, lr=lr, loss=loss, grad_norm=grad_norm, positions=[start, state.source["position"]]
             )

@@ -11,11 +11,13 @@ COMMANDS = {
     "prepare-text": "text (yours, tiny shakespeare, or Python's own documentation) -> token shards",
     "generate": "write text with a model: one prompt, a conversation, or a file of prompts",
     "plot": "loss, learning rate and tokens/s of one or more runs -> PNG",
+    "compare": "two recipes over several seeds: a difference, or chance?",
+    "average": "the mean of a run's last checkpoints -> a model of its own",
     "push": "publish a model on the Hugging Face Hub, with its card",
     "import-checkpoint": "nanoGPT, build-nanogpt or llm.c checkpoint -> a directory of ours",
     "export": "a model in another program's form: a plain gpt2, ONNX, CTranslate2, GGUF",
     "demo": "a web page to talk to a model",
-    "bench": "measure this machine: train, data, tokenize, hellaswag, generate, checkpoint",
+    "bench": "measure this machine: train, data, tokenize, hellaswag, generate, checkpoint; or recipes",
     "verify-resume": "kill and resume a run, and compare it with the uninterrupted one",
     "conformance": "a checkpoint in the programs that people use: do they compute the same?",
     "perplexity": "sliding-window perplexity, or last-word accuracy, of a model on a text",
@@ -27,6 +29,8 @@ BENCHMARKS = {
     "hellaswag": "examples per second of the HellaSwag evaluation",
     "generate": "tokens per second of generation",
     "checkpoint": "time a save takes, and how long training waits for it",
+    "recipes": "small models, one change of the recipe at a time, several seeds",
+    "reduction": "a step with the same bits on any number of processes, against plain DDP",
     "all": "the first six, one after the other; --minutes 10 for a borrowed GPU",
     "table": "rewrite the table of results/README.md from the records",
 }
@@ -59,7 +63,7 @@ def dispatch(argv: list[str], modules: dict[str, str], said: dict[str, str], *, 
         return 0 if argv else 2
     name = argv[0]
     if name not in modules:
-        near = difflib.get_close_matches(name, modules, n=1)
+        near = difflib.get_close_matches(name, [*modules, "--help", "--version"], n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; the commands are {', '.join(modules)}"
         raise InputError(f"{prog}: unknown command {name!r}{hint}")
     return importlib.import_module(modules[name]).main(argv[1:])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpt2repro.options import InputError, sentence_for
+from gpt2repro.options import InputError, first_line, say, sentence_for
 
 if TYPE_CHECKING:  # commands take ModelOptions from here before they know whether they will need torch
     import torch
@@ -52,7 +52,7 @@ def pick_device(name: str | None = None) -> torch.device:
             raise RuntimeError("it holds no numbers")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} is not usable here; try cpu ({str(error).splitlines()[0]})") from None
+        raise InputError(f"device {name!r} is not usable here; try cpu ({first_line(error)})") from None
 
 
 def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
@@ -82,7 +82,7 @@ def architecture_of(name: str) -> dict:
 def _not_loaded(what: str, error: Exception) -> InputError:
     """The sentence for an error while a model was loaded; a damaged file can make the libraries raise anything."""
     known = None if isinstance(error, OSError) else sentence_for(error)
-    return known or InputError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+    return known or InputError(f"{what}: {first_line(error)}")
 
 
 def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | None, trust_remote_code: bool = False):
@@ -172,17 +172,21 @@ def load_for_comparison(name: str | Path):
 
     Its checksums are the caller's part: export and push have compared them.
     """
+    from gpt2repro.checkpoint.reader import find_model
+
+    return _ours(find_model(str(name)), f"cannot load a GPT-2 from {name}", attn_implementation=None).eval()
+
+
+def _ours(source: str, said: str, **how):
+    """The model at `source` in fp32. Raises: InputError that begins as `said`, where it cannot be loaded."""
     import torch
 
-    from gpt2repro.checkpoint.reader import find_model
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
-    source = find_model(str(name))
-    how = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": None}
-    try:
-        return GPT2ReproForCausalLM.from_pretrained(source, **how).eval()
+    try:  # nothing is ever unpickled
+        return GPT2ReproForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **how)
     except Exception as error:
-        raise _not_loaded(f"cannot load a GPT-2 from {name}", error) from None
+        raise _not_loaded(said, error) from error
 
 
 def build_model(config, vocab_size: int, tokenizer):
@@ -208,8 +212,13 @@ def build_model(config, vocab_size: int, tokenizer):
         try:
             model = GPT2ReproForCausalLM._from_config(GPT2ReproConfig(**sizes, **ends), dtype=torch.float32, **kernel)
         except ImportError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"attn_implementation={config.attn_implementation}: {reason}; try sdpa") from None
+            raise InputError(
+                f"attn_implementation={config.attn_implementation}: {first_line(error)}; try sdpa"
+            ) from None
+        if config.zero_init:
+            for module in model.modules():
+                if getattr(module, "feeds_the_residual_stream", False):
+                    torch.nn.init.zeros_(module.weight)
     if config.precision == "fp64":
         model = model.double()
     if config.gradient_checkpointing:
@@ -220,23 +229,12 @@ def build_model(config, vocab_size: int, tokenizer):
 
 def _first_weights(config, vocab_size: int, tokenizer):
     """The model that `init_from` names, with the run's dropout. Raises: InputError as in `build_model`."""
-    import torch
-
     from gpt2repro.checkpoint.reader import resolve_model
     from gpt2repro.data.tokenization import fingerprint, load_tokenizer
-    from modeling_gpt2repro import GPT2ReproForCausalLM
 
     source = resolve_model(config.init_from)
-    try:
-        model = GPT2ReproForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            use_safetensors=True,  # nothing is ever unpickled
-            attn_implementation=config.attn_implementation,
-            **{name: getattr(config, name) for name in DROPOUT},
-        )
-    except Exception as error:
-        raise _not_loaded(f"init_from={config.init_from}", error) from error
+    how = {name: getattr(config, name) for name in ("attn_implementation", *DROPOUT)}
+    model = _ours(source, f"init_from={config.init_from}", **how)
     if vocab_size > model.config.vocab_size:
         raise InputError(
             f"the data has a vocabulary of {vocab_size}, but {config.init_from} only of {model.config.vocab_size}; "
@@ -249,7 +247,7 @@ def _first_weights(config, vocab_size: int, tokenizer):
     except InputError:
         if (Path(source) / "tokenizer.json").exists():
             raise
-        print(f"warning: {config.init_from} has no tokenizer to compare with that of the data", file=sys.stderr)
+        say(f"warning: {config.init_from} has no tokenizer to compare with that of the data")
         return model
     # Fingerprints, not bytes of files: OpenAI's own files and our rebuilt ones are the same tokenizer.
     if fingerprint(own) != fingerprint(tokenizer):

@@ -8,7 +8,7 @@ Owns how options are written, read, checked and explained. Knows no program's fi
         "What `--help` says about the field: a string literal right under it."
         runs: list[str] = field(default_factory=list, metadata={"positional": True})
         out: Path | None = field(default=None, metadata={"config": False})  # cannot stand in a YAML file
-        def problems(self) -> list[str]: ...                              # optional: what types cannot check
+        def problems(self) -> Problems: yield "…"                         # optional: what types cannot check
 
     def main(argv: list[str]) -> int:
         options = parse_options(Options, argv, prog="gpt2repro plot", description=__doc__)
@@ -29,11 +29,12 @@ import gc
 import inspect
 import itertools
 import re
+import signal
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -54,11 +55,29 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegativeNumber = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+Problems = Iterable[str]  # of an options class: a sentence for each
+
 T = TypeVar("T")
 
 
 class InputError(Exception):
     """Bad input. The message is one sentence for the user; the process ends with exit code 2 and no traceback."""
+
+
+def taken(out: Path) -> Problems:
+    """The problem of an option --out that is to become a new directory and cannot."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        yield f"--out {out} exists and is not an empty directory; choose another"
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an error in one line; the error's name where it has none."""
+    return ((getattr(error, "strerror", None) or str(error)).strip().splitlines() or [type(error).__name__])[0]
+
+
+def say(message: str) -> None:
+    """Print a message about the work on stderr; results go to stdout."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: str | None = None) -> T:
@@ -85,20 +104,19 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
 
     raw: dict[str, tuple[Any, str]] = {}  # field -> value as written, and where it was written
     config = None if "config" in fields else given.pop("config", None)  # a class may have a `config` of its own
-    if config is not None and config is not _NO_VALUE:
-        for name, value in _read_yaml(config).items():
+    if config is _NO_VALUE:
+        problems.append("--config needs a value: a YAML file, or a preset that --help names")
+    elif config is not None:
+        for name, value in read_yaml(config).items():
             if name not in fields:
                 problems.append(f"unknown option {name!r} in {config}{_nearest(str(name), fields, '')}")
             elif not fields[name].metadata.get("config", True):
                 problems.append(f"{name} cannot be set in {config}; use the flag --{name}")
             else:
                 raw[name] = value, str(config)
-    elif config is _NO_VALUE:
-        problems.append("--config needs a value: a YAML file, or a preset that --help names")
     raw.update({name: (value, "flag") for name, value in given.items()})
 
     checked: dict[str, Any] = {}
-    wrong: set[str] = set()
     for name, (value, source) in raw.items():
         try:
             if not fields[name].metadata.get("free_text") and isinstance(value, (str, list)):
@@ -108,16 +126,16 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
                     raise ValueError("should be UTF-8 text")
             checked[name] = _convert(value, kinds[name])
         except ValueError as error:
-            wrong.add(name)
             shown = f"--{name}" if source == "flag" else f"{name} in {source}"
             problems.append(f"{shown} needs a value" if value is _NO_VALUE else f"{shown}: {error}, not {value!r}")
-    missing = [name for name, field in fields.items() if _default(field) is dataclasses.MISSING and name not in raw]
-    problems += [f"--{name} is required" for name in missing]
+    required = [name for name, field in fields.items() if _default(field) is dataclasses.MISSING]
+    problems += [f"--{name} is required" for name in required if name not in raw]
 
-    if not missing and not any(_default(fields[name]) is dataclasses.MISSING for name in wrong):
+    if checked.keys() >= set(required):
         options = cls(**checked)
         if hasattr(options, "problems"):
             # A mistyped field has its default here, so a problem that names this field would be one of the default.
+            wrong = raw.keys() - checked.keys()
             problems += [text for text in options.problems() if not any(name in text for name in wrong)]
     if problems:
         many = f"{len(problems)} problems with the options:\n  - " if len(problems) > 1 else ""
@@ -156,10 +174,13 @@ def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None
         except OSError:
             sys.stdout = None  # or the interpreter tries once more when it ends
         return 2
+    finally:
+        if argv is None:  # Ctrl-C while the interpreter ends: no traceback of what it was just closing
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def sentence_for(error: BaseException) -> InputError | None:
-    """The message for bad input and for faults of files, disks and memory, as an InputError; None for other errors."""
+    """What to say of bad input, absent packages, and faults of files, disks and memory; None for other errors."""
     if isinstance(error, InputError):
         return error
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
@@ -171,6 +192,9 @@ def sentence_for(error: BaseException) -> InputError | None:
             "the memory ran out; take smaller batches (for training: halve --micro_batch_size), or a machine with more "
             "memory"
         )
+    if isinstance(error, ModuleNotFoundError) and error.name and "gpt2repro" not in error.name:  # else a fault of ours
+        package = error.name.partition(".")[0]
+        return InputError(f"this needs the package {package}, which is not installed here: pip install {package}")
     return None
 
 
@@ -247,11 +271,11 @@ def _canonical(argument: str, kinds: dict) -> str:
     return f"--{name}{equals}{value}"
 
 
-def _read_yaml(config: str) -> dict:
-    """The mapping in a YAML file or packaged preset. Raises: InputError."""
-    path = Path(config)
-    if not path.is_file() and path.name == config and (PRESETS / f"{config}.yaml").is_file():
-        path = PRESETS / f"{config}.yaml"
+def read_yaml(name: str, flag: str = "--config") -> dict:
+    """The mapping in a YAML file or, for `--config`, a packaged preset. Raises: InputError."""
+    path, is_config = Path(name), flag == "--config"
+    if is_config and not path.is_file() and path.name == name and (PRESETS / f"{name}.yaml").is_file():
+        path = PRESETS / f"{name}.yaml"
     try:
         with path.open("rb") as file:
             text = file.read(LARGEST_YAML_BYTES + 1).decode("utf-8")
@@ -261,15 +285,15 @@ def _read_yaml(config: str) -> dict:
             raise ValueError("anchors and aliases are not allowed, since a few of them can fill the memory")
         content = yaml.load(text, _StrictLoader)
     except FileNotFoundError:
-        names = ", ".join(preset_names()) or "none"
-        raise InputError(f"--config {config}: no such file, and the packaged presets are {names}") from None
+        presets = f", and the packaged presets are {', '.join(preset_names()) or 'none'}" if is_config else ""
+        raise InputError(f"{flag} {name}: no such file{presets}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
-        raise InputError(f"--config {config} is not a readable YAML file: {reason}") from None
+        raise InputError(f"{flag} {name} is not a readable YAML file: {reason}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise InputError(f"--config {config} must hold lines like 'name: value', found a {type(content).__name__}")
+        raise InputError(f"{flag} {name} must hold lines like 'name: value', found a {type(content).__name__}")
     return content
 
 

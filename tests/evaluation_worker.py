@@ -1,4 +1,4 @@
-"""One of two processes that evaluate a model as training does; `test_evaluation.py` compares it with one process.
+"""One of several processes that evaluate a model as training does; `test_evaluation.py` compares it with one process.
 
 python evaluation_worker.py RANK WORLD PORT OUT.json
 """
@@ -15,6 +15,7 @@ from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.data.tokenization import bpe_tokenizer
 from gpt2repro.evaluation import hellaswag
 from gpt2repro.evaluation.losses import validation_loss
+from gpt2repro.evaluation.multiple_choice import score
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 EXAMPLES = Path(__file__).parent / "data" / "hellaswag_synthetic.jsonl"
@@ -44,12 +45,14 @@ def build():
     return GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=len(tokenizer), **sizes)).double(), tokenizer, examples
 
 
-def evaluate(model, tokenizer, examples, rank: int = 0, world: int = 1) -> dict:
-    """What a run logs at an evaluation. 1000 tokens and 3 rows per pass leave one rank with less to do."""
+def evaluate(model, tokenizer, examples) -> dict:
+    """What a run logs at an evaluation, and each example's scores. 1000 tokens and 3 rows per pass: uneven work."""
     split = Tokens(1000, len(tokenizer), text_bytes=4000)
-    record = validation_loss(model, split, seq_len=32, batch_size=3, tokens=900, rank=rank, world=world)
+    record = validation_loss(model, split, seq_len=32, batch_size=3, tokens=900)
     prepared = hellaswag.TASK.prepare(examples, tokenizer, 384)
-    return record | prepared.evaluate(model, rank=rank, world=world)
+    scores = score(model, prepared)
+    record = record | hellaswag.TASK.summary(hellaswag.TASK.predictions(prepared, scores))
+    return record | {f"{name} of each": [one.tolist() for one in examples] for name, examples in scores.items()}
 
 
 def train_one_step(model, rank: int) -> float:
@@ -82,10 +85,10 @@ def main(rank: int, world: int, port: int, out: str) -> None:
     for way in ("ddp", "compiled", "fsdp"):
         model, tokenizer, examples = build()
         model = wrapped(model, way, world)
-        found[way] = [evaluate(model, tokenizer, examples, rank, world)]  # before training: nothing is gathered yet
+        found[way] = [evaluate(model, tokenizer, examples)]  # before training: nothing is gathered yet
         model.train()
         train_one_step(model, rank)
-        found[way].append(evaluate(model, tokenizer, examples, rank, world))
+        found[way].append(evaluate(model, tokenizer, examples))
         train_one_step(model, rank)
     if rank == 0:
         Path(out).write_text(json.dumps(found), encoding="utf-8")

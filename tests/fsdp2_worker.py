@@ -9,6 +9,7 @@ tied); the rest. Everything else is what training does, and is compared with the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -28,6 +30,7 @@ from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.evaluation import losses as evaluation
 from gpt2repro.evaluation.losses import inference, loss_sum
 from gpt2repro.models import compile_model
+from gpt2repro.training.averaging import WeightAverage
 from gpt2repro.training.optim import build_optimizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -174,6 +177,7 @@ def run(case: dict, folder: Path, rank: int, world: int) -> dict:
         by_accelerate, bf16 = case.get("by_accelerate"), case.get("bf16", False)
         model = shard_by_accelerate(model, mesh) if by_accelerate else shard(model, mesh, bf16=bf16)
     optimizer, whole_optimizer = optimizer_of(model, case), optimizer_of(whole, case)
+    averages = [WeightAverage(one, 0.9) for one in (model.module if case.get("ddp") else model, whole)]
 
     tokens = torch.randint(0, 500, (ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(5))
     x, y = tokens[:, :-1], tokens[:, 1:]
@@ -188,8 +192,10 @@ def run(case: dict, folder: Path, rank: int, world: int) -> dict:
         found["whole_losses"].append(whole_loss)
         found["norms"].append(norm)
         found["whole_norms"].append(whole_norm)
+        for average in averages:
+            average.update(step + 1)
         if step + 1 == SAVE_AFTER:
-            found |= in_the_middle(model, whole, optimizer, x, y, case, folder)
+            found |= in_the_middle(model, whole, optimizer, averages, x, y, case, folder)
     weights = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in model.named_parameters()}
     found["weights"] = max(
         (weights[("module." if case.get("ddp") else "") + n] - p).abs().max().item()
@@ -201,10 +207,16 @@ def run(case: dict, folder: Path, rank: int, world: int) -> dict:
     return found
 
 
-def in_the_middle(model, whole, optimizer, x, y, case: dict, folder: Path) -> dict:
+def in_the_middle(model, whole, optimizer, averages, x, y, case: dict, folder: Path) -> dict:
     """Evaluation, a sample and a checkpoint, as between two steps of a run."""
     with inference(model) as forward, inference(whole) as whole_forward:
         found = {"evaluated": loss_sum(forward, x, y).item(), "whole_evaluated": loss_sum(whole_forward, x, y).item()}
+    with contextlib.ExitStack() as stack:
+        for average in averages:
+            stack.enter_context(average.in_place())
+        with inference(model) as forward, inference(whole) as whole_forward:
+            pair = loss_sum(forward, x, y).item(), loss_sum(whole_forward, x, y).item()
+            found["averaged"], found["whole_averaged"] = pair
     core = model.module if case.get("ddp") else model
     prompt = {"input_ids": x[:1, :4], "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     options = {"max_length": 10, "do_sample": False, "pad_token_id": 0}
@@ -214,8 +226,12 @@ def in_the_middle(model, whole, optimizer, x, y, case: dict, folder: Path) -> di
         found["whole_sample"] = whole.generate(**prompt, **options).tolist()
     if not case.get("lora"):
         writer = CheckpointWriter(folder, keep_last=1)
-        writer.save(SAVE_AFTER, model=model, optimizer=optimizer, state={"step": SAVE_AFTER})
+        state = {"step": SAVE_AFTER}
+        writer.save(SAVE_AFTER, model=model, optimizer=optimizer, state=state, averages=averages[0].averages)
         writer.close()
+        if dist.get_rank() == 0:  # written whole, as the one piece has it
+            saved = load_file(folder / f"step_{SAVE_AFTER:06d}/ema/model.safetensors")
+            found["average_saved"] = max((saved[n] - a).abs().max().item() for n, a in averages[1].averages.items())
     return found
 
 

@@ -1,6 +1,7 @@
 """The harness on made-up work of known duration, the table on made-up records, the guard on a wrong model."""
 
 import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from gpt2repro.commands.bench import all as bench_all
-from gpt2repro.commands.bench import harness, hellaswag, table, train, whole
+from gpt2repro.commands.bench import harness, hellaswag, recipes, reduction, table, train, whole
 from gpt2repro.commands.bench.harness import CommonOptions, Record, peak_memory_gib, speedup, summary
 from gpt2repro.data.shards import open_split
-from gpt2repro.options import InputError
+from gpt2repro.data.sources import open_data
+from gpt2repro.options import InputError, parse_options
+from train_accelerate import TrainConfig
 
 
 @pytest.fixture
@@ -82,6 +85,19 @@ def test_commit_comes_from_the_environment_only_where_git_knows_none(monkeypatch
     assert harness.commit() == "carried"
     monkeypatch.delenv("GPT2REPRO_COMMIT")
     assert harness.commit() == "unknown"
+
+
+def test_a_bare_gpu_image_lacks_packages_and_loses_only_what_needs_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "PACKAGES", ("torch", "no-such-package"))
+    record = Record("data", [], CommonOptions(rounds=1, out=tmp_path))
+
+    def theirs():
+        raise ModuleNotFoundError("No module named 'datasets'")
+
+    times = record.compare({"ours": lambda: None, "theirs": theirs})
+    assert list(times) == ["ours"] and record.finish() == 1
+    assert read(record)["versions"].keys() == {"python", "torch"}
+    assert read(record)["results"]["lost"] == {"theirs": "ModuleNotFoundError: No module named 'datasets'"}
 
 
 def test_candidate_without_memory_is_lost_alone_and_the_record_says_so(record):
@@ -204,6 +220,8 @@ def test_random_data_of_the_loop_measurement_is_a_data_set(tmp_path: Path):
     split = open_split(tmp_path / "data", "train")
     assert split.vocab_size == 97 and split.tokens >= 3 * 2 * 16 + 1
     assert command[command.index("--max_steps") + 1] == "3"
+    config = parse_options(TrainConfig, command[2:], prog="train")
+    assert len(open_data(config, sequences=2).tokenizer) == 97  # else training would refuse the data
 
 
 @pytest.mark.parametrize("name", [train.OURS, train.TRANSFORMERS, train.BY_HAND])
@@ -229,6 +247,17 @@ def test_a_training_record_of_a_small_model_has_its_rows(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_price_of_a_fixed_reduction_is_measured_on_two_processes(tmp_path):
+    assert reduction.main(["--rounds", "1", "--processes", "2", "--sizes", "1M", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / f"reduction-{harness.host_kind()}.json").read_text())
+    (times,) = content["results"]["times"].values()
+    assert content["complete"] and {name: len(found["rounds"]) for name, found in times.items()} == dict.fromkeys(
+        (reduction.PLAIN, reduction.FIXED, reduction.ALL_REDUCE, reduction.EXCHANGE), 2
+    )
+    assert [row["goal"] for row in content["results"]["headlines"]] == [reduction.GOAL, None]
+
+
+@pytest.mark.slow
 def test_checkpoint_benchmark_compares_equals_and_says_what_a_save_costs(tmp_path):
     from gpt2repro.commands.bench import checkpoint
 
@@ -238,6 +267,11 @@ def test_checkpoint_benchmark_compares_equals_and_says_what_a_save_costs(tmp_pat
         assert checkpoint.main(["--rounds", "1", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / f"checkpoint-{harness.host_kind()}.json").read_text())["results"]
     assert len(results["headlines"]) == 2 and set(results["loop_seconds"]) > {"no save"}
+
+
+def test_a_fixed_reduction_is_timed_against_the_same_step_without_it():
+    took = reduction.measure({"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 97, "n_positions": 8}, 2)
+    assert {name: len(seconds) for name, seconds in took.items()} == {reduction.PLAIN: 2, reduction.FIXED: 2}
 
 
 def test_hellaswag_benchmark_gives_the_loops_choices(tmp_path, monkeypatch):
@@ -261,3 +295,56 @@ def test_evaluations_of_a_whole_run_read_as_many_tokens_in_both_programs():
     per_split = int(flags["eval_iters"]) * int(flags["batch_size"]) * int(flags["block_size"])
     assert whole.VAL_TOKENS == 2 * per_split == 30_720
     assert whole.our_command(Path("x"), "run")[-1] == "30720"
+
+
+def test_recipes_are_measured_cell_by_cell_and_a_second_start_does_the_rest(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recipes, "GRIDS", {"AdamW": (0.002, 0.004), "Muon": (0.01,)})
+    chosen = ("AdamW", "AdamW, linear to 0", "Muon", "Muon, all together")
+    monkeypatch.setattr(recipes, "RECIPES", {name: recipes.RECIPES[name] for name in chosen})
+    monkeypatch.setattr(recipes, "LENGTHS", (0.5,))
+    done = []
+
+    def training(arguments):
+        """Stands in for minutes of training: a loss that falls with the steps, by an amount for each option."""
+        given = dict(zip(arguments[1::2], arguments[2::2], strict=False))
+        steps, seed = given["--max_steps"], given["--seed"]
+        loss = 4 - steps / 100 + seed / 10 + abs(given["--lr"] - 0.004) - 0.1 * ("--zero_init" in arguments)
+        run_dir = Path(given["--run_dir"])
+        run_dir.mkdir(parents=True)
+        record = {"step": steps, "val_loss": loss, "val_loss_ema": loss - 0.01 * seed, "bits_per_byte": 1.0}
+        lines = [{"step": steps, "loss": loss, "step_seconds": 0.5}, record]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        done.append(arguments)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "program", training)
+    (tmp_path / "data").mkdir()
+    arguments = ["--widths", "24", "--seeds", "3", "--steps", "40", "--data", str(tmp_path / "data")]
+    arguments += ["--work_dir", str(tmp_path / "work"), "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        recipes.main(arguments)
+    shutil.rmtree(tmp_path / "work")
+    assert recipes.main(arguments) == 0
+    cells = 3 + (3 * 4 - 2) + 2 * 3 + 3 * 2  # grids; seeds 1-3, of which two are in the grids; two more; shorter runs
+    assert len(done) == cells + 1, "only the cell that was interrupted is trained again"
+
+    content = json.loads((tmp_path / f"recipes-{harness.host_kind()}.json").read_text())
+    rows = {row["recipe"]: row for row in content["results"]["comparisons"]}
+    assert content["complete"] and content["results"]["rates"] == {"24, AdamW": 0.004, "24, Muon": 0.01}
+    assert rows["AdamW"]["mean"] == pytest.approx(4 - 0.4 + 0.3) and rows["AdamW"]["seeds"] == 5
+    assert rows["Muon, all together"]["against_plain"]["mean"] == pytest.approx(-0.1)
+    assert rows["AdamW, linear to 0"]["against_adamw"]["pairs"] == 3
+    # The finalist's loss is 0.094 lower at 40 steps and 0.2 higher at 20; in between straight in the tokens' logarithm.
+    needed = content["results"]["tokens_needed"]["24, Muon, all together"]
+    assert needed == pytest.approx(2 ** -(0.094 / 0.2), rel=1e-2)
+    assert "| 24 | AdamW, linear to 0 + EMA |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_cell_is_a_run_of_the_real_program(tmp_path):
+    options = recipes.Options(widths=[24], seeds=1, steps=8, work_dir=tmp_path / "work", out=tmp_path)
+    bench = recipes.Bench(Record("recipes", [], options), options)
+    bench.cell(24, "Muon, all together", 0.01, 1, 8)
+    (cell,) = bench.cells.values()
+    assert 4 < cell["val_loss"] < 6.5 and [step for step, _ in cell["curve"]][-1] == 8

@@ -11,7 +11,7 @@ import pytest
 import sharded_worker
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from gpt2repro.checkpoint import writer as writing
 from gpt2repro.checkpoint.layout import POINTERS, list_steps, resolve_pointer
@@ -19,7 +19,7 @@ from gpt2repro.checkpoint.reader import find_checkpoint, read_state, resolve_mod
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.tensors import named_weights
 from gpt2repro.checkpoint.writer import CheckpointWriter, SaveError
-from gpt2repro.data.tokenization import char_tokenizer
+from gpt2repro.data.tokenization import char_tokenizer, load_tokenizer
 from gpt2repro.options import InputError
 
 
@@ -70,7 +70,8 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(tmp_path, ti
 
 def test_a_checkpoint_loads_with_from_pretrained_and_has_the_model_once(tmp_path, trained):
     writer = CheckpointWriter(tmp_path)
-    tokenizer = char_tokenizer(["to be or not"])
+    char_tokenizer(["to be or not"]).save_pretrained(tmp_path / "data")
+    tokenizer = load_tokenizer(tmp_path / "data")  # as a run reads it, beside its shards
     writer.save(
         7, model=trained[0], optimizer=trained[1], tokenizer=tokenizer, state={}, extra_files={"README.md": "hi"}
     )
@@ -81,6 +82,10 @@ def test_a_checkpoint_loads_with_from_pretrained_and_has_the_model_once(tmp_path
     )
     assert {"tokenizer.json", "checksums.json", "trainer_state"} <= set(names(path))
     assert "lm_head.weight" not in load_file(path / "model.safetensors")
+    assert (
+        AutoTokenizer.from_pretrained(path, trust_remote_code=False).model_max_length == trained[0].config.n_positions
+    )
+    assert not {"is_local", "local_files_only"} & json.loads((path / "tokenizer_config.json").read_text()).keys()
     loaded = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     for name, weight in trained[0].state_dict().items():
         assert torch.equal(weight, loaded.state_dict()[name]), name
@@ -127,11 +132,13 @@ def test_a_save_returns_before_the_files_are_written_and_the_next_one_waits(tmp_
 
     monkeypatch.setattr(writing, "save_file", slow)
     writer = CheckpointWriter(tmp_path)
-    stall = writer.save(1, model=trained[0], optimizer=trained[1], state={})
-    assert stall < 5 and find_checkpoint(tmp_path) is None
+    began = time.perf_counter()
+    writer.save(1, model=trained[0], optimizer=trained[1], state={})
+    assert time.perf_counter() - began < 5 and find_checkpoint(tmp_path) is None
     threading.Timer(0.5, go_on.set).start()
-    stall = writer.save(2, model=trained[0], optimizer=trained[1], state={})
-    assert stall > 0.2, "waiting for the save before counts as stall"
+    began = time.perf_counter()
+    writer.save(2, model=trained[0], optimizer=trained[1], state={})
+    assert time.perf_counter() - began > 0.2, "it has to wait for the save before"
     writer.close()
     assert max(overlaps) == 0, "two saves at once"
     assert [step for step, _ in list_steps(tmp_path)] == [1, 2]

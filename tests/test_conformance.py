@@ -9,8 +9,11 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 from torch.utils.data import Dataset
 from transformers import (
+    AutoModel,
     ContinuousBatchingConfig,
     DataCollatorWithFlattening,
     GenerationConfig,
@@ -18,13 +21,13 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import find_labels
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.data.tokenization import bpe_tokenizer
 from gpt2repro.publishing import conformance
 from gpt2repro.publishing.conformance import rows_of
-from gpt2repro.publishing.exports import export_native
 from gpt2repro.publishing.model_card import card_files
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -279,11 +282,40 @@ def test_rows_of_several_environments_are_collected_in_one_file(directory, run_p
     assert "| lighteval | 0.13.0 | own | ok | 0.0e+00 | equal |" in card and "llama.cpp" not in card
 
 
-def test_the_files_say_what_vllm_sglang_and_mlx_read(directory):
-    """Those are not run here. Source: vLLM's "Transformers modeling backend", SGLang's "Transformers fallback"."""
+def test_the_files_and_the_class_are_what_vllm_and_sglang_ask_for(model, directory):
+    """Neither is run here. Both load `auto_map`'s AutoModel, put their attention and embeddings in, and call it so.
+
+    Source: vLLM's "Writing custom models" and model_executor/models/transformers/base.py, SGLang's "Transformers
+    fallback" and srt/models/transformers.py.
+    """
     config = json.loads((directory / "config.json").read_text())
-    assert "AutoModel" in config["auto_map"]  # vLLM loads the base model, without a head
-    assert GPT2ReproForCausalLM._supports_attention_backend
-    assert GPT2ReproForCausalLM.base_model_prefix == "transformer" and hasattr(GPT2ReproForCausalLM, "config_class")
-    native = json.loads((export_native(directory, directory.parent / "native") / "config.json").read_text())
-    assert native["model_type"] == "gpt2" and native["n_ctx"] == native["n_positions"]  # mlx-lm's gpt2 reads n_ctx
+    assert config["auto_map"]["AutoModel"].endswith("GPT2ReproModel")
+    base = AutoModel.from_pretrained(directory, trust_remote_code=True, attn_implementation="eager").eval()
+    assert type(base).is_backend_compatible() and base.get_decoder() is base
+    assert (base.config.hidden_size, base.config.max_position_embeddings) == (32, N_POSITIONS)
+    assert (base.config.num_attention_heads, base.config.num_hidden_layers) == (4, 2)
+    # The names in the file, as both map them: without the base model's prefix they are the base model's own.
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        names = {name.removeprefix(f"{base.base_model_prefix}.") for name in file.keys()}  # noqa: SIM118
+    assert names == set(base.state_dict())
+
+    seen = []
+
+    def attention(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **kwargs):
+        seen.append(attention_instances[module.layer_idx])
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return attended.transpose(1, 2), None
+
+    ids = Rows(model, [20]).rows[0][None]  # (1, T): they flatten all requests into one row
+    ALL_ATTENTION_FUNCTIONS["of_a_server"] = attention
+    try:
+        base.config._attn_implementation = "of_a_server"
+        embeddings = base.get_input_embeddings()
+        base.set_input_embeddings(torch.nn.Sequential(embeddings))
+        how = {"position_ids": torch.arange(20)[None], "use_cache": False, "return_dict": False}
+        with torch.no_grad():
+            hidden = base(input_ids=ids, inputs_embeds=None, attention_instances={0: "first", 1: "second"}, **how)[0]
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["of_a_server"]
+    assert seen == ["first", "second"]
+    assert (hidden - model.eval().transformer(ids).last_hidden_state).abs().max() < 1e-5

@@ -123,19 +123,20 @@ def test_evaluation_runs_in_bf16_autocast_as_training_does(model):
 # --- in training, on two processes
 
 
-def test_two_processes_evaluate_like_one_and_go_on_training(tmp_path, free_port):
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (4, 8))])
+def test_several_processes_evaluate_like_one_and_go_on_training(tmp_path, free_port, world):
     """Under DDP, DDP with a compiled model, and FSDP2 with compiled blocks, one after the other."""
     workers = [
         subprocess.Popen(
-            [sys.executable, "tests/evaluation_worker.py", str(rank), "2", str(free_port), tmp_path / "out.json"],
+            [sys.executable, *f"tests/evaluation_worker.py {rank} {world} {free_port}".split(), tmp_path / "out.json"],
             cwd=ROOT,
             env=environment(),
             stderr=subprocess.PIPE,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]
-    errors = [worker.communicate(timeout=300)[1].decode() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    errors = [worker.communicate(timeout=900)[1].decode() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(errors)
     expected = evaluate(*build())
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert found.keys() == {"ddp", "compiled", "fsdp"}

@@ -4,9 +4,11 @@ Every run here is `train_accelerate.py` itself on a tiny model; what one start c
 tests are few and the campaigns are marked slow.
 """
 
+import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -241,6 +243,63 @@ def test_a_second_interrupt_leaves_at_once(shards, tmp_path):
     process.send_signal(signal.SIGINT)
     process.wait(5)
     assert process.returncode in (-signal.SIGINT, 130)
+
+
+def compiling(cache: Path) -> bool:
+    """Whether a C++ compiler is at work on a kernel of torch.compile's. Source: proc(5)."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            command = path.read_bytes()
+            if b"cc1plus" in command and b".main.cpp" in command and str(cache).encode() in command:
+                return True
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists() or not shutil.which("g++"), reason="finds g++ in /proc")
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_on_a_terminal_during_a_first_compilation(times, shards, tmp_path):
+    """A terminal sends it to the compiler as well, which then fails: a sentence, and after a second one nothing."""
+    pty = pytest.importorskip("pty")
+    flags = tiny_run.flags(shards, tmp_path / "run", **ENDLESS, compile="model")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        os.execve(sys.executable, [*PLAIN, *flags], environment)
+    said = ""
+
+    def read() -> bool:
+        """Take what the run has said so far; False when it has ended."""
+        nonlocal said
+        with contextlib.suppress(OSError):  # Linux: the other side is closed
+            while select.select([terminal], [], [], 0.1)[0]:
+                if not (part := os.read(terminal, 1 << 16)):
+                    return False
+                said += part.decode(errors="replace")
+            return True
+        return False
+
+    try:
+        while not compiling(tmp_path / "cache"):
+            assert read(), said
+        os.write(terminal, b"\x03")
+        asked = time.monotonic()
+        while "Ctrl-C again quits now" not in said:
+            assert read() and time.monotonic() - asked < 5, said
+        if times == 2:
+            os.write(terminal, b"\x03")
+        while read():
+            assert time.monotonic() - asked < (10 if times == 2 else 300), said
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    assert "Traceback" not in said
+    if times == 2:
+        assert code in (-signal.SIGINT, 130)
+    else:
+        assert code == 2 and "stopped by SIGINT while torch.compile was at work" in said.splitlines()[-1]
 
 
 @posix_signals

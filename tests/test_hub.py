@@ -75,19 +75,23 @@ class Run:
         (directory / "config.yaml").write_text(yaml.safe_dump(options))
         (directory / "loss.png").write_bytes(b"\x89PNG picture")
 
-    def save(self, step: int, *, best: bool = False, on_written=None) -> Path:
+    def save(self, step: int, *, best: bool = False, on_written=None, ema: bool = False) -> Path:
         self.model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         with (self.dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "loss": 3.0, "lr": 1e-3}) + "\n")
             evaluation = {"val_loss": 3.25, "perplexity": 25.79, "bits_per_byte": 1.1, "val_tokens": 512}
+            evaluation |= {"val_loss_ema": 3.125, "bits_per_byte_ema": 1.05} if ema else {}
             hellaswag = {"hellaswag_acc_norm_tokens": 0.2955, "hellaswag_acc_norm_tokens_stderr": 0.0046}
             file.write(json.dumps({"step": step, **evaluation, **hellaswag, "hellaswag_examples": 500}) + "\n")
         (self.dir / "samples" / f"step_{step:06d}.md").write_text(
             f"# Samples at step {step}\n\n## 1\n\n    once {step}\n"
         )
         tools = {"model": self.model, "optimizer": self.optimizer, "tokenizer": self.tokenizer}
+        if ema:
+            tools["averages"] = {name: weight.detach() / 2 for name, weight in self.model.named_parameters()}
+            tools["extra_files"] = {"ema/average.json": json.dumps({"kind": "ema", "decay": 0.9, "step": step})}
         self.writer.save(step, **tools, state={**STATE, "step": step}, on_written=on_written)
         if best:
             self.writer.point("best", step)
@@ -131,6 +135,27 @@ def test_each_checkpoint_becomes_a_revision_and_main_is_the_best(hub, run):
     ):
         assert file in hub.files(REPO, "main"), file
     assert not (run.dir / "uploads" / "step_000003").exists()
+
+
+def test_averaged_weights_are_a_revision_of_their_own_with_their_own_numbers(hub, run, tmp_path):
+    uploader = uploader_of(run)
+    for step in (1, 2):
+        uploader.checkpoint(run.save(step, ema=True))
+    assert uploader.close(timeout=60) == [] and "ema" in uploader.published
+    average = run.dir / "checkpoints/step_000002/ema"
+    files = hub.files(REPO, "ema")
+    assert files["model.safetensors"] == (average / "model.safetensors").read_bytes()
+    assert {"config.json", "tokenizer.json", "modeling_gpt2repro.py", "average.json"} <= files.keys()
+    assert not [name for name in {**hub.files(REPO, "main"), **files} if name.startswith(("ema/", "trainer_state"))]
+    assert "ema/model.safetensors" in hub.files(REPO, "step-2")  # a resumed run needs it
+    card = files["README.md"].decode()
+    assert "exponential moving average over the steps until then (decay 0.9)" in card and "This is step 2" in card
+    assert "| 3.1250 |" in card and "| 3.2500 |" not in card and "HellaSwag" not in card
+    main = hub.files(REPO, "main")["README.md"].decode()
+    assert "| 3.2500 |" in main and "validation loss of the averaged weights (branch ema) | 3.1250 |" in main
+
+    fetched = fetch_checkpoint(f"hub:{REPO}", tmp_path / "fetched")
+    assert load_file(fetched / "ema/model.safetensors").keys() == load_file(average / "model.safetensors").keys()
 
 
 def test_only_the_newest_revision_keeps_the_optimizer_and_the_hub_forgets_the_others(hub, run):
@@ -762,7 +787,8 @@ def test_a_revision_names_a_model_for_every_command(hub, run, tmp_path):
 
 
 def test_whether_a_login_may_write_is_asked_before(hub, monkeypatch, tmp_path):
-    assert our_hub.may_write(REPO) == our_hub.may_write("bare") == ("user", None)
+    assert our_hub.may_write(REPO) == ("user", None)
+    assert our_hub.may_write("bare") == ("", "'bare' is no repository's name: expected USER/NAME")
     assert "belongs to other, but this login is user" in our_hub.may_write("other/model")[1]
     hub.adopt_clients(monkeypatch, tmp_path / "home", token=None)
     name, complaint = our_hub.may_write(REPO)

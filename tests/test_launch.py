@@ -255,10 +255,12 @@ def test_hf_job_begins_and_goes_on_from_the_hub(loopback_hub, hub_process, shard
     header = (LAUNCH / "hf_job.py").read_text().split("# ///")[1]
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     script = tomllib.loads("\n".join(line.removeprefix("# ") for line in header.splitlines()[1:]))
-    assert script["dependencies"][0].startswith("gpt2repro @ ") and script["requires-python"] == ">=3.10"
+    assert script == {"dependencies": [], "requires-python": ">=3.10"}  # the project comes by --with
+    alone = subprocess.run([sys.executable, "-S", LAUNCH / "hf_job.py", "tiny"], env={}, capture_output=True, text=True)
+    assert alone.returncode == 1 and "add --with 'gpt2repro @ git+https" in alone.stderr
 
-    def start(machine: Path, flags: list[str]) -> subprocess.Popen:
-        return hub_process([sys.executable, LAUNCH / "hf_job.py", "user/tiny", *flags], machine)
+    def start(machine: Path, flags: list[str]) -> subprocess.Popen:  # the token's account is `user`
+        return hub_process([sys.executable, LAUNCH / "hf_job.py", "tiny", *flags], machine)
 
     killed_and_rerun(start, [tmp_path / "first", tmp_path / "second"], loopback_hub, shards)
 

@@ -70,3 +70,15 @@ def test_a_reading_holds_every_step_since_the_last_one_in_order():
     assert (second["step"], second["loss"], second["tokens"], second["grad_norm"]) == (2, 1.5, 20, 0.5)
     assert second["mfu"] is None and second["tokens_per_second"] > 0 and "scaler_skipped" not in second
     assert meter.read() == []
+
+
+def test_numbers_that_all_ranks_share_are_not_averaged():
+    """Eight equal numbers, added one after the other as gloo does, and divided by eight, are another number."""
+    accelerator = SimpleNamespace(num_processes=8, device=torch.device("cpu"), scaler=None)
+    accelerator.reduce = lambda numbers, reduction: sum([numbers] * 8) / 8
+    loss, read = torch.tensor(3.1815037727355957), {}
+    for same in (True, False):
+        meter = Meter(accelerator, batch_tokens=10, flops_per_token=1.0, device_peak=None, same=same)
+        meter.add(step=1, loss=loss, grad_norm=loss)
+        read[same] = meter.read()[0]["loss"]
+    assert read[True] == loss.item() != read[False]

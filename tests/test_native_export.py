@@ -174,6 +174,10 @@ def test_the_command_writes_a_plain_gpt2_of_a_run(model, directory, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)
     assert type(plain).__name__ == "GPT2LMHeadModel"
     assert greedy_ids(plain, [40, 41], 16) == greedy_ids(model, [40, 41], 16)
+    weights = tmp_path / "run" / "checkpoints" / "step_000007" / "model.safetensors"
+    before = weights.read_bytes()
+    (out / "model.safetensors").write_bytes(b"what its owner saves there")
+    assert weights.read_bytes() == before
 
 
 @pytest.mark.slow

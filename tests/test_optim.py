@@ -77,6 +77,27 @@ def test_adamw_equals_the_papers_formula_in_float64():
         torch.testing.assert_close(parameter.detach(), expected[key], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_cautious_decay_shrinks_what_the_step_shrinks_and_nothing_else(name):
+    models = {how: tiny_gpt2() for how in ("none", "cautious")}
+    decays = {"none": {"weight_decay": 0.0}, "cautious": {"weight_decay": 0.1, "cautious_decay": True}}
+    optimizers = {how: build_optimizer(models[how], name=name, **{**RECIPE, **decays[how]}) for how in models}
+    for step in range(3):
+        before = {key: p.detach().clone() for key, p in models["cautious"].named_parameters()}
+        for how, model in models.items():
+            model.load_state_dict(before, strict=False)  # both take this step from one place
+            for key, parameter in model.named_parameters():
+                seed = torch.Generator().manual_seed(step * 1000 + len(key))
+                parameter.grad = torch.randn(parameter.shape, generator=seed)
+            optimizers[how].step()
+        for key, plain in models["none"].named_parameters():
+            moved = plain.detach() - before[key]
+            shrinks = torch.sign(moved) == -torch.sign(before[key])
+            expected = plain.detach() - 1e-2 * 0.1 * before[key] * shrinks * (plain.dim() >= 2)
+            assert 0.3 < shrinks.float().mean() < 0.7 or plain.dim() == 1
+            torch.testing.assert_close(models["cautious"].get_parameter(key).detach(), expected, rtol=0, atol=1e-8)
+
+
 # ---- Muon ----
 
 

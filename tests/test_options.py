@@ -2,8 +2,10 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -169,6 +171,42 @@ def test_exit_codes_of_a_program(capsys):
     assert run_main(refuses, ["thing"]) == 2
     assert capsys.readouterr().err == "error: bad thing\n"
     assert run_main(interrupted, []) == 130
+
+
+def test_an_absent_package_is_named_and_a_missing_module_of_ours_is_a_fault(capsys):
+    """A bare GPU image has no pyarrow, tiktoken or datasets."""
+
+    def imports(argv):
+        raise ModuleNotFoundError(f"No module named {argv[0]!r}", name=argv[0])
+
+    assert run_main(imports, ["pyarrow.parquet"]) == 2
+    assert capsys.readouterr().err.endswith("not installed here: pip install pyarrow\n")
+    with pytest.raises(ModuleNotFoundError):
+        run_main(imports, ["gpt2repro.no_such_module"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no signals to send")
+def test_ctrl_c_while_a_program_ends_says_nothing():
+    """The interpreter waits for a thread, as it does for torch.compile's; its own handler would show that wait."""
+    code = """import threading, time
+from gpt2repro.options import run_main
+def main(argv):
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    return 0
+code = run_main(main)
+print("ending", flush=True)
+raise SystemExit(code)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert process.stdout.readline() == "ending\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT and process.stdout.read() == ""
+    finally:
+        process.kill()
 
 
 def test_the_command_list_is_shown_without_importing_a_command(run_program):

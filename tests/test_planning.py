@@ -78,7 +78,7 @@ def test_parameter_counts_are_the_published_ones(size):
 def test_the_124m_recipe_in_numbers_worked_out_by_hand(ten_billion, tmp_path):
     found = plan_of("124M", ten_billion, tmp_path)
     assert found.problems == []
-    assert found.batch == "524,288 tokens = 64 sequences x 1024 tokens x 8 processes x 1 forward passes"
+    batch = "524,288 tokens = 64 sequences x 1024 tokens x 8 processes x 1 forward passes"
     assert found.tokens == 9_999_745_024 and found.epochs == pytest.approx(0.999975, abs=1e-6)
     assert found.flops_per_token == 855_166_464
     # 855,166,464 x 9,999,745,024 = 8.5515e18 FLOP; 8 x 312e12 x 0.5 = 1.248e15 FLOP/s; 6852.1 s = 1.9034 h
@@ -93,7 +93,7 @@ def test_the_124m_recipe_in_numbers_worked_out_by_hand(ten_billion, tmp_path):
     assert sum(memory.values()) / GIB == pytest.approx(37, rel=0.15)
     assert found.checkpoint_bytes == {"model": 497_759_232, "optimizer": 995_518_464}
     report = found.report()
-    for part in ("124,439,808", "9,999,745,024 tokens", "1.00 epochs", "855.2 MFLOP", "$30.45", "50% MFU"):
+    for part in ("124,439,808", batch, "9,999,745,024 tokens", "1.00 epochs", "855.2 MFLOP", "$30.45", "50% MFU"):
         assert part in report
     assert "nothing in the way" in report and "2 kept" in report  # the newest is the last, and the best another one
     assert "$" not in plan_of("124M", ten_billion, tmp_path, dollars_per_gpu_hour=None).report()
@@ -306,6 +306,13 @@ def test_the_plan_takes_its_sizes_from_the_model_it_starts_from(ten_billion, tmp
     assert found.problems == [] and found.layout.n_params == model.num_parameters()
     (problem,) = plan_of("124M", ten_billion, tmp_path, init_from=str(tmp_path / "none")).problems
     assert "there is no model" in problem
+
+
+def test_averaged_weights_are_counted(ten_billion, tmp_path):
+    plain, averaged = (plan_of("124M", ten_billion, tmp_path, **how) for how in ({}, {"ema_decay": 0.999}))
+    weights = 4 * 124_439_808
+    assert sum(averaged.layout.memory().values()) - sum(plain.layout.memory().values()) == weights
+    assert sum(averaged.checkpoint_bytes.values()) - sum(plain.checkpoint_bytes.values()) == weights
 
 
 def test_a_disk_too_small_is_named_before_the_run(ten_billion, tmp_path, monkeypatch):

@@ -138,10 +138,11 @@ def test_upload_continues_where_it_was_cut_and_trains_from_the_hub(
 @pytest.mark.parametrize(
     ("repo", "sentence", "token"),
     [
-        ("user/shards", "needs a login: run `hf auth login` or set HF_TOKEN", None),
-        ("somebody/shards", "--push_to_hub somebody/shards: the login may write below user", "right"),
-        ("shards", "--push_to_hub shards: the login may write below user", "right"),
-        ("user/a b", "--push_to_hub user/a b is no USER/NAME", "right"),
+        ("user/shards", "nobody is logged in to", None),
+        ("user/shards", "set HF_TOKEN, or run `hf auth login`", None),
+        ("somebody/shards", "belongs to somebody, but this login is user and may write for user", "right"),
+        ("shards", "'shards' is no repository's name: expected USER/NAME", "right"),
+        ("user/a b", "'user/a b' is no repository's name: expected USER/NAME", "right"),
     ],
 )
 def test_name_and_login_of_an_upload_are_checked_before_any_work(

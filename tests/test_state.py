@@ -28,7 +28,7 @@ def test_the_state_of_a_checkpoint_comes_back_as_it_was(checkpoint):
     content = read_state(checkpoint)
     state = states.load_run_state(checkpoint, content["identity"])
     assert (state.step, state.source["position"]) == (4, 4 * 8)
-    assert state.model_dump(exclude={"digests", "parent"}) == content  # kept only where there are any
+    assert state.model_dump(exclude={"digests", "parent", "recipes"}) == content  # kept only where there are any
     assert json.loads(json.dumps(state.model_dump())) == state.model_dump()  # what JSON can hold, and nothing else
 
 

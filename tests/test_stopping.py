@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from gpt2repro.data.sources import prefetch
+from gpt2repro.options import InputError
 from gpt2repro.training.stopping import StopSignal, lost_a_process, said_to_the_user
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
@@ -35,6 +38,39 @@ def test_a_second_interrupt_is_the_systems():
     with StopSignal(world=1):
         os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def test_an_interrupt_is_answered_inside_a_call_that_does_not_return_and_a_second_one_ends_it():
+    """Python itself would wait: hashing leaves the interpreter alone for hours, as a backward pass does for minutes."""
+    code = """import hashlib
+from gpt2repro.options import InputError
+from gpt2repro.training.stopping import StopSignal
+with StopSignal(world=1):
+    print("begun", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert process.stdout.readline() == "begun\n"
+        for said in ("stopping after this step; Ctrl-C again quits now", ""):
+            time.sleep(0.5)  # it is inside the call
+            process.send_signal(signal.SIGINT)
+            if said:
+                assert process.stdout.readline() + process.stdout.readline() == f"\n{said}\n"
+        assert process.wait(10) == 130 and process.stdout.read() == ""
+    finally:
+        process.kill()
+
+
+def test_a_compilation_that_an_interrupt_broke_is_a_sentence():
+    for error in (RuntimeError("CppCompileError: C++ compile error"), RuntimeError("something else")):
+        with pytest.raises(RuntimeError), StopSignal(world=1):
+            raise error  # nobody asked the run to stop
+    with pytest.raises(InputError, match="stopped by SIGINT while torch"), StopSignal(world=1):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("CppCompileError: C++ compile error")
 
 
 def test_nohup_is_respected():

@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_accelerate
 from gpt2repro.checkpoint.layout import resolve_pointer
+from gpt2repro.data.sources import open_source
+from gpt2repro.data.tokenization import load_tokenizer
+from gpt2repro.models import build_model
 from gpt2repro.options import run_main
 from gpt2repro.training.machine import keep_sums_exact
 from gpt2repro.training.run import lock_run
@@ -316,3 +320,18 @@ def test_fsdp2_does_not_round_the_loss_to_bf16():
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.output_dtype) == (torch.bfloat16, None)
     keep_sums_exact(None)  # no FSDP
+
+
+def test_zero_init_changes_the_projections_into_the_stream_and_nothing_else(corpus):
+    source = open_source(str(corpus), seq_len=16, seed=0, sequences=1)
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 16, "seq_len": 16}
+    plain, zeroed = (
+        build_model(train_accelerate.TrainConfig(data="", zero_init=zero, **sizes), source.vocab_size, tokenizer)
+        for zero in (False, True)
+    )
+    for (name, before), after in zip(plain.named_parameters(), zeroed.parameters(), strict=True):
+        assert torch.equal(after, torch.zeros_like(before) if name.endswith("c_proj.weight") else before), name
+    ids = torch.arange(16)[None]
+    entered = zeroed.transformer.wte(ids) + zeroed.transformer.wpe(ids)
+    assert torch.equal(zeroed.transformer(ids).last_hidden_state, zeroed.transformer.ln_f(entered))

@@ -17,6 +17,7 @@ FORMAT, VERSION = "gpt2repro-checkpoint", 1
 STEP_NAME = re.compile(r"step_(\d{6,12})")
 PIECE_NAME = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.safetensors")
 POINTERS = ("latest", "best", "final")
+EMA = "ema/"  # in a checkpoint: the averaged weights, as a model's directory
 LONGEST_WAIT = timedelta(hours=6)  # for one process' slow work: 19 GB of the 1558M over a slow line
 
 
@@ -29,9 +30,7 @@ def list_steps(directory: str | Path) -> list[tuple[int, Path]]:
 
 def resolve_pointer(directory: str | Path, name: str) -> Path | None:
     """The step_N that `latest`, `best` or `final` points to, or None if there is no such directory."""
-    step = pointed_step(Path(directory), name)
-    path = None if step is None else step_path(Path(directory), step)
-    return path if path and path.is_dir() else None
+    return dict(list_steps(directory)).get(pointed_step(Path(directory), name))
 
 
 def kept_steps(
@@ -45,9 +44,9 @@ def kept_steps(
 
 
 def find_run(model: str | Path) -> Path | None:
-    """The run that a model belongs to: the directory itself, or the one around its checkpoints."""
+    """The run that a model belongs to: the directory itself, or the one around its checkpoints and their ema/."""
     path = Path(model).resolve()
-    return next((place for place in [path, *list(path.parents)[:2]] if (place / "metrics.jsonl").is_file()), None)
+    return next((place for place in [path, *list(path.parents)[:3]] if (place / "metrics.jsonl").is_file()), None)
 
 
 def step_path(directory: Path, step: int) -> Path:
@@ -96,23 +95,26 @@ def _group_for_waiting(world):
     return patient_group()
 
 
-def from_all_ranks(value: Any = None) -> list:
-    """Every rank's `value`, in the order of ranks. Every rank calls it, and waits hours for the slowest."""
+def from_all_ranks(value: Any = None, group=None) -> list:
+    """Every rank's `value`, in the order of ranks. Every rank calls it, and waits hours for the slowest.
+
+    A thread that calls it beside the training loop has a `group` of its own.
+    """
     values = [value] * rank_and_world()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group=_group_for_waiting(dist.group.WORLD))
+    if group is not None or len(values) > 1:
+        dist.all_gather_object(values, value, group=group or _group_for_waiting(dist.group.WORLD))
     return values
 
 
 def from_rank_zero(call: Callable):
     """Rank 0 alone makes `call()`; every rank returns its result. Raises: the call's InputError, on every rank."""
-    answer: list = [None, None]
+    answer = None
     if rank_and_world()[0] == 0:
         try:
-            answer[0] = call()
+            answer = call()
         except InputError as error:
-            answer[1] = str(error)
-    result, complaint = from_all_ranks(answer)[0]
-    if complaint:
-        raise InputError(complaint)
-    return result
+            answer = error
+    answer = from_all_ranks(answer)[0]
+    if isinstance(answer, InputError):
+        raise answer
+    return answer

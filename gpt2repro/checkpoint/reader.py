@@ -1,13 +1,12 @@
 """Checkpoints and models found by name, and verified before anything in them is used. Nothing is ever unpickled."""
 
 import re
-import sys
 from pathlib import Path
 
 from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import open_tensors
 from gpt2repro.files import is_plain_name, read_json, read_json_if_whole, refuse_pipes, sha256_of
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line, say
 
 MODEL_TYPES = ("gpt2repro", "gpt2")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
@@ -37,7 +36,7 @@ def find_checkpoint(place: str | Path, *, all_ranks: bool = False, at_most: int 
         try:
             verify_checkpoint(path)
         except InputError as error:
-            print(f"warning: damaged checkpoint skipped: {error}", file=sys.stderr, flush=True)
+            say(f"warning: damaged checkpoint skipped: {error}")
         else:
             return path
     if steps:
@@ -72,8 +71,7 @@ def find_model(model: str, *, any_architecture: bool = False) -> str:
         directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         candidates = [layout.resolve_pointer(directory, name) for name in ("best", "latest")]
         candidates += [step for _, step in reversed(layout.list_steps(directory))]
-        path = next((candidate for candidate in candidates if candidate), None)
-        if path is None:
+        if (path := next(filter(None, candidates), None)) is None:
             raise InputError(f"{model} holds neither a model (config.json) nor a run's checkpoints")
     check_model_directory(path, any_architecture=any_architecture)
     return str(path)
@@ -86,9 +84,10 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
     """
     path = Path(find_model(model, any_architecture=any_architecture))
     # What is about to be loaded, and no more: the optimizer's files are several times as large.
-    checksums = read_json_if_whole(path / "checksums.json") or {}
-    for name in {"model.safetensors", "tokenizer.json"} & checksums.keys():
-        record = checksums[name]
+    inside = layout.EMA if (path.parent / "checksums.json").is_file() and f"{path.name}/" == layout.EMA else ""
+    checksums = read_json_if_whole((path.parent if inside else path) / "checksums.json") or {}
+    for name in {"model.safetensors", "tokenizer.json"} & {key.removeprefix(inside) for key in checksums}:
+        record = checksums.get(inside + name)
         whole = (path / name).is_file() and isinstance(record, dict) and sha256_of(path / name) == record.get("sha256")
         if not whole:
             raise InputError(
@@ -111,7 +110,7 @@ def fetch_model(name: str) -> str:
             repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"], library_name="gpt2repro"
         )
     except Exception as error:  # whatever the client and its HTTP library raise
-        raise InputError(f"cannot fetch the model {name}: {(str(error).splitlines() or [repr(error)])[0]}") from None
+        raise InputError(f"cannot fetch the model {name}: {first_line(error)}") from None
 
 
 def verify_checkpoint(path: str | Path, *, strays: bool = False) -> None:
@@ -132,9 +131,8 @@ def verify_checkpoint(path: str | Path, *, strays: bool = False) -> None:
             raise InputError(f"{path}: {name} is missing")
         if (path / name).stat().st_size != record["bytes"]:
             raise InputError(f"{path}: {name} has {(path / name).stat().st_size} bytes, expected {record['bytes']}")
-    for name in ("config.json", "model.safetensors", "trainer_state/state.json"):
-        if name not in checksums:
-            raise InputError(f"{path}: checksums.json does not list {name}")
+    if absent := {"config.json", "model.safetensors", "trainer_state/state.json"} - checksums.keys():
+        raise InputError(f"{path}: checksums.json does not list {min(absent)}")
     for file in sorted([path / name for name in checksums] if strays else path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if file.suffix.lower() in PICKLES:
@@ -190,11 +188,9 @@ def _check_sizes(path: Path, config: dict, shapes: dict[str, list[int]]) -> None
     for part, size in (("wte", "vocab_size"), ("wpe", "n_positions")):
         shape = next((shape for name, shape in shapes.items() if name.endswith(f"{part}.weight")), [])
         found[size], found["n_embd"] = shape if len(shape) == 2 else (None, None)
-    wrong = [
-        f"{name} {config[name]!r} (they have {size})" for name, size in found.items() if config.get(name, size) != size
-    ]
-    if wrong:
-        raise InputError(f"{path}: config.json does not belong to its weights: {', '.join(wrong)}")
+    if wrong := {name: size for name, size in found.items() if config.get(name, size) != size}:
+        sizes = ", ".join(f"{name} {config[name]!r} (they have {size})" for name, size in wrong.items())
+        raise InputError(f"{path}: config.json does not belong to its weights: {sizes}")
 
 
 def read_state(path: str | Path) -> dict:

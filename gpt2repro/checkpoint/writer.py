@@ -4,6 +4,7 @@
         config.json  generation_config.json  model.safetensors  tokenizer files  the Hub pair's two .py files
         trainer_state/state.json                                 the training loop's state, as JSON
         trainer_state/optimizer-RRRRR-of-WWWWW.safetensors       tensors "parameter name/kind", rows [start, stop)
+        ema/                                                     the averaged weights as a model of their own, if any
         checksums.json                                           size and sha256 of every file above
     checkpoints/latest, best, final -> step_N                    relative symlinks, or text files where there are none
 
@@ -17,12 +18,13 @@ Nothing here is ever pickled or unpickled. Knows no data, no schedule, no Accele
 
 import copy
 import errno
+import functools
 import inspect
+import itertools
 import json
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -30,7 +32,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,8 +40,8 @@ from torch.distributed.tensor import DTensor
 
 from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import named_parameters, named_weights, rows_of, unwrap
-from gpt2repro.files import is_plain_name, sha256_of, sync_folder
-from gpt2repro.options import InputError
+from gpt2repro.files import sha256_of, sync_folder
+from gpt2repro.options import InputError, say
 from gpt2repro.redaction import scrub
 
 VISIBLE_SECONDS = 30  # how long a network filesystem may take to show one node what another wrote
@@ -58,18 +59,13 @@ class CheckpointWriter:
     Raises: InputError if the ranks do not see one common `directory`.
     """
 
-    def __init__(
-        self,
-        directory: str | Path,
-        *,
-        keep_last: int | None = None,
-        milestone_steps: int | None = None,
-    ):
+    def __init__(self, directory: str | Path, *, keep_last: int | None = None, milestone_steps: int | None = None):
         self.directory = Path(directory)
         self.keep_last, self.milestone_steps = keep_last, milestone_steps
         self.rank, self.world = layout.rank_and_world()
         # The writing threads have a process group of their own: the training loop's is busy, and may be NCCL.
-        self._group = layout.patient_group() if self.world > 1 else None
+        group = layout.patient_group() if self.world > 1 else None
+        self._exchange = functools.partial(layout.from_all_ranks, group=group)  # others only while none is running
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._in_flight: int | None = None  # the step being written
@@ -82,8 +78,6 @@ class CheckpointWriter:
         self._token = self._common_token()
         if self.rank == 0:
             for left_over in self.directory.glob(".*.tmp-*"):
-                if left_over.name.endswith(self._token):
-                    continue
                 shutil.rmtree(left_over) if left_over.is_dir() and not left_over.is_symlink() else left_over.unlink()
 
     def save(
@@ -94,40 +88,37 @@ class CheckpointWriter:
         optimizer: torch.optim.Optimizer,
         tokenizer=None,
         state: dict,
-        extra_files: dict[str, bytes | str] | None = None,
+        averages: dict[str, Tensor] | None = None,
+        extra_files: dict[str, str] | None = None,
         on_written: Callable[[Path], None] | None = None,
-    ) -> float:
-        """Write step_N. Returns the seconds that the caller had to wait, also for an unfinished earlier save.
+    ) -> None:
+        """Write step_N. The caller waits for the copy to host memory, and for an unfinished earlier save.
 
-        `read_state` returns `state`, scrubbed, since checkpoints are published. `extra_files` are written beside
-        config.json. `on_written` is called on rank 0, in the writing thread, when the checkpoint is whole; its errors
-        are printed and do not end the run.
+        `read_state` returns `state`, scrubbed, since checkpoints are published. `averages`, by the parameters' names,
+        become the model in ema/. `extra_files` are written beside config.json. `on_written` is called on rank 0, in the
+        writing thread, when the checkpoint is whole; its errors are printed and do not end the run.
 
         Raises: SaveError if the save before could not be written; `wait` says it of the last one.
         """
-        started = time.perf_counter()
         self.wait()
         model, optimizer = unwrap(model), getattr(optimizer, "optimizer", optimizer)
         header = {"format": layout.FORMAT, "version": layout.VERSION, "step": step}
         header |= {"optimizer": type(optimizer).__name__, "state": scrub(state)}
-        small_files = {"trainer_state/state.json": json.dumps(header, indent=1).encode()}
-        for name, content in (extra_files or {}).items():
-            if not is_plain_name(name):
-                raise ValueError(f"extra file {name!r}: expected a relative path inside the checkpoint")
-            small_files[name] = content.encode() if isinstance(content, str) else content
-        weights, pieces, rows = self._host_copy(model, optimizer)
+        texts = {"trainer_state/state.json": json.dumps(header, indent=1), **(extra_files or {})}
+        small_files = {name: text.encode() for name, text in texts.items()}
+        models = {"": named_weights(model)}
+        if averages:
+            models[layout.EMA] = {**models[""], **averages}
+        weights, pieces, rows = self._host_copy(model, optimizer, models)
 
         self._in_flight = step
         work = (step, model, tokenizer, weights, pieces, rows, small_files, on_written)
         # Not a daemon, so the interpreter finishes the writing before it ends.
         self._thread = threading.Thread(target=self._write, args=work, name=f"checkpoint-{step}")
         self._thread.start()
-        return time.perf_counter() - started
 
     def point(self, name: str, step: int) -> None:
         """Let the pointer `name` (best, final) point to step_N: at once, or as soon as that step is written."""
-        if name not in layout.POINTERS:
-            raise ValueError(f"no pointer is called {name!r}; there are {', '.join(layout.POINTERS)}")
         with self._lock:
             if self._in_flight == step:
                 self._awaiting.append(name)
@@ -170,20 +161,16 @@ class CheckpointWriter:
 
     def _common_token(self) -> str:
         """A random part of names, the same on all ranks. Raises: InputError if the ranks do not share the directory."""
-        token = torch.frombuffer(bytearray(secrets.token_bytes(8)), dtype=torch.uint8)
-        if self._group is None:
-            return bytes(token.tolist()).hex()
-        dist.broadcast(token, src=0, group=self._group)
-        name = bytes(token.tolist()).hex()
-        mark = self.directory / f".shared.tmp-{name}"
+        token = self._exchange(secrets.token_hex(8))[0]
+        mark = self.directory / f".shared.tmp-{token}"
         if self.rank == 0:
             mark.touch()
-        dist.barrier(group=self._group)
+        self._exchange()  # from here on it is there
         deadline = time.monotonic() + VISIBLE_SECONDS
         while not (seen := mark.exists()) and time.monotonic() < deadline:
             time.sleep(0.2)
             os.listdir(self.directory)  # makes a network filesystem look again
-        blind = [rank for rank, record in enumerate(self._exchange([int(seen)])) if not record[0]]
+        blind = [rank for rank, sees in enumerate(self._exchange(seen)) if not sees]
         if self.rank == 0:
             mark.unlink()
         if blind:
@@ -191,24 +178,17 @@ class CheckpointWriter:
                 f"ranks {blind} do not see what rank 0 writes in {self.directory.absolute()}: --run_dir must lie on a "
                 "filesystem that all nodes share"
             )
-        return name
-
-    def _exchange(self, record: list[int]) -> list[list[int]]:
-        """The records of all ranks, in order. Only writing threads may call it, or others while none is running."""
-        if self._group is None:
-            return [record]
-        gathered = [torch.empty(len(record), dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(gathered, torch.tensor(record, dtype=torch.int64), group=self._group)
-        return [one.tolist() for one in gathered]
+        return token
 
     @torch.no_grad()
-    def _host_copy(self, model: nn.Module, optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-        """(weights, optimizer tensors, rows of each of those) that this rank writes, in host memory."""
+    def _host_copy(self, model: nn.Module, optimizer, models: dict[str, dict[str, Tensor]]) -> tuple[dict, dict, dict]:
+        """(weights of each of `models`, optimizer tensors, rows of those) that this rank writes, in host memory."""
         weights, pieces, rows = {}, {}, {}
-        for name, tensor in named_weights(model).items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective: all ranks come here
-            if self.rank == 0:
-                weights[name] = self._to_host(name, whole)
+        for folder, tensors in models.items():
+            for name, tensor in tensors.items():
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective of all ranks
+                if self.rank == 0:
+                    weights.setdefault(folder, {})[name] = self._to_host(folder + name, whole)
 
         names = {id(parameter): name for name, parameter in named_parameters(model).items()}
         for group in optimizer.param_groups:
@@ -231,9 +211,7 @@ class CheckpointWriter:
     def _to_host(self, key: str, tensor: Tensor) -> Tensor:
         copied = self._host.get(key)
         if copied is None or copied.shape != tensor.shape or copied.dtype != tensor.dtype:
-            pinned = tensor.device.type == "cuda"
-            copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self._host[key] = copied
+            copied = self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return copied.copy_(tensor, non_blocking=tensor.is_cuda)  # elsewhere nobody would wait for it
 
     def _write(self, step, model, tokenizer, weights, pieces, rows, small_files, on_written) -> None:
@@ -241,9 +219,10 @@ class CheckpointWriter:
         target = layout.step_path(self.directory, step)
         aside = self.directory / f".{target.name}.tmp-{self._token}"
         writers = self.world if any(isinstance(weight, DTensor) for weight in model.parameters()) else 1
-        size = sum(t.numel() * t.element_size() for t in (*weights.values(), *pieces.values()))
+        tensors = itertools.chain(pieces.values(), *(model.values() for model in weights.values()))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         try:
-            failure, checksums, record = None, {}, [0] * 34  # failed, bytes, sha256 of this rank's piece
+            failure, checksums = None, {}  # of the files that this rank has written
             try:
                 if pieces or self.rank == 0:
                     (aside / "trainer_state").mkdir(parents=True, exist_ok=True)
@@ -251,34 +230,32 @@ class CheckpointWriter:
                     # One entry only: safetensors writes several in random order, and equal states have equal files.
                     save_file(pieces, aside / piece, metadata={"rows": json.dumps(rows, sort_keys=True)})
                     checksums[piece] = _settle(aside / piece)
-                    record[1:] = [checksums[piece]["bytes"], *bytes.fromhex(checksums[piece]["sha256"])]
                 if self.rank == 0:
-                    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-                    checksums["model.safetensors"] = _settle(aside / "model.safetensors")
                     if not self._constant_files:
                         self._constant_files = _model_files(model, tokenizer)
-                    for name, content in {**self._constant_files, **small_files}.items():
+                    for folder, tensors in weights.items():
+                        name = f"{folder}model.safetensors"
+                        (aside / folder).mkdir(exist_ok=True)
+                        save_file(tensors, aside / name, metadata={"format": "pt"})
+                        checksums[name] = _settle(aside / name)
+                        small_files |= {folder + name: content for name, content in self._constant_files.items()}
+                    for name, content in small_files.items():
                         (aside / name).parent.mkdir(parents=True, exist_ok=True)
                         (aside / name).write_bytes(content)
                         checksums[name] = _settle(aside / name)
             except Exception as error:
-                failure, record[0] = error, 1
-            records = self._exchange(record)
+                failure = error
+            written = self._exchange(checksums if failure is None else None)  # every rank's; None of a rank that failed
 
-            if self.rank == 0 and not any(one[0] for one in records):
+            if self.rank == 0 and None not in written:
                 try:
-                    for rank, (_, length, *digest) in enumerate(records):
-                        if length:  # the ranks of a replicated model other than 0 wrote nothing
-                            piece = layout.piece_name(rank, writers)
-                            checksums[piece] = {"bytes": length, "sha256": bytes(digest).hex()}
+                    checksums = {name: record for files in written for name, record in files.items()}
                     (aside / "checksums.json").write_text(json.dumps(checksums, indent=1, sort_keys=True))
                     _settle(aside / "checksums.json")
                     self._publish(aside, target, step)
                 except Exception as error:
                     failure = error
-            outcome = self._exchange([int(failure is not None)])
-            failed = [rank for rank, one in enumerate(outcome) if one[0]]
-            if failed:
+            if failed := [rank for rank, fails in enumerate(self._exchange(failure is not None)) if fails]:
                 if self.rank == 0:
                     shutil.rmtree(aside, ignore_errors=True)
                 raise _save_error(failure, failed, step, self.directory, size)
@@ -286,9 +263,7 @@ class CheckpointWriter:
                 try:
                     on_written(target)
                 except Exception as error:  # a failed picture or upload does not end a run
-                    print(
-                        f"warning: after saving {target}: {type(error).__name__}: {error}", file=sys.stderr, flush=True
-                    )
+                    say(f"warning: after saving {target}: {type(error).__name__}: {error}")
         except Exception as error:
             self._error = error
         finally:
@@ -332,11 +307,16 @@ def _model_files(model: nn.Module, tokenizer) -> dict[str, bytes]:
         config = copy.deepcopy(model.config)
         config.architectures = [kind.__name__]
         config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        config.save_pretrained(folder)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
+        for part in (config, getattr(model, "generation_config", None), tokenizer):
+            if part is not None:
+                part.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            # It was made for the data: it does not know the model's context, and remembers where it was read from.
+            written = Path(folder) / "tokenizer_config.json"
+            settings = json.loads(written.read_text(encoding="utf-8"))
+            settings = {name: settings[name] for name in settings if name not in ("is_local", "local_files_only")}
+            settings["model_max_length"] = model.config.n_positions
+            written.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 files[path.relative_to(folder).as_posix()] = path.read_bytes()
@@ -354,14 +334,10 @@ def _settle(path: Path) -> dict:
 
 
 def _save_error(failure: Exception | None, failed: list[int], step: int, directory: Path, size: int) -> Exception:
-    if failure is None:
-        reason = f"rank {failed[0]} could not write its part, and says why"
-    elif isinstance(failure, OSError):
-        reason = os.strerror(failure.errno) if failure.errno else str(failure)
-    elif isinstance(failure, SafetensorError):
-        reason = str(failure)
-    else:
+    if not isinstance(failure, OSError | SafetensorError | None):
         return failure  # a bug of ours: with its traceback
+    elsewhere = f"rank {failed[0]} could not write its part, and says why"
+    reason = elsewhere if failure is None else getattr(failure, "strerror", None) or str(failure)
     advice = "make room" if failure is None or "space" in reason or "large" in reason else "see to it"
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(directory).free

@@ -9,8 +9,6 @@ skipped; `make conformance` installs it. An --out that exists keeps the rows of 
 that programs whose requirements disagree can be run from several environments. The exit code is 0 where nothing failed.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil
@@ -18,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpt2repro.options import InputError, parse_options
+from gpt2repro.options import InputError, Problems, parse_options
 
 
 @dataclass
@@ -32,11 +30,11 @@ class Options:
     converter: Path | None = None
     "llama.cpp's convert_hf_to_gguf.py; none: the one on the PATH."
 
-    def problems(self) -> list[str]:
-        found = [] if len(self.model) == 1 else [f"expected one model, found {len(self.model)}"]
+    def problems(self) -> Problems:
+        if len(self.model) != 1:
+            yield f"expected one model, found {len(self.model)}"
         if self.converter is not None and not self.converter.is_file():
-            found.append(f"--converter {self.converter} is no file")
-        return found
+            yield f"--converter {self.converter} is no file"
 
 
 def main(argv: list[str]) -> int:

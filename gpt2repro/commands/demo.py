@@ -18,7 +18,7 @@ from typing import Annotated
 from pydantic import Field
 
 from gpt2repro.models import ModelOptions
-from gpt2repro.options import InputError, parse_options
+from gpt2repro.options import InputError, first_line, parse_options
 
 AtLeastOne = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -71,10 +71,9 @@ def main(argv: list[str]) -> int:
     try:
         page.launch(server_name=options.host, server_port=options.port, prevent_thread_lock=True, **how)
     except Exception as error:  # Gradio raises what its web server, its client and itself raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"the page does not answer at http://{place} ({reason}); check that this machine may connect to itself, "
-            "or try --host 127.0.0.1"
+            f"the page does not answer at http://{place} ({first_line(error)}); check that this machine may "
+            "connect to itself, or try --host 127.0.0.1"
         ) from None
     print(f"the page is at http://{place} (Ctrl-C ends it)", flush=True)
     page.block_thread()

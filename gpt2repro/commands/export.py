@@ -8,8 +8,6 @@ Every form is made from the plain gpt2, after a comparison of its logits with th
 compared too. export.json beside it names the converter, its version and the differences.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2repro.models import load_for_comparison
-from gpt2repro.options import parse_options
+from gpt2repro.options import Problems, parse_options, taken
 
 # |logit difference| in fp32; llama.cpp keeps its cache in fp16.
 TOLERANCE = {"onnx": 1e-3, "ct2": 1e-3, "gguf": 0.1}
@@ -35,18 +33,15 @@ class Options:
     converter: Path | None = None
     "gguf: llama.cpp's convert_hf_to_gguf.py; none: the one on the PATH."
 
-    def problems(self) -> list[str]:
-        found = []
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            found.append(f"--out {self.out} exists and is not an empty directory; choose another")
+    def problems(self) -> Problems:
+        yield from taken(self.out)
         if self.converter is not None and self.format != "gguf":
-            found.append("--converter belongs to --format gguf")
+            yield "--converter belongs to --format gguf"
         if self.format == "gguf" and not (self.converter or Path(shutil.which(CONVERTER) or "nowhere")).is_file():
-            found.append(
+            yield (
                 f"--format gguf needs --converter PATH/{CONVERTER} (it lies in llama.cpp, and in vendor/llama.cpp of "
                 "llama-cpp-python's source package), and pip install 'gpt2repro[gguf]'"
             )
-        return found
 
 
 def main(argv: list[str]) -> int:
@@ -59,7 +54,9 @@ def main(argv: list[str]) -> int:
     source = source if Path(source).is_dir() else fetch_model(source)
     model = load_for_comparison(source)
     with exports.new_directory(options.out) as out, tempfile.TemporaryDirectory(dir=out.parent) as work:
-        native = exports.export_native(source, out if options.format == "gpt2" else Path(work))
+        # A copy, since whoever saves a fine-tuned model there would write through a link into the run's checkpoint.
+        plain = options.format == "gpt2"
+        native = exports.export_native(source, out if plain else Path(work), put=shutil.copy2 if plain else None)
         record = {"model": options.model, "format": options.format}
         record["native_difference"] = exports.check_native(native, model)
         print(f"plain gpt2: logits differ by at most {record['native_difference']:.1e}")

@@ -22,7 +22,7 @@ from pydantic import Field
 from gpt2repro.files import atomic_file, read_json_lines
 from gpt2repro.generation.prompts import TextStream, encode_prompt, room_for
 from gpt2repro.models import ModelOptions
-from gpt2repro.options import AtLeastOne, InputError, NotNegativeNumber, parse_options
+from gpt2repro.options import AtLeastOne, InputError, NotNegativeNumber, Problems, parse_options, say
 
 MOST_SAMPLES = 1_000_000  # of one call: all of them are kept until the file is written
 MOST_CHARACTERS = 64 << 20  # of a prompts file
@@ -55,18 +55,16 @@ class Options(ModelOptions):
     compile: bool = False
     "Fuse the decode step with torch.compile: slower to start, faster for many tokens on a GPU."
 
-    def problems(self) -> list[str]:
-        found = []
+    def problems(self) -> Problems:
         sources = [self.prompt is not None, self.interactive, self.prompts_file is not None]
         if sum(sources) != 1:
-            found.append("give exactly one of --prompt TEXT, --interactive and --prompts_file FILE")
+            yield "give exactly one of --prompt TEXT, --interactive and --prompts_file FILE"
         if self.prompts_file is not None and self.out is None:
-            found.append("--prompts_file needs --out FILE.jsonl for the samples")
+            yield "--prompts_file needs --out FILE.jsonl for the samples"
         if self.prompts_file is None and self.out is not None:
-            found.append("--out belongs to --prompts_file; redirect the output of --prompt with > FILE")
+            yield "--out belongs to --prompts_file; redirect the output of --prompt with > FILE"
         if self.interactive and self.num_samples > 1:
-            found.append(f"--interactive streams one text at a time; num_samples={self.num_samples} needs --prompt")
-        return found
+            yield f"--interactive streams one text at a time; num_samples={self.num_samples} needs --prompt"
 
 
 def main(argv: list[str]) -> int:
@@ -94,19 +92,14 @@ def main(argv: list[str]) -> int:
 
 def print_samples(model, tokenizer, options: Options) -> None:
     """`--prompt`: a single sample streams; several are made together and printed one after the other."""
-    from gpt2repro.generation.decoder import complete
-
     if options.num_samples == 1:
         stream(model, tokenizer, options.prompt, options)
         return
     ids = encode_prompt(tokenizer, options.prompt)
-    start = time.perf_counter()
-    how = {"max_new_tokens": shorten(model, len(ids), options.max_new_tokens), "batch_size": options.batch_size}
-    samples = dict(complete(model, [ids] * options.num_samples, **how, **chance(tokenizer, options)))
-    for number in range(options.num_samples):
-        print(f"--- sample {number + 1} of {options.num_samples}")
-        print(options.prompt + tokenizer.decode(samples[number], skip_special_tokens=True))
-    report(sum(map(len, samples.values())), time.perf_counter() - start)
+    samples = sample(model, tokenizer, [ids], shorten(model, len(ids), options.max_new_tokens), options)
+    for number, tokens in enumerate(samples, 1):
+        print(f"--- sample {number} of {options.num_samples}")
+        print(options.prompt + tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def converse(model, tokenizer, options: Options) -> None:
@@ -118,14 +111,14 @@ def converse(model, tokenizer, options: Options) -> None:
 
     decoder = None
     row = 0
-    print("Write the beginning of a text; an empty line ends the program.", file=sys.stderr)
+    say("Write the beginning of a text; an empty line ends the program.")
     while prompt := read_line("\n> "):
         try:
             decoder = stream(model, tokenizer, prompt, options, decoder=decoder, row=row)
         except InputError as error:  # a prompt that is too long is no reason to lose the model
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
         except KeyboardInterrupt:
-            print("\n(stopped; an empty line ends the program)", file=sys.stderr)
+            say("\n(stopped; an empty line ends the program)")
         row += 1
 
 
@@ -141,10 +134,6 @@ def read_line(question: str) -> str:
 
 def write_samples(options: Options) -> None:
     """`--prompts_file`: all samples of all prompts in left-padded batches -> JSON lines, in the prompts' order."""
-    from tqdm import tqdm
-
-    from gpt2repro.generation.decoder import complete
-
     out = options.out
     prompts = read_prompts(options.prompts_file)  # what can be wrong is found before a model is loaded
     if len(prompts) * options.num_samples > MOST_SAMPLES:
@@ -152,7 +141,6 @@ def write_samples(options: Options) -> None:
             f"{len(prompts)} prompts with num_samples={options.num_samples} each make more than "
             f"{MOST_SAMPLES:,} samples; use several files"
         )
-    jobs = [number for number in range(len(prompts)) for _ in range(options.num_samples)]
     if out.exists() and (not out.is_file() or out.samefile(options.prompts_file)):
         raise InputError(f"--out {out} is {'--prompts_file' if out.is_file() else 'no file'}; name a new .jsonl file")
     try:
@@ -160,24 +148,30 @@ def write_samples(options: Options) -> None:
         with atomic_file(out) as file:
             model, tokenizer, _ = options.load()
             encoded = encode_all(model, tokenizer, prompts, options)
-            samples: dict[int, list[int]] = {}
-            start = time.perf_counter()
-            how = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
-            how |= {"compiled": options.compile, **chance(tokenizer, options)}
-            with tqdm(total=len(jobs), unit="sample", disable=None) as bar:
-                for index, tokens in complete(model, [encoded[number] for number in jobs], **how):
-                    samples[index] = tokens
-                    bar.update()
-            seconds = time.perf_counter() - start
-            for index, number in enumerate(jobs):
-                text = tokenizer.decode(samples[index], skip_special_tokens=True)
-                record = {"index": number, "sample": index % options.num_samples, "prompt": prompts[number]}
-                record |= {"text": text, "tokens": len(samples[index]), "seed": options.seed}
+            samples = sample(model, tokenizer, encoded, options.max_new_tokens, options)
+            for index, tokens in enumerate(samples):
+                number, repetition = divmod(index, options.num_samples)
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                record = {"index": number, "sample": repetition, "prompt": prompts[number]}
+                record |= {"text": text, "tokens": len(tokens), "seed": options.seed}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}; choose another --out") from None
-    report(sum(map(len, samples.values())), seconds)
-    print(f"{len(jobs)} samples in {out}", file=sys.stderr)
+    say(f"{len(samples)} samples in {out}")
+
+
+def sample(model, tokenizer, prompts: list[list[int]], new_tokens: int, options: Options) -> list[list[int]]:
+    """The new tokens of `num_samples` texts for each prompt, in the prompts' order; a bar and the speed on stderr."""
+    from tqdm import tqdm
+
+    from gpt2repro.generation.decoder import complete
+
+    jobs = [ids for ids in prompts for _ in range(options.num_samples)]
+    how = {"max_new_tokens": new_tokens, "batch_size": options.batch_size, "compiled": options.compile}
+    done, start = complete(model, jobs, **how, **chance(tokenizer, options)), time.perf_counter()
+    samples = dict(tqdm(done, total=len(jobs), unit="sample", disable=None))  # the shortest prompts come first
+    report(sum(map(len, samples.values())), time.perf_counter() - start)
+    return [samples[index] for index in range(len(jobs))]
 
 
 def encode_all(model, tokenizer, prompts: list[str], options: Options) -> list[list[int]]:
@@ -234,13 +228,12 @@ def shorten(model, prompt_tokens: int, wanted: int) -> int:
     room = room_for(model, prompt_tokens)
     if room is None or room >= wanted:
         return wanted
-    note = f"note: behind {prompt_tokens} prompt tokens there is room for {room} new ones, not {wanted}"
-    print(note, file=sys.stderr)
+    say(f"note: behind {prompt_tokens} prompt tokens there is room for {room} new ones, not {wanted}")
     return room
 
 
 def report(tokens: int, seconds: float) -> None:
-    print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+    say(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s")
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -6,14 +6,12 @@ ShallowU's Reproduce-GPT2-124M writes build-nanogpt's format. The optimizer is n
 `train_accelerate.py --init_from DIR`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gpt2repro.options import InputError, parse_options
+from gpt2repro.options import InputError, Problems, parse_options, taken
 
 # Ordinary English of our own. A trained GPT-2 has 3 to 5 nats per token; a wrongly read one more than ln(V) = 10.8.
 ENGLISH = (
@@ -34,17 +32,15 @@ class Options:
     meta: Path | None = None
     "nanoGPT's meta.pkl, for a model over characters; without it such a model comes without a tokenizer."
 
-    def problems(self) -> list[str]:
-        found = []
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            found.append(f"--out {self.out} exists and is not an empty directory; choose another")
+    def problems(self) -> Problems:
+        yield from taken(self.out)
         if self.meta is not None and self.format != "nanogpt":
-            found.append("--meta belongs to --format nanogpt")
-        return found
+            yield "--meta belongs to --format nanogpt"
 
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro import-checkpoint", description=__doc__)
+    from gpt2repro.data.tokenization import gpt2_tokenizer, tokenizer_of_characters
     from gpt2repro.publishing.exports import new_directory
     from gpt2repro.publishing.importers import GPT2_VOCAB_SIZE, read_checkpoint, read_nanogpt_characters
 
@@ -57,10 +53,10 @@ def main(argv: list[str]) -> int:
             raise InputError(
                 f"--meta {options.meta} has {len(characters)} characters, the model {model.config.vocab_size} tokens"
             )
-        tokenizer = character_tokenizer(characters, model.config.n_positions)
+        unknown = " " if " " in characters else characters[0]  # nanoGPT's tokenizer has no special token
+        how = {"model_max_length": model.config.n_positions, "clean_up_tokenization_spaces": False}
+        tokenizer = tokenizer_of_characters(characters, unknown=unknown, **how)
     elif model.config.vocab_size == GPT2_VOCAB_SIZE:
-        from gpt2repro.data.tokenization import gpt2_tokenizer
-
         tokenizer = gpt2_tokenizer()
 
     for note in imported.notes:
@@ -117,18 +113,3 @@ def verify(model, tokenizer) -> str:
     if tokenizer is not None and output.loss > math.log(V):
         line += "; worse than chance: an untrained model, or not written by what --format says"
     return line
-
-
-def character_tokenizer(characters: list[str], n_positions: int):
-    """nanoGPT's tokenizer: one id per character, no special token; an unknown character becomes a space."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    unknown = " " if " " in characters else characters[0]
-    vocab = {character: id for id, character in enumerate(characters)}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token=unknown))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=n_positions, clean_up_tokenization_spaces=False
-    )

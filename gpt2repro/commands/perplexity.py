@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -74,12 +75,12 @@ def main(argv: list[str]) -> int:
     from gpt2repro.evaluation.losses import max_length_of
 
     examples = lambada.TASK.checked([{"text": text} for text in texts], options.data) if options.last_word else []
-    model, tokenizer, device = options.load()
+    model, tokenizer, _ = options.load()
     limit = max_length_of(model, tokenizer)
     if options.max_length is not None and options.max_length > limit:
         raise InputError(f"max_length={options.max_length} is longer than the model's input of {limit} tokens")
     max_length = options.max_length or limit
-    how = {"device": device, "progress": lambda batches: tqdm(batches, unit="batch", file=sys.stderr, disable=None)}
+    how = {"progress": partial(tqdm, unit="batch", file=sys.stderr, disable=None)}
     if options.last_word:
         results = last_words(model, lambada.TASK.prepare(examples, tokenizer, max_length), options, how)
     else:
@@ -123,15 +124,9 @@ def text_perplexity(model, tokenizer, text: str, max_length: int, options: Optio
     window = {"max_length": max_length, "stride": options.stride or max(1, max_length // 2)}
     sums = sliding_window_loss(model, ids, batch_size=options.batch_size, **window, **how)
     metrics = loss_metrics(sums["total_nats"], sums["predicted_tokens"], len(text.encode("utf-8")))
-    return {
-        "loss": metrics["val_loss"],
-        "perplexity": metrics["perplexity"],
-        "word_perplexity": math.exp(min(sums["total_nats"] / words, 700)) if words else None,
-        "bits_per_byte": metrics["bits_per_byte"],
-        "tokens": sums["predicted_tokens"],
-        "words": words,
-        **window,
-    }
+    word_perplexity = math.exp(min(sums["total_nats"] / words, 700)) if words else None
+    found = {"loss": metrics.pop("val_loss"), **metrics, "word_perplexity": word_perplexity}
+    return found | {"tokens": sums["predicted_tokens"], "words": words, **window}
 
 
 def read_texts(options: Options) -> list[str]:

@@ -31,7 +31,7 @@ from gpt2repro.data.python_docs import python_docs
 from gpt2repro.data.shards import TOKENIZER, Manifest
 from gpt2repro.data.text import TEXT_CUT_VERSION, find_text, pieces_of
 from gpt2repro.data.tokenization import bpe_tokenizer, char_tokenizer, fingerprint, gpt2_tokenizer, load_tokenizer
-from gpt2repro.options import AtLeastOne, Fraction, InputError, parse_options
+from gpt2repro.options import AtLeastOne, Fraction, InputError, Problems, parse_options
 
 # Source: the corpus of nanoGPT's shakespeare examples, public domain.
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -71,16 +71,15 @@ class Options:
     overwrite: bool = False
     "Replace another data set in --out."
 
-    def problems(self) -> list[str]:
+    def problems(self) -> Problems:
         if not self.input and self.corpus is None:
-            return ["say what to read: --corpus python-docs, --corpus shakespeare, or --input PATH…"]
+            yield "say what to read: --corpus python-docs, --corpus shakespeare, or --input PATH…"
         if self.input and self.corpus == "python-docs":
-            return ["--corpus python-docs reads nothing else; drop --input or --corpus"]
+            yield "--corpus python-docs reads nothing else; drop --input or --corpus"
         if self.tokenizer not in MADE and "/" not in self.tokenizer and not Path(self.tokenizer).exists():
-            return [f"--tokenizer {self.tokenizer}: expected {', '.join(MADE)}, a run, a directory or user/name"]
+            yield f"--tokenizer {self.tokenizer}: expected {', '.join(MADE)}, a run, a directory or user/name"
         if self.split == "position" and self.corpus == "python-docs":
-            return ["--corpus python-docs is split by document; drop --split position"]
-        return []
+            yield "--corpus python-docs is split by document; drop --split position"
 
 
 def main(argv: list[str]) -> int:

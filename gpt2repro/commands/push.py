@@ -8,8 +8,6 @@ Each checkpoint of a run becomes a branch `step-N`; the newest one keeps the opt
 `train_accelerate.py --resume hub:user/gpt2-124M` can go on from it. Log in with `hf auth login`, or set HF_TOKEN.
 """
 
-from __future__ import annotations
-
 import re
 from configparser import ConfigParser
 from dataclasses import dataclass
@@ -18,8 +16,12 @@ from importlib.metadata import requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from gpt2repro.checkpoint.layout import find_run, list_steps
+from gpt2repro.checkpoint.reader import find_model
 from gpt2repro.models import load_for_comparison
 from gpt2repro.options import InputError, NotNegativeNumber, Positive, parse_options
+from gpt2repro.publishing import hub
+from gpt2repro.publishing.model_card import card_files
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -52,10 +54,6 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro push", description=__doc__)
-    from gpt2repro.checkpoint.layout import find_run
-    from gpt2repro.checkpoint.reader import find_model
-    from gpt2repro.publishing import hub
-
     # Checksums are compared as each part is sent: one damaged step does not keep the others back.
     model = Path(find_model(options.model))
     if not model.is_dir():
@@ -76,12 +74,8 @@ def main(argv: list[str]) -> int:
 
 def send_run(run_dir: Path, options: Options, card: dict) -> list[str]:
     """Publish every checkpoint of a run as training does. Returns the revisions."""
-    from gpt2repro.checkpoint.layout import list_steps
-    from gpt2repro.publishing.hub import Uploader
-
-    comparable = load_for_comparison if options.native else None
-    private = not options.public
-    uploader = Uploader(options.repo, run_dir=run_dir, private=private, card=card, comparable=comparable, quiet=False)
+    how = {"private": not options.public, "comparable": load_for_comparison if options.native else None}
+    uploader = hub.Uploader(options.repo, run_dir=run_dir, card=card, quiet=False, **how)
     for _, path in list_steps(run_dir / "checkpoints"):
         uploader.checkpoint(path)
     if missing := uploader.close(timeout=60 * options.timeout_minutes):
@@ -91,9 +85,6 @@ def send_run(run_dir: Path, options: Options, card: dict) -> list[str]:
 
 def send_one(api, model: Path, run_dir: Path | None, options: Options, card: dict) -> list[str]:
     """Publish one directory as one revision. The native twin goes first: if it does not agree, nothing is sent."""
-    from gpt2repro.publishing import hub
-    from gpt2repro.publishing.model_card import card_files
-
     cards = partial(card_files, repo=options.repo, run_dir=run_dir, **card)
     files = hub.weights_only(hub.checkpoint_files(model)) | cards(model)
     revisions = [options.revision or "main"]
@@ -108,8 +99,6 @@ def send_one(api, model: Path, run_dir: Path | None, options: Options, card: dic
 
 def send_space(options: Options) -> None:
     """Publish the demo as a Space of the model's name."""
-    from gpt2repro.publishing import hub
-
     api = hub.open_repo(options.repo, private=not options.public, kind="space", space_sdk="gradio")
     hub.publish(api, options.repo, space_files(options.repo), revision="main", message="The demo", kind="space")
     print(f"{api.endpoint}/spaces/{options.repo}")
@@ -152,7 +141,6 @@ def space_requirements() -> list[str]:
 SPACE_APP = '''"""Started by the Space: the page of `gpt2repro demo` with one model."""
 
 from gpt2repro.commands.demo import main
-from gpt2repro.models import load_for_comparison
 from gpt2repro.options import run_main
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -38,11 +37,15 @@ from pydantic import BaseModel, ValidationError
 from gpt2repro.data import shards
 from gpt2repro.data.text import BYTES_PER_TOKEN, Piece
 from gpt2repro.data.tokenization import Encoder, UnknownCharacter, load_tokenizer
-from gpt2repro.files import read_json_if_whole, write_json
+from gpt2repro.files import name_aside, read_json_if_whole, write_json
 from gpt2repro.options import InputError
 
 PLAN = "plan.json"
 UNITS = "units"
+# Shards, and what a killed run was writing.
+SHARDS = re.compile(
+    rf"(train|val)_\d{{6}}\.bin(\.tmp-.+)?|({PLAN}|{shards.MANIFEST}|{shards.TOKENIZER}|README\.md)\.tmp-.+"
+)
 
 # One batch is one message to a worker: so large that the 0.3 ms of a message do not count, so small that there are
 # enough batches for many workers.
@@ -108,8 +111,7 @@ def prepare(
     work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, place, show_progress)
     work.run(mine, workers or os.cpu_count() or 1)
     notes = {index: note for index in range(len(units)) if (note := _read_note(out, index))}  # and the other nodes'
-    kept = _kept(notes, token_limit, len(units))
-    if kept is None:
+    if (kept := _kept(notes, token_limit, len(units))) is None:
         print(f"{out}: {len(notes)} of {len(units)} units are finished; the other nodes' are still to come")
         return None
     return _finish(out, identity, [notes[index] for index in kept], describe_val)
@@ -130,15 +132,14 @@ def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite:
         return
     # A run killed before its plan was written leaves these behind.
     begun = re.compile(rf"{UNITS}|{shards.TOKENIZER}|({PLAN}|{shards.TOKENIZER})\.tmp-.*")
-    strangers = sorted(path.name for path in out.glob("*") if not begun.fullmatch(path.name))
-    if strangers:
+    if strangers := sorted(path.name for path in out.glob("*") if not begun.fullmatch(path.name)):
         raise InputError(
             f"{out} is not empty and was not made by this command (it holds {', '.join(strangers[:3])}); "
             "choose another --out"
         )
     (out / UNITS).mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{shards.TOKENIZER}.tmp-", dir=out))
-    temporary.chmod(0o755)
+    temporary = name_aside(out / shards.TOKENIZER)
+    temporary.mkdir()
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(out / shards.TOKENIZER, ignore_errors=True)
     try:
@@ -208,9 +209,7 @@ class _Work:
         self.in_flight = max(BATCHES_AHEAD, 2 * workers // min(UNITS_AT_ONCE, len(indices)) + 1)  # per unit
         with self.bar, self.pool, ThreadPoolExecutor(UNITS_AT_ONCE) as readers:
             try:
-                futures = [readers.submit(self._unit, index) for index in indices]
-                for future in futures:
-                    future.result()
+                list(readers.map(self._unit, indices))
             except BrokenProcessPool:
                 raise InputError(
                     "a tokenising process was killed, most likely for want of memory; run the same command again with "
@@ -218,7 +217,6 @@ class _Work:
                 ) from None
             finally:
                 self.stop.set()
-                readers.shutdown(cancel_futures=True)
 
     def _unit(self, index: int) -> None:
         """Read, tokenise and write one unit, then its note."""
@@ -303,17 +301,10 @@ def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable
             print(f"warning: the {split} split is empty, all {splits[other]['documents']} documents are in {other}")
     if splits["val"]["tokens"]:
         splits["val"].update(describe_val())
-    kept = {record["file"] for split in splits.values() for record in split["shards"]}
-    # Shards of units beyond the limit, and files that were half-written when an earlier run was killed.
-    left_over = re.compile(rf"(train|val)_\d{{6}}\.bin|({PLAN}|{shards.MANIFEST}|README\.md)\.tmp-")
-    for path in out.iterdir():
-        if left_over.match(path.name) and path.name not in kept:
-            path.unlink(missing_ok=True)
-        elif path.name.startswith(f"{shards.TOKENIZER}.tmp-"):
-            shutil.rmtree(path, ignore_errors=True)
+    _sweep(out, {record["file"] for split in splits.values() for record in split["shards"]})
     kept_notes = {f"{note['unit']:06d}.json" for note in notes}
     for path in (out / UNITS).iterdir():
-        if path.name not in kept_notes:
+        if path.name not in kept_notes:  # of a unit beyond the limit
             path.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):  # another node ended at the same moment and removed our temporary file
         write_json(out / shards.MANIFEST, {**identity, "splits": splits})
@@ -380,12 +371,17 @@ def _remove_dataset(out: Path) -> None:
     """Remove what this module writes, and nothing else."""
     for name in (shards.MANIFEST, shards.CHECKED):  # the manifest first: from here on it is no data set
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / UNITS, ignore_errors=True)
-    shutil.rmtree(out / shards.TOKENIZER, ignore_errors=True)
-    for path in out.glob("*.bin*"):
-        if re.fullmatch(r"(train|val)_\d{6}\.bin(\.tmp-\w+)?", path.name):
-            path.unlink()
+    for name in (UNITS, shards.TOKENIZER):
+        shutil.rmtree(out / name, ignore_errors=True)
+    _sweep(out, set())
     (out / PLAN).unlink()
+
+
+def _sweep(out: Path, kept: set[str]) -> None:
+    """Remove the shards that are not `kept`, and what was half-written when a run was killed."""
+    for path in out.iterdir():
+        if SHARDS.fullmatch(path.name) and path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 _encoder: Encoder | None = None  # of a worker process

@@ -6,11 +6,12 @@ between data sets with the same sha256. Python Software Foundation licence.
 """
 
 import ast
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from gpt2repro.options import say
 
 # Test code, and installed packages, which are not part of CPython.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo", "__pycache__"}
@@ -24,7 +25,7 @@ def python_docs() -> Iterator[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # in Debian's python3-minimal
-        print("pydoc_data is not installed, so the corpus is the docstrings alone", file=sys.stderr)
+        say("pydoc_data is not installed, so the corpus is the docstrings alone")
         topics = {}
     for name in sorted(topics):
         yield topics[name]
@@ -35,23 +36,20 @@ def docstrings(directory: Path) -> Iterator[str]:
     """The docstrings of all modules below a directory, one document per module."""
     paths = (path.relative_to(directory) for path in directory.rglob("*.py"))
     for path in sorted((path for path in paths if not LEFT_OUT & set(path.parts)), key=Path.as_posix):
-        text = "\n\n".join(_docstrings((directory / path).read_bytes()))
-        if text:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            try:
+                module = ast.parse((directory / path).read_bytes())
+            except (SyntaxError, ValueError):  # for another Python version
+                continue
+        if text := "\n\n".join(_docstrings(module)):
             yield text + "\n"
 
 
-def _docstrings(source: bytes) -> Iterator[str]:
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
     """Docstrings of a module, its classes and functions, from top to bottom."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # a module for another Python version
-            return
-    pending: list[ast.AST] = [tree]
-    while pending:
-        node = pending.pop()
-        if docstring := ast.get_docstring(node):
-            yield docstring
-        definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        pending.extend(child for child in reversed(node.body) if isinstance(child, definitions))
+    if docstring := ast.get_docstring(node):
+        yield docstring
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child)

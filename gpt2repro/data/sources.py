@@ -1,4 +1,4 @@
-"""(data, seed, position) -> the global batch, from token shards; and `open_data`, which opens any training data.
+"""(data, seed, position) -> the global batch, from token shards or a recipe; `open_data` opens any training data.
 
     position p ── epoch p // N, index p % N ──> Permutation keyed by (seed, epoch) ──> window w
     window w   ── tokens [wT, wT + T] of all shards as one stream ──> inputs (T), targets (the same, shifted by one)
@@ -7,6 +7,8 @@
 The state is one position and the ranges that were skipped on purpose, so a run that continues with another number of
 processes, micro-batches or workers sees the same global batches. Each window comes exactly once per epoch. A batch may
 hold the end of one epoch and the start of the next. Only the last (tokens - 1) mod T tokens of a corpus are never used.
+
+With a recipe (mixture.py) a position first becomes a source and an index, which is a position p in that source alone.
 
 Legend: T seq_len, N windows per epoch = (tokens - 1) // T, W world. Knows no model, no optimizer, no Accelerator.
 """
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 
 from gpt2repro.data import shards
+from gpt2repro.data.mixture import RECIPE_ORDER_VERSION, Recipe, is_recipe, read_recipe
 from gpt2repro.data.ordering import Permutation, derive_seed, next_positions
 from gpt2repro.data.streaming import open_stream
 from gpt2repro.data.tokenization import fingerprint, gpt2_tokenizer, load_tokenizer
@@ -52,6 +55,7 @@ class ShardSource:
         self.split, self.seq_len, self.seed, self.vocab_size = split, seq_len, seed, split.vocab_size
         check_vocabulary(split.vocab_size, vocab_size)
         self.tokens_per_epoch = self.windows * seq_len
+        self.sources: dict[str, ShardSource] = {}  # the sources of a recipe, by name
         self._digests: dict[str, str] = {}
 
     def identity(self) -> dict:
@@ -89,6 +93,11 @@ class ShardSource:
             windows[here] = Permutation(self.windows, derive_seed(self.seed, epoch))(indices[here])
         return windows
 
+    def tokens_at(self, positions: np.ndarray) -> np.ndarray:
+        """(rows,) positions -> (rows, T + 1) int64: the inputs and the target of the last one."""
+        starts = (self.windows_at(positions) * self.seq_len).tolist()
+        return np.stack([self.split.read(start, self.seq_len + 1) for start in starts]).astype(np.int64)
+
     def batches(
         self, state: dict, *, rank: int, world: int, sequences: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
@@ -113,12 +122,75 @@ class ShardSource:
         position, skipped = state["position"], state["skipped"]
         while True:
             positions = next_positions(position, skipped, sequences)
-            windows = self.windows_at(positions[rank * rows : (rank + 1) * rows]).tolist()
-            read = [self.split.read(window * self.seq_len, self.seq_len + 1) for window in windows]
-            tokens = np.stack(read).astype(np.int64)  # (rows, T + 1): the inputs and the target of the last one
+            tokens = self.tokens_at(positions[rank * rows : (rank + 1) * rows])
             position = int(positions[-1]) + 1
             state_after = {"position": position, "skipped": skipped}
             yield torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy()), state_after
+
+
+class RecipeSource(ShardSource):
+    """Batches from the sources of a recipe: `sources`, each with its own order, epochs and validation split.
+
+    A source's order is the one that it has without a recipe, so a run may begin with one data set and go on with a
+    recipe whose first phase is that data set.
+    """
+
+    def __init__(self, recipe: Recipe, sources: dict[str, ShardSource]):
+        first = next(iter(sources.values()))
+        self.recipe, self.sources = recipe, sources
+        self.seq_len, self.seed, self.vocab_size = first.seq_len, first.seed, first.vocab_size
+        self.directory = next((part.directory for part in sources.values() if part.manifest), first.directory)
+        self.tokens_per_epoch = None  # each source has its own epochs
+
+    def identity(self) -> dict:
+        """What the order of windows follows from; `mixture.changed_past` says what of it may change on resume."""
+        numbers = {"order": RECIPE_ORDER_VERSION, "seq_len": self.seq_len, "seed": self.seed}
+        return {"kind": "recipe", **numbers, **self.recipe.content()}
+
+    def digests(self) -> dict[str, str]:
+        """Source/file name -> sha256 of foreign shards."""
+        return {f"{name}/{file}": one for name, part in self.sources.items() for file, one in part.digests().items()}
+
+    def check_digests(self, saved: dict[str, str]) -> None:
+        """As in `ShardSource`; names without a source are those of the data set that the run began with."""
+        began = next(iter(self.recipe.phases[0].weights))
+        for key, digest in saved.items():
+            name, _, file = key.rpartition("/")
+            if part := self.sources.get(name or began):
+                part.check_digests({file: digest})
+
+    def check_batch(self, sequences: int, world: int = 1) -> None:
+        """Raises: InputError if `sequences` does not divide among the ranks."""
+        if sequences % world:
+            raise InputError(f"a batch of {sequences} sequences does not divide among {world} processes")
+
+    def check_length(self, position: int) -> None:
+        """Raises: InputError if a source of limited `epochs` ends before this position."""
+        windows = {name: part.windows for name, part in self.sources.items()}
+        if problem := self.recipe.too_short(position, windows):
+            raise InputError(problem)
+
+    def timetable(self, end: int, sequences: int) -> list[str]:
+        """`Recipe.timetable` for the sizes of these sources."""
+        return self.recipe.timetable(end, sequences, {name: part.windows for name, part in self.sources.items()})
+
+    def tokens_at(self, positions: np.ndarray) -> np.ndarray:
+        """As in `ShardSource`, also where a batch touches many epochs of a small source."""
+        self.check_length(int(positions[-1]) + 1)  # ranges that were skipped make a run longer
+        drawn = [self.recipe.source_at(position) for position in positions.tolist()]
+        tokens = np.empty((len(drawn), self.seq_len + 1), dtype=np.int64)
+        for name, part in self.sources.items():
+            rows = [row for row, (source, _) in enumerate(drawn) if source == name]
+            if rows:
+                tokens[rows] = part.tokens_at(np.array([drawn[row][1] for row in rows]))
+        return tokens
+
+    def mean_losses(self, state: dict, nats: list[float]) -> dict[str, float]:
+        """{"loss/web": nats per token, …} of the batch that begins at `state`; `nats` are its rows' sums, in order."""
+        sums: dict[str, list[float]] = {}
+        for position, row in zip(next_positions(state["position"], state["skipped"], len(nats)), nats, strict=True):
+            sums.setdefault(self.recipe.source_at(int(position))[0], []).append(row)
+        return {f"loss/{name}": sum(sums[name]) / (len(sums[name]) * self.seq_len) for name in sorted(sums)}
 
 
 class Prefetch(Iterator):
@@ -241,11 +313,13 @@ def open_source(
     sequences: int,
     vocab_size: int | None = None,
     tokenizer=None,
+    verify: bool = True,
     **stream_options,
 ):
-    """The training data that `--data` names: a directory of shards, hf://user/name[@revision] or stream:….
+    """The training data that `--data` names: a directory of shards, hf://user/name[@revision], stream:… or a recipe.
 
-    `tokenizer` (None: GPT-2's) and `stream_options`, which go to `streaming.open_stream`, are for streams only.
+    `tokenizer` (None: GPT-2's) and `stream_options`, which go to `streaming.open_stream`, are for streams only. Without
+    `verify` shards made here are believed to be what their manifest says.
 
     Raises: InputError for data that is missing, damaged, of another vocabulary, or shorter than one batch.
     """
@@ -256,6 +330,8 @@ def open_source(
             data.removeprefix("stream:"),
             tokenizer=tokenizer, seq_len=seq_len, seed=seed, sequences=sequences, **stream_options,
         )  # fmt: skip
+    if is_recipe(data):
+        return open_recipe(read_recipe(data, seq_len), seq_len=seq_len, seed=seed, vocab_size=vocab_size, verify=verify)
     directory = shards_directory(data)
     split = shards.open_split(directory, "train")
     source = ShardSource(split, seq_len=seq_len, seed=seed, vocab_size=vocab_size)
@@ -263,11 +339,49 @@ def open_source(
     source.directory = directory
     source.validation = shards.open_split(directory, "val") if shards.has_split(directory, "val") else None
     if (directory / shards.MANIFEST).exists():
-        source.manifest = shards.verify_dataset(directory, remember=True)
+        source.manifest = shards.verify_dataset(directory, remember=True) if verify else shards.load_manifest(directory)
     else:
         paths = shards.foreign_files(directory, "train") + shards.foreign_files(directory, "val")
         source._digests = shards.digests_of(directory, [path.name for path in paths])
     return source
+
+
+def open_recipe(recipe: Recipe, **options) -> RecipeSource:
+    """The sources of a recipe, opened as `open_source` does, each with the sha256 of its data in the recipe.
+
+    Raises: InputError naming the source that cannot be opened, or does not fit the others.
+    """
+    sources: dict[str, ShardSource] = {}
+    for name, entry in recipe.sources.items():
+        place = f"{recipe.name}: sources.{name}"
+        try:
+            part = sources[name] = open_source(entry.data, sequences=1, **options)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
+        if entry.sha256 not in (None, part.split.sha256):
+            raise InputError(f"{place}.sha256 is {entry.sha256}, but {entry.data} has {part.split.sha256}; correct one")
+        entry.sha256 = part.split.sha256
+        check_alike(place, part, sources)
+    return RecipeSource(recipe, sources)
+
+
+def check_alike(place: str, part: ShardSource, others: dict[str, ShardSource]) -> None:
+    """Raises: InputError if a source has another tokenizer or vocabulary than the first one, or another one's data."""
+    (first, one), *_ = others.items()
+    if part.vocab_size != one.vocab_size:
+        raise InputError(
+            f"{place} has a vocabulary of {part.vocab_size} and sources.{first} one of {one.vocab_size}; prepare one "
+            "of them again with the tokenizer of the other"
+        )
+    known = [one.manifest["tokenizer"].get("sha256") for one in (part, one) if one.manifest]
+    if len(known) == 2 and known[0] != known[1]:
+        raise InputError(
+            f"{place} was made with another tokenizer than sources.{first}; prepare one of them again with the "
+            "tokenizer of the other"
+        )
+    for name, other in others.items():
+        if other is not part and other.split.sha256 == part.split.sha256:
+            raise InputError(f"{place} is the same data as sources.{name}; keep one of them and add up the weights")
 
 
 def open_data(config, sequences: int):
@@ -283,7 +397,8 @@ def open_data(config, sequences: int):
         options |= {"lanes": config.stream_lanes, "cache_dir": config.cache_dir, "cache_gib": config.cache_gib}
     source = open_source(config.data, **options)
     source.tokenizer = source.tokenizer or _tokenizer(config.tokenizer, source.directory)
-    _check_tokenizer(source.tokenizer, config.tokenizer, source.directory, source.manifest)
+    for part in source.sources.values() or [source]:
+        _check_tokenizer(source.tokenizer, config.tokenizer, part.directory, part.manifest)
     if config.val_data is not None:
         directory = shards_directory(config.val_data)
         source.validation = shards.open_split(directory, "val")

@@ -86,6 +86,7 @@ class StreamSource:
         report: Callable[[str], None] = text_io.say,
     ):
         self.source, self.seq_len, self.seed, self.lanes = source, seq_len, seed, lanes
+        self.sources = {}  # no recipe
         self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer, count_unknown=True)
         self.vocab_size = self.encoder.vocab_size
         self.workers = workers

@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gpt2repro.data import text_io
-from gpt2repro.data.text_io import FORMATS, NEVER, format_of, local_files, resuming, retrying, say
+from gpt2repro.data.text_io import FORMATS, NEVER, format_of, local_files, resuming, retrying
 from gpt2repro.files import sha256_of, sha256_of_ends
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, say
 
 PACKED_RATIO = 3  # unpacked bytes per packed byte of text; an estimate
 BYTES_PER_TOKEN = 4.5  # of English under GPT-2's tokenizer; an estimate
@@ -98,11 +98,10 @@ class Reading:
             return iter(dataset.shard(num_shards=shards, index=index).skip(given))
 
         rows = resuming(rows_from, path, report=self.report, stop=cancel)
-        return self.present((text_of(row, self.column, path) for row in rows), (path, index))
+        return self.present((text_of(row, self.column, path) for row in rows), (path, index), [0, 0, 0])
 
-    def present(self, texts: Iterable[str | None], stretch: tuple, found: list[int] | None = None) -> Iterator[str]:
+    def present(self, texts: Iterable[str | None], stretch: tuple, found: list[int]) -> Iterator[str]:
         """The texts that are not null. Records what is missing in a stretch, once however often it is read."""
-        found = found or [0, 0, 0]
         for text in texts:
             if text is None:
                 found[0] += 1

@@ -9,14 +9,13 @@ import io
 import itertools
 import random
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path, PurePosixPath
 
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line, say
 
 SPEC = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?")
 
@@ -35,11 +34,6 @@ BLOCK_BYTES = 2**20
 REMOTE_BLOCK_BYTES = 2**24  # one request to the Hub; its latency of about 0.1 s must not count
 WHOLE_CHUNK_BYTES = 2**26  # a column of a row group on the Hub is one request up to this size, else page by page
 ROWS_AT_ONCE = 256
-
-
-def say(message: str) -> None:
-    """Print a message about the work on stderr; results go to stdout."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def resolve_hub(dataset: str, config: str | None, revision: str | None) -> tuple[str, str, list[str]]:
@@ -139,19 +133,13 @@ def may_pass(error: BaseException | None) -> bool:
     """Whether trying again may help: time-outs, broken connections, 429 and 5xx; not a missing file or permission."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
+    if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
         return status in PASSING_STATUS or status >= 500
     if isinstance(error, LocalEntryNotFoundError):  # no reply, and no copy here
         return may_pass(error.__cause__)
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | OfflineModeIsEnabled):
         return False
     return isinstance(error, OSError | EOFError) or type(error).__module__.startswith(NETWORK_LIBRARIES)
-
-
-def first_line(error: Exception) -> str:
-    """The message of an error, in one line."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _seconds_before_retry(error: Exception, attempt: int) -> float:
@@ -221,8 +209,8 @@ def _unpack(raw, path: str):
     import fsspec.utils
     from fsspec.compression import compr
 
-    method = fsspec.utils.infer_compression(path.lower())
-    if method is None:  # fsspec knows the methods whose packages are installed
+    # fsspec knows the methods whose packages are installed.
+    if (method := fsspec.utils.infer_compression(path.lower())) is None:
         raise InputError(f"{path} can't be unpacked here; unpack it first, or pip install zstandard")
     return compr[method](raw, mode="rb")
 
@@ -254,8 +242,7 @@ def row_group(path: str, group: int, column: str, skip: int) -> Iterator[str | N
             page_checksum_verification=True,
         )  # fmt: skip
         for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
-            if skip < len(batch):
-                yield from batch.column(0)[skip:].to_pylist()
+            yield from batch.column(0)[skip:].to_pylist()
             skip = max(0, skip - len(batch))
 
 

@@ -12,9 +12,7 @@ or loaded, so a worker process starts in a fraction of a second.
 import hashlib
 import itertools
 import json
-import os
 import re
-import sys
 import tempfile
 from base64 import b64encode
 from collections import Counter
@@ -25,7 +23,7 @@ import numpy as np
 
 from gpt2repro.data.shards import TOKENIZER, token_dtype
 from gpt2repro.files import refuse_pipes
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line, say
 
 EOT = "<|endoftext|>"
 # What every tokenizer has: one special token for all purposes, and the length of GPT-2's context.
@@ -53,6 +51,7 @@ def gpt2_tokenizer():
     Raises: InputError if tiktoken can neither download its two vocabulary files nor find them in its cache.
     """
     import tiktoken
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     try:
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
@@ -63,7 +62,7 @@ def gpt2_tokenizer():
             "that holds tiktoken's cache (filled by `tiktoken.get_encoding('gpt2')` on a machine with network), "
             "or choose --tokenizer bpe or char, which need no download"
         ) from error
-    symbols = _byte_symbols()
+    symbols = bytes_to_unicode()  # the printable character that stands for each byte in a byte-level vocabulary
     text = {token: "".join(symbols[byte] for byte in token) for token in ranks}
     vocab = {text[token]: rank for token, rank in ranks.items()}
     # The merge that makes a token joins the two parts which the merges of lower rank leave.
@@ -76,19 +75,27 @@ def char_tokenizer(texts: Iterable[str]):
 
     Raises: InputError for empty texts.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     characters = set()
     for text in texts:
         characters.update(well_formed(text))
     if not characters:
         raise InputError("a character tokenizer needs text, and there is none")
-    vocab = {character: id for id, character in enumerate(sorted(characters))}
-    backend = Tokenizer(models.WordLevel({**vocab, EOT: len(vocab)}, unk_token=EOT))
+    return tokenizer_of_characters([*sorted(characters), EOT], unknown=EOT, **SPECIAL)
+
+
+def tokenizer_of_characters(tokens: list[str], *, unknown: str, **how):
+    """One token per character, with its place in `tokens` as id; a character that is not there becomes `unknown`.
+
+    `how` is for the tokenizer's class: special tokens, the model's length.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: id for id, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **how)
 
 
 def bpe_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -118,7 +125,7 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int):
         raise InputError(
             "a BPE tokenizer needs text to be trained on, and there is hardly any; choose --tokenizer char"
         )
-    return _byte_level_tokenizer(model["vocab"], _merges(model))
+    return _byte_level_tokenizer(model["vocab"], [tuple(merge) for merge in model["merges"]])
 
 
 def load_tokenizer(source: str | Path):
@@ -139,8 +146,7 @@ def load_tokenizer(source: str | Path):
             raise ValueError(f"its model_max_length is {str(tokenizer.model_max_length)[:80]!r}, expected a number")
         return tokenizer
     except Exception as error:  # a damaged file can make the libraries raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"no tokenizer could be loaded from {source}: {reason}") from error
+        raise InputError(f"no tokenizer could be loaded from {source}: {first_line(error)}") from error
 
 
 def fingerprint(tokenizer) -> str:
@@ -158,7 +164,7 @@ def fingerprint(tokenizer) -> str:
     decisive = [
         model["type"],
         sorted(vocab.items()) if isinstance(vocab, dict) else vocab,
-        _merges(model) if model["type"] == "BPE" else [],
+        model.get("merges", []),
         sorted((token["content"], token["id"]) for token in content["added_tokens"]),
         tokenizer.eos_token_id,
     ]
@@ -207,7 +213,9 @@ class Encoder:
             )
         self.dtype = token_dtype(self.vocab_size)
         if self.kind == "gpt2":
-            values = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+            from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+            values = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
             vocab = {token: id for token, id in tokenizer.get_vocab().items() if token != EOT}
             self._ranks = {bytes(map(values.get, token)): id for token, id in vocab.items()}
         elif self.kind == "char":
@@ -220,7 +228,7 @@ class Encoder:
             self._strange, why_not = _gigatoken_disagreements(self._tiktoken)
             self.uses_gigatoken = self._strange is not None
             if why_not:
-                print(f"{why_not}; tiktoken does the work", file=sys.stderr)
+                say(f"{why_not}; tiktoken does the work")
             self._prepare()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -260,10 +268,8 @@ class Encoder:
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of well-formed texts, of any integer type."""
-        if self.kind == "gpt2":
-            return [self._encode_gpt2(text) for text in texts]
-        if self.kind == "char":
-            return [self._encode_characters(text) for text in texts]
+        if self.kind != "bpe":
+            return list(map(self._encode_gpt2 if self.kind == "gpt2" else self._encode_characters, texts))
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
@@ -309,13 +315,6 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
-def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary. Source: GPT-2's encoder.py."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = (chr(256 + n) for n in range(256))
-    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
-
-
 def _split_by_ranks(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two parts of `token` after every merge of lower rank."""
     parts = [token[i : i + 1] for i in range(len(token))]
@@ -326,22 +325,15 @@ def _split_by_ranks(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes
     return parts[0], parts[1]
 
 
-def _merges(model: dict) -> list[tuple[str, str]]:
-    """Merges of a serialised BPE model; older versions of `tokenizers` write them as "left right"."""
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-
-
 def _gigatoken(ranks: dict[bytes, int]):
     """A gigatoken tokenizer with tiktoken's ranks and no special tokens."""
     import gigatoken
 
+    lines = [b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])]
     with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, "gpt2.tiktoken")
-        with open(path, "wb") as file:
-            file.writelines(
-                b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1])
-            )
-        return gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2", special_tokens={})
+        path = Path(directory, "gpt2.tiktoken")
+        path.write_bytes(b"".join(lines))
+        return gigatoken.Tokenizer.from_tiktoken(str(path), pretokenizer="gpt2", special_tokens={})
 
 
 def _gigatoken_disagreements(encoding) -> tuple[np.ndarray | None, str | None]:

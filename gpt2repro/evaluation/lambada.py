@@ -1,7 +1,7 @@
 """LAMBADA: the last word of a passage, given the rest, as lm-evaluation-harness' `lambada_openai`.
 
-The word and the space before it are the one choice; `acc` is whether greedy decoding would write it. GPT-2's paper
-adds a filter of stop words for its accuracies, so only its perplexities can be compared with ours.
+The one choice is the last word with the space before it; `acc` says how often greedy decoding would write it. GPT-2's
+paper filters stop words for its accuracies, so only its perplexities can be compared with ours.
 """
 
 import math

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from gpt2repro.options import InputError
 
@@ -42,7 +43,7 @@ Forward = Callable[..., object]
 
 
 @contextlib.contextmanager
-def inference(model: torch.nn.Module) -> Iterator[Forward]:
+def inference(model: nn.Module) -> Iterator[Forward]:
     """Put `model` in evaluation mode and yield the function to call: not compiled, not recorded for gradients.
 
     Evaluation has other shapes than training, so a compiled model would recompile again and again: `model.forward` is
@@ -50,7 +51,7 @@ def inference(model: torch.nn.Module) -> Iterator[Forward]:
     Under FSDP the hooks that gather the parameters belong to the call, so there the module itself is called, and every
     process must call it equally often.
     """
-    unwrapped = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    unwrapped = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     unwrapped = getattr(unwrapped, "_orig_mod", unwrapped)  # torch.compile(model) instead of model.compile()
     gathers_parameters = is_fsdp(unwrapped)
     was_training = unwrapped.training
@@ -64,28 +65,43 @@ def inference(model: torch.nn.Module) -> Iterator[Forward]:
         unwrapped.train(was_training)
 
 
-def is_fsdp(model: torch.nn.Module) -> bool:
+def is_fsdp(model: nn.Module) -> bool:
     """Whether parameters are spread over processes, so that every process must take part in every forward pass."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not distributed():
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
 
 
-def sum_over_ranks(values: torch.Tensor, *, device: torch.device | str, world: int) -> torch.Tensor:
-    """Sum float64 `values` over all ranks, by an all-reduce of the default group that every rank joins.
+def distributed() -> bool:
+    """Whether several processes evaluate together: then every one of them must take part in every evaluation."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process among those that evaluate together, and how many they are."""
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed() else (0, 1)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights lie, and its input has to be."""
+    return next(model.parameters()).device
+
+
+def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """Sum float64 `values` over all ranks, by an all-reduce on `device` that every rank joins.
 
     Where every number is zero on all ranks but one, the sum is exact, in whatever order the ranks are added.
     """
-    if world == 1:
+    if not distributed():
         return values
-    values = values.to(device, torch.float32 if torch.device(device).type == "mps" else torch.float64)
+    values = values.to(device)
     torch.distributed.all_reduce(values)
-    return values.cpu().double()
+    return values.cpu()
 
 
-def loss_sum(forward: Forward, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def loss_sum(forward: Forward, inputs: Tensor, targets: Tensor) -> Tensor:
     """Total nats of `targets` (B, T), already shifted; -100 is ignored. Returns a scalar.
 
     Our own model computes the loss in chunks of the (B, T, V) logits, so an evaluation batch never needs more memory
@@ -101,7 +117,7 @@ def loss_sum(forward: Forward, inputs: torch.Tensor, targets: torch.Tensor) -> t
     return -target_log_probs(logits, targets).sum()
 
 
-def padded(windows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(windows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, T) of up to B windows of up to T + 1 tokens; targets of the padding are ignored."""
     inputs, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
     for row, window in enumerate(windows):
@@ -111,14 +127,14 @@ def padded(windows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[torch
     return inputs, targets
 
 
-def target_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """log p(target) for logits (..., V) and targets (...): fp32 at least, 0 where the target is ignored."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return -losses.view_as(targets)
 
 
-def token_byte_lengths(tokenizer) -> torch.Tensor:
+def token_byte_lengths(tokenizer) -> Tensor:
     """UTF-8 bytes of each id, (vocab_size,) int64; 0 for special tokens, which stand for no text."""
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -146,16 +162,7 @@ def loss_metrics(total_nats: float, predicted_tokens: int, predicted_bytes: floa
 
 
 def validation_loss(
-    model: torch.nn.Module,
-    split,
-    *,
-    seq_len: int,
-    batch_size: int,
-    tokens: int | None = None,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
-    token_bytes: torch.Tensor | None = None,
+    model: nn.Module, split, *, seq_len: int, batch_size: int, tokens: int | None = None, token_bytes=None
 ) -> dict:
     """Mean loss over the first `tokens` predictions of `split` (None: all), in windows of `seq_len` back to back.
 
@@ -178,7 +185,7 @@ def validation_loss(
         token_bytes = None  # the split's own count is exact, also for characters the tokenizer doesn't know
     batches = math.ceil(predicted / (seq_len * batch_size))  # the last window and the last batch may be shorter
     sums = torch.zeros(batches, 2, dtype=torch.float64)  # nats and bytes of each batch
-    nats = {}
+    nats, device, (rank, world) = {}, device_of(model), rank_and_world()
     with inference(model) as forward:
         for step in range(math.ceil(batches / world)):
             batch = step * world + rank  # past the last batch all targets are ignored: a padding pass
@@ -193,14 +200,14 @@ def validation_loss(
     if nats:
         # Read only here, so that no forward pass waits for a number.
         sums[list(nats), 0] = torch.stack(list(nats.values())).double().cpu()
-    per_batch = sum_over_ranks(sums, device=device, world=world).tolist()
+    per_batch = sum_over_ranks(sums, device).tolist()
     total_nats, total_bytes = (sum(column) for column in zip(*per_batch, strict=True))
     if token_bytes is None:
         total_bytes = split.bytes * predicted / split.tokens if split.bytes else None
     return {**loss_metrics(total_nats, predicted, total_bytes), "val_tokens": predicted}
 
 
-def max_length_of(model: torch.nn.Module, tokenizer=None) -> int:
+def max_length_of(model: nn.Module, tokenizer=None) -> int:
     """The longest input, by the rule of lm-evaluation-harness."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if isinstance(getattr(model.config, name, None), int):

@@ -16,15 +16,16 @@ import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from gpt2repro.data.tokenization import unknown_characters
-from gpt2repro.evaluation.losses import Forward, inference, sum_over_ranks, target_log_probs
+from gpt2repro.evaluation.losses import IGNORED, inference, padded, rank_and_world, sum_over_ranks, target_log_probs
 from gpt2repro.evaluation.rows import read_rows
 from gpt2repro.options import InputError
 
@@ -85,15 +86,13 @@ class Task:
         """The rows with an int or None as `label`. Raises: InputError that lists what is wrong with up to five."""
         examples, problems = [], []
         for number, row in enumerate(rows, 1):
-            missing = [name for name, kind in self.fields.items() if not isinstance(row.get(name), kind)]
-            if missing:
-                problems.append(f"example {number} has no {', '.join(missing)}")
-                continue
             try:
+                if missing := [name for name, kind in self.fields.items() if not isinstance(row.get(name), kind)]:
+                    raise ValueError(f"no {', '.join(missing)}")
                 for protocol in self.protocols.values():
                     protocol.choices(row)
                 examples.append({**row, "label": self.label(row)})
-            except ValueError as error:  # a task's own sentence
+            except ValueError as error:  # also a task's own
                 problems.append(f"example {number} has {error}")
             except (LookupError, TypeError, AttributeError):
                 problems.append(f"example {number} has choices of another form")
@@ -289,10 +288,10 @@ def batches_of(groups: Sequence[Group], batch_tokens: int) -> list[list[Group]]:
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 # For every token of the endings: its logits (N, V) and its id (N,), on the device; the number of its ending (N,).
-Predicted = tuple[torch.Tensor, torch.Tensor, list[int]]
+Predicted = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def predict_shared(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
+def predict_shared(forward: Callable, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
     """Logits of every token of every group's endings; each group's context is computed once.
 
     Row: `padding | context | endings`, aligned on the right, so that the needed logits are in the last columns.
@@ -302,9 +301,8 @@ def predict_shared(forward: Forward, groups: Sequence[Group], device: torch.devi
     ids = np.zeros((B, T), dtype=np.int64)
     positions = np.zeros((B, T), dtype=np.int64)
     segment = np.full((B, T), -1, dtype=np.int64)  # -1 padding, 0 context, 1… endings
-    # For every token of the endings: the row and column that predict it, its id, the number of its ending.
-    rows, columns, targets, owners = [], [], [], []
-    number = 0
+    wanted = []  # for every token of the endings: the row and column that predict it, its id, the number of its ending
+    number = itertools.count()
     for b, group in enumerate(groups):
         length = len(group.context)
         start, stop = T - group.length, T - group.tail
@@ -315,11 +313,8 @@ def predict_shared(forward: Forward, groups: Sequence[Group], device: torch.devi
             start, stop = stop, stop + len(ending) - 1
             ids[b, start:stop], segment[b, start:stop] = ending[:-1], s
             positions[b, start:stop] = np.arange(length, length + len(ending) - 1)
-            rows += [b] * len(ending)
-            columns += [last_of_context, *range(start, stop)]
-            targets += ending
-            owners += [number] * len(ending)
-            number += 1
+            columns, owner = [last_of_context, *range(start, stop)], next(number)
+            wanted += [(b, column, token, owner) for column, token in zip(columns, ending, strict=True)]
     # A query sees the context and its own ending, up to itself. Padding sees itself, or its softmax would be 0 / 0.
     segment = torch.from_numpy(segment).to(device)
     query, key = segment[:, :, None], segment[:, None, :]
@@ -334,28 +329,23 @@ def predict_shared(forward: Forward, groups: Sequence[Group], device: torch.devi
         inputs["logits_to_keep"] = T - first_kept
     logits = forward(input_ids=torch.from_numpy(ids).to(device), use_cache=False, **inputs).logits
     logits = logits[:, first_kept - T :]  # (B, T - first_kept, V)
-    index = torch.tensor([rows, columns, targets], device=device)
-    return logits[index[0], index[1] - first_kept], index[2], owners
+    rows, columns, targets, owners = torch.tensor(wanted).T
+    return logits[rows, columns - first_kept], targets.to(device), owners
 
 
-def predict_rows(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
+def predict_rows(forward: Callable, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> Predicted:
     """The same logits with a row of its own for every ending: plain causal input, padded on the right."""
     sequences = [(group.context, ending) for group in groups for ending in group.endings]
     width = max(len(context) + len(ending) - 1 for context, ending in sequences)
-    ids = np.zeros((len(sequences), width), dtype=np.int64)
-    rows, columns, targets = [], [], []
-    for row, (context, ending) in enumerate(sequences):
-        length = len(context) + len(ending) - 1
-        ids[row, :length] = [*context, *ending[:-1]]
-        rows += [row] * len(ending)
-        columns += range(len(context) - 1, length)
-        targets += ending
-    logits = forward(input_ids=torch.from_numpy(ids).to(device), use_cache=False).logits
-    index = torch.tensor([rows, columns, targets], device=device)
-    return logits[index[0], index[1]], index[2], rows
+    inputs, targets = padded([[*context, *ending] for context, ending in sequences], (len(sequences), width))
+    for row, (context, _) in enumerate(sequences):
+        targets[row, : len(context) - 1] = IGNORED
+    index = (targets != IGNORED).nonzero(as_tuple=True)  # rows, columns
+    logits = forward(input_ids=inputs.to(device), use_cache=False).logits
+    return logits[index], targets[index].to(device), index[0]
 
 
-def token_scores(predicted: Predicted, greedy: bool) -> tuple[list[torch.Tensor], list[int]]:
+def token_scores(predicted: Predicted, greedy: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Columns (N,) on the device: log p and, if asked, whether another token is the likeliest; the ending's number."""
     logits, targets, owners = predicted
     columns = [target_log_probs(logits, targets)]
@@ -364,21 +354,21 @@ def token_scores(predicted: Predicted, greedy: bool) -> tuple[list[torch.Tensor]
     return columns, owners
 
 
-def ending_sums(columns: Sequence[torch.Tensor], owners: Sequence[int], endings: int) -> torch.Tensor:
+def ending_sums(columns: Sequence[torch.Tensor], owners: torch.Tensor, endings: int) -> torch.Tensor:
     """Sum over each ending's tokens, (endings, columns) float64 on the CPU.
 
     The sum is the same in every run; with a GPU's atomic additions it would not be.
     """
     values = torch.stack([column.cpu().double() for column in columns], dim=1)
-    return torch.zeros(endings, len(columns), dtype=torch.float64).index_add_(0, torch.tensor(owners), values)
+    return torch.zeros(endings, len(columns), dtype=torch.float64).index_add_(0, owners, values)
 
 
-def contexts_can_be_shared(forward: Forward, groups: Sequence[Group], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the model's scores with shared contexts are those with a row per ending."""
+def contexts_can_be_shared(forward: Callable, groups: Sequence[Group], *place) -> bool:
+    """Whether the model's scores with shared contexts are those with a row per ending; `place`: device and dtype."""
     endings = sum(len(group.endings) for group in groups)
-    expected = ending_sums(*token_scores(predict_rows(forward, groups, device, dtype), False), endings)
+    expected = ending_sums(*token_scores(predict_rows(forward, groups, *place), False), endings)
     try:
-        found = ending_sums(*token_scores(predict_shared(forward, groups, device, dtype), False), endings)
+        found = ending_sums(*token_scores(predict_shared(forward, groups, *place), False), endings)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # every architecture and attention kernel refuses a 4-D mask in its own way
@@ -401,21 +391,13 @@ class Prepared:
     groups: list[Group]
     truncated: dict[str, int]  # examples that lost context on the left, per protocol
 
-    def evaluate(self, model: torch.nn.Module, **how) -> dict:
-        """The task's `summary` of one pass; `how` (device, rank, world, …) as in `score`. Every rank gets it."""
-        return self.task.summary(self.task.predictions(self, score(model, self, **how)))
+    def evaluate(self, model: nn.Module) -> dict:
+        """The task's `summary` of one pass. Every rank gets it."""
+        return self.task.summary(self.task.predictions(self, score(model, self)))
 
 
 def score(
-    model: torch.nn.Module,
-    prepared: Prepared,
-    *,
-    device: torch.device | str = "cpu",
-    batch_tokens: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    share_contexts: bool | None = None,
-    progress: Callable[[Iterator], Iterator] = iter,
+    model: nn.Module, prepared: Prepared, *, batch_tokens: int | None = None, share_contexts=None, progress=iter
 ) -> dict[str, list[np.ndarray]]:
     """{protocol: per example an array (choices, 1)}, sums of log p, the same on every rank.
 
@@ -425,10 +407,10 @@ def score(
     one all-reduce at the end. `batch_tokens` is positions per forward pass, padding included (default 512 on a CPU,
     32768 elsewhere). `share_contexts=None` checks whether the model can share contexts; True and False decide it.
     """
-    device = torch.device(device)
+    weight, (rank, world) = next(model.parameters()), rank_and_world()
+    device, dtype = weight.device, weight.dtype
     if batch_tokens is None:
         batch_tokens = 512 if device.type == "cpu" else 32768
-    dtype = next(model.parameters()).dtype
     batches = batches_of(prepared.groups, batch_tokens)
     counts = [len(item.choices) for items in prepared.rendered.values() for item in items]
     greedy = prepared.task.greedy
@@ -438,7 +420,7 @@ def score(
         if share_contexts is None:
             share_contexts = contexts_can_be_shared(forward, batches[-1][:2], device, dtype)
             refusals = torch.tensor([float(not share_contexts)], dtype=torch.float64)
-            share_contexts = sum_over_ranks(refusals, device=device, world=world).item() == 0
+            share_contexts = sum_over_ranks(refusals, device).item() == 0
         predict = predict_shared if share_contexts else predict_rows
         for step in progress(range(math.ceil(len(batches) / world))):
             index = step * world + rank
@@ -449,5 +431,5 @@ def score(
     for slots, scored in results:  # read only here, so that no forward pass waits for a number
         for own_slots, value in zip(slots, ending_sums(*scored, len(slots)), strict=True):
             scores[own_slots] = value
-    per_example = iter(sum_over_ranks(scores, device=device, world=world).split(counts))
+    per_example = iter(sum_over_ranks(scores, device).split(counts))
     return {name: [next(per_example).numpy() for _ in items] for name, items in prepared.rendered.items()}

@@ -4,24 +4,18 @@ Knows no file and no tokenizer.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 
-from gpt2repro.evaluation.losses import IGNORED, inference, loss_sum, padded
+from gpt2repro.evaluation.losses import IGNORED, device_of, inference, loss_sum, padded
 from gpt2repro.options import InputError
 
 
 def sliding_window_loss(
-    model: torch.nn.Module,
-    ids: np.ndarray,
-    *,
-    max_length: int,
-    stride: int,
-    batch_size: int = 8,
-    device: torch.device | str = "cpu",
-    progress: Callable[[range], Iterable[int]] = iter,
+    model: nn.Module, ids: np.ndarray, *, max_length: int, stride: int, batch_size: int = 8, progress: Callable = iter
 ) -> dict:
     """Nats of ids[1:], each predicted once, from at least `max_length - stride` tokens before it where there are any.
 
@@ -42,7 +36,7 @@ def sliding_window_loss(
     starts = [0]
     while starts[-1] + max_length < len(ids) - 1:  # a window of inputs [start, start + max_length) predicts one further
         starts.append(starts[-1] + stride)
-    nats = []
+    nats, device = [], device_of(model)
     with inference(model) as forward:
         for first in progress(range(0, len(starts), batch_size)):
             batch = starts[first : first + batch_size]

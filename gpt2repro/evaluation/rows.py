@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2repro.files import read_json_lines
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.jsonl)(?<!\.json)(?<!\.txt)")
 
@@ -34,16 +34,14 @@ def read_rows(
         return _read_file(path)
     if not os.path.isdir(source) and not HUB_ID.fullmatch(str(source)):
         raise InputError(f"there is no file {source}; give a .jsonl file, a directory or a dataset of the Hub")
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"reading {source} needs the package `datasets`; install it or give a .jsonl file") from None
+    import datasets
+
     split = {"val": "validation"}.get(split, split)
     try:
         return list(datasets.load_dataset(str(source), subset, split=split))
     except Exception as error:  # the Hub, the network and parquet fail in many ways; each is bad input here
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise InputError(f"cannot read the split '{split}' of {source}: {type(error).__name__}: {reason}") from error
+        kind = type(error).__name__
+        raise InputError(f"cannot read the split '{split}' of {source}: {kind}: {first_line(error)}") from error
 
 
 def _read_file(path: Path) -> list[dict]:

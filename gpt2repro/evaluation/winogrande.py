@@ -1,6 +1,6 @@
 """WinoGrande, which of two names fits a gap, as lm-evaluation-harness' `winogrande`.
 
-Partial evaluation (Trinh and Le 2018): the two texts differ before the gap's end, and what follows it is scored.
+Partial evaluation (Trinh and Le 2018): each name is put into the gap, and only the text behind the gap is scored.
 """
 
 from gpt2repro.evaluation.multiple_choice import Protocol, Task, index_of

@@ -13,8 +13,6 @@ Knows no file, no command and no Hub. Shapes: B batch, T prompt, L cache slots, 
 vocabulary.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -22,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import PretrainedConfig
 
@@ -38,13 +37,14 @@ PLAIN |= {"add_cross_attention": False}
 HOOKS = ("ward_hooks", "ward_pre_hooks")  # forward and backward; those of state dicts change no logit
 DECISIVE = (int, float, str, tuple, PretrainedConfig)  # types of attributes that a forward may look at
 NO_PART_OF_FORWARD = {"name_or_path", "gradient_checkpointing"}
+Prompts = Sequence[Sequence[int]]  # token ids, one sequence per row, of any lengths
 
 
 class Step(NamedTuple):
     """One more token in every row. `logits` is a buffer that the next step overwrites."""
 
-    tokens: torch.Tensor  # (B,), the end token again in rows that have ended
-    logits: torch.Tensor  # (B, V), what the tokens were chosen from
+    tokens: Tensor  # (B,), the end token again in rows that have ended
+    logits: Tensor  # (B, V), what the tokens were chosen from
 
 
 class Decoder:
@@ -58,23 +58,16 @@ class Decoder:
         self.end_token = torch.zeros((), dtype=torch.long, device=device)  # -1: there is none
         self.uniform = torch.zeros(length, batch_size, device=device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)  # tokens chosen so far
-        self.logits: torch.Tensor | None = None
+        self.logits: Tensor | None = None
 
     @torch.inference_mode()
     def tokens(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling,
-        end_token: int | None,
-        seed: int = 0,
-        rows: Sequence[int] | None = None,
+        self, prompts: Prompts, *, max_new_tokens: int, sampling: Sampling, end_token: int | None, seed=0, rows=None
     ) -> Iterator[Step]:
         """Yield up to `max_new_tokens` steps; stop early once every row has ended.
 
-        `prompts` has one non-empty list of ids per row, of any lengths (padded on the left). `rows` numbers the stream
-        of random numbers of each prompt; None takes the prompts' positions.
+        Each prompt has at least one id; shorter ones are padded on the left. `rows` numbers each prompt's stream of
+        random numbers, which begins with `seed`; None takes the prompts' positions.
         """
         longest = max(map(len, prompts))
         assert len(prompts) == self.batch_size, f"{len(prompts)} prompts in a decoder for {self.batch_size}"
@@ -97,14 +90,14 @@ class Decoder:
             self._advance(longest + done - 1, sampling)
             yield Step(self.token.clone(), self.logits)
 
-    def _choose(self, logits: torch.Tensor, sampling: Sampling) -> None:
+    def _choose(self, logits: Tensor, sampling: Sampling) -> None:
         """Choose the next token of every row from (B, V) logits; rows that have ended repeat the end token."""
         chosen = choose(logits, sampling, self.uniform[self.step][0])
         self.token.copy_(torch.where(self.ended, self.end_token, chosen))
         self.ended |= self.token == self.end_token
         self.step += 1
 
-    def _prefill(self, ids: torch.Tensor, padding: list[int], sampling: Sampling) -> None:
+    def _prefill(self, ids: Tensor, padding: list[int], sampling: Sampling) -> None:
         self.mask = (torch.arange(ids.size(1)) >= torch.tensor(padding)[:, None]).long().to(self.device)  # (B, T)
         self.cache = None
         self.ids = ids
@@ -115,7 +108,7 @@ class Decoder:
         self.ids = torch.cat([self.ids, self.token[:, None]], dim=1)
         self._forward(self.ids if self.cache is None else self.token[:, None], sampling)
 
-    def _forward(self, ids: torch.Tensor, sampling: Sampling) -> None:
+    def _forward(self, ids: Tensor, sampling: Sampling) -> None:
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.size(1) :]
         known = inspect.signature(self.model.forward).parameters
         renamed = "cache" in known and "past_key_values" not in known  # by transformers 5.24
@@ -131,7 +124,7 @@ class Decoder:
         self._choose(self.logits, sampling)
 
 
-Affine = tuple[torch.Tensor, torch.Tensor]  # weight and bias; a matrix is (in, out)
+Affine = tuple[Tensor, Tensor]  # weight and bias; a matrix is (in, out)
 
 
 class Weights(NamedTuple):
@@ -139,9 +132,9 @@ class Weights(NamedTuple):
 
     layers: list[tuple[Affine, ...]]
     ln_f: Affine
-    wte: torch.Tensor  # (V, C)
-    wpe: torch.Tensor  # (n_positions, C)
-    head: torch.Tensor  # (C, V padded to a multiple of 64)
+    wte: Tensor  # (V, C)
+    wpe: Tensor  # (n_positions, C)
+    head: Tensor  # (C, V padded to a multiple of 64)
     vocab_size: int
     epsilon: float
     gelu: str
@@ -215,30 +208,23 @@ def pack(model) -> Weights:
 
 
 def gpt2_logits(
-    weights: Weights,
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    cache: list[torch.Tensor],
-    slots: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    causal: bool = False,
-    plain_attention: bool = False,
-) -> torch.Tensor:
+    weights: Weights, ids: Tensor, positions: Tensor, cache: list[Tensor], slots: Tensor, mask: Tensor | None, fuse=True
+) -> Tensor:
     """Write (B, T) tokens into `slots` (T,) of every layer's cache (2, B, H, L, D) -> the last token's logits (B, V).
 
-    `mask` (B, 1, T, L) is True where a token sees a slot; None means that it sees all L. `plain_attention` computes
-    three matrix steps instead of the fused kernel, whose few blocks cannot fill a GPU when T is 1; a compiler turns the
-    steps into reductions that can.
+    `mask` (B, 1, T, L) is True where a token sees a slot; None means all slots up to its own, which is the last one if
+    T is 1. `fuse=False` computes attention in three steps instead of one kernel, whose few blocks cannot fill a GPU
+    when T is 1; a compiler turns the steps into reductions that can.
     """
     batch, length = ids.shape
+    causal = mask is None and length > 1
     heads, head_size = cache[0].size(2), cache[0].size(4)
     x = (weights.wte[ids] + weights.wpe[positions]).view(batch * length, -1)  # (B T, C)
 
-    def norm(x: torch.Tensor, affine: Affine) -> torch.Tensor:
+    def norm(x: Tensor, affine: Affine) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], *affine, weights.epsilon)
 
-    def times(x: torch.Tensor, affine: Affine) -> torch.Tensor:
+    def times(x: Tensor, affine: Affine) -> Tensor:
         return torch.addmm(affine[1], x, affine[0])
 
     for (ln_1, qkv, attn_out, ln_2, fc, mlp_out), layer_cache in zip(weights.layers, cache, strict=True):
@@ -248,7 +234,7 @@ def gpt2_logits(
         query, (keys, values) = qkv[0], layer_cache.unbind(0)  # (B, H, T, D), (B, H, L, D)
         if causal:
             keys, values = qkv[1], qkv[2]
-        if plain_attention:
+        if not fuse:
             scores = (query @ keys.transpose(-1, -2)).float() * head_size**-0.5
             if mask is not None:
                 scores = scores.masked_fill(~mask, float("-inf"))
@@ -284,7 +270,7 @@ class GPT2Decoder(Decoder):
         self.logits = torch.zeros(batch_size, self.weights.vocab_size, dtype=dtype, device=self.device)
         self._steps: dict[Sampling, object] = {}  # what runs one step: a function, or a captured graph's replay
 
-    def _prefill(self, ids: torch.Tensor, padding: list[int], sampling: Sampling) -> None:
+    def _prefill(self, ids: Tensor, padding: list[int], sampling: Sampling) -> None:
         length = ids.size(1)
         self.padding.copy_(torch.tensor(padding)[:, None])
         self.slot.fill_(length)
@@ -296,7 +282,7 @@ class GPT2Decoder(Decoder):
         positions = (slots - self.padding).clamp(min=0)  # (B, T)
         cache = [layer[:, :, :, :length] for layer in self.cache]
         mask = seen if self.padded else None
-        self.logits.copy_(gpt2_logits(self.weights, ids, positions, cache, slots, mask, causal=not self.padded))
+        self.logits.copy_(gpt2_logits(self.weights, ids, positions, cache, slots, mask))
         self._choose(self.logits, sampling)
 
     def _advance(self, slot: int, sampling: Sampling) -> None:
@@ -308,9 +294,9 @@ class GPT2Decoder(Decoder):
             self._steps[sampling] = self._prepare_step(sampling)
         self._steps[sampling]()
 
-    def _step(self, sampling: Sampling, cache: list[torch.Tensor], seen: torch.Tensor | None) -> None:
-        ids, positions, how = self.token[:, None], self.slot - self.padding, {"plain_attention": self.compiled}
-        self.logits.copy_(gpt2_logits(self.weights, ids, positions, cache, self.slot, seen, **how))
+    def _step(self, sampling: Sampling, cache: list[Tensor], seen: Tensor | None) -> None:
+        ids, positions, fuse = self.token[:, None], self.slot - self.padding, not self.compiled
+        self.logits.copy_(gpt2_logits(self.weights, ids, positions, cache, self.slot, seen, fuse))
         self._choose(self.logits, sampling)
         self.slot += 1
 
@@ -359,14 +345,7 @@ def decoder_for(model, *, batch_size: int, length: int, compiled: bool = False) 
 
 
 def complete(
-    model,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    end_token: int | None,
-    batch_size: int = 64,
-    compiled: bool = False,
-    **how,
+    model, prompts: Prompts, *, max_new_tokens: int, end_token: int | None, batch_size=64, compiled=False, **how
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue every prompt -> (index of the prompt, its new tokens up to the end token), shortest prompts first.
 

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -136,57 +137,39 @@ def generate_batch(subject: Subject):
 
 
 def transformers_serve(subject: Subject):
-    try:
-        with serving(subject.place, subject.work, trust=subject.own) as client:
-            options = {"model": str(subject.place), "max_tokens": len(subject.written), "temperature": 0}
-            answer = client.completions.create(prompt=subject.prompt, **options).choices[0].text
-    except RuntimeError as error:
-        if subject.own and "has no attribute" in str(error):  # transformers 5.24
-            raise Skip("it looks the class up in transformers and takes no other; serve the native form") from None
-        raise
-    return None, answer == subject.text()
-
-
-@contextlib.contextmanager
-def serving(place: Path, work: Path, *, trust: bool) -> Iterator:
-    """An OpenAI client of `transformers serve PLACE` on a free port of the loopback; the server ends with the block."""
+    """An OpenAI client of `transformers serve` on a free port of the loopback."""
     import openai
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(place), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--device", "cpu", "--dtype", "float32", *["--trust-remote-code"] * trust]
-    with open(work / "serve.log", "w+b") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+        address, port = probe.getsockname()
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(subject.place), "--host", address]
+    command += ["--port", str(port), "--device", "cpu", "--dtype", "float32", *["--trust-remote-code"] * subject.own]
+    http = openai.DefaultHttpxClient(trust_env=False, timeout=SERVER_SECONDS)  # no proxy leads to the loopback
+    where = {"base_url": f"http://{address}:{port}/v1", "api_key": "none", "http_client": http, "max_retries": 0}
+    options = {"model": str(subject.place), "max_tokens": len(subject.written), "temperature": 0}
+    client, until = openai.OpenAI(**where), time.monotonic() + SERVER_SECONDS
+    with open(subject.work / "serve.log", "w+b") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
-            # The loopback is not reached through a proxy.
-            http = openai.DefaultHttpxClient(trust_env=False, timeout=SERVER_SECONDS)
-            client = openai.OpenAI(
-                base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=http, max_retries=0
-            )
-            until = time.monotonic() + SERVER_SECONDS
-            while True:
-                with contextlib.suppress(openai.APIConnectionError):
-                    client.models.list()
-                    break
-                if server.poll() is not None or time.monotonic() > until:
-                    log.seek(0)
-                    raise RuntimeError(
-                        f"transformers serve did not start: {log.read().decode(errors='replace')[-500:]}"
-                    )
+            while server.poll() is None and time.monotonic() < until:
+                with contextlib.suppress(openai.APIConnectionError):  # it is not there yet
+                    answer = client.completions.create(prompt=subject.prompt, **options)
+                    return None, answer.choices[0].text == subject.text()
                 time.sleep(0.2)
-            yield client
         finally:
             server.terminate()
-            server.wait()
+        log.seek(0)
+        said = log.read().decode(errors="replace")[-500:]
+    if subject.own and "has no attribute" in said:  # transformers 5.24
+        raise Skip("it looks the class up in transformers and takes no other; serve the native form")
+    raise RuntimeError(f"transformers serve did not start: {said}")
 
 
 def trainer(subject: Subject):
     """Predicts what the reference computes; a few steps lower the loss; what is saved loads again."""
     # Of transformers' own GPT-2 the Trainer counts the first label as a target, which it never is; so it is left out.
     rows = [{"input_ids": subject.ids[0].tolist(), "labels": [-100, *subject.ids[0, 1:].tolist()]}] * 4
-    job = Trainer(subject.load(), _arguments(subject), train_dataset=rows, eval_dataset=rows)
+    job = Trainer(subject.load(), TrainingArguments(**_how_to_train(subject)), train_dataset=rows, eval_dataset=rows)
     same, before = subject.writes(job.model), job.evaluate()["eval_loss"]
     away = abs(before - subject.reference(subject.ids, labels=subject.ids).loss.item())
     difference = max(away, subject.difference(job.predict(rows[:1]).predictions[0]))
@@ -205,11 +188,8 @@ def trl_sft(subject: Subject, packing: bool = False):
     import trl
 
     tokenizer, texts = subject.tokenizer(), subject.texts()
-    data, options = datasets.Dataset.from_dict({"text": texts}), _arguments(subject).to_dict()
-    kept = ("use_cpu report_to disable_tqdm learning_rate save_strategy max_steps per_device_train_batch_size "
-            "per_device_eval_batch_size output_dir").split()  # fmt: skip
-    options = {name: options[name] for name in kept} | {"bf16": False, "packing": packing}
-    options |= {"max_length": subject.reference.config.n_positions}
+    data, longest = datasets.Dataset.from_dict({"text": texts}), subject.reference.config.n_positions
+    options = _how_to_train(subject) | {"bf16": False, "packing": packing, "max_length": longest}
     job = trl.SFTTrainer(
         subject.load(), trl.SFTConfig(**options), train_dataset=data, eval_dataset=data, processing_class=tokenizer
     )
@@ -221,10 +201,6 @@ def trl_sft(subject: Subject, packing: bool = False):
     job.train()
     _learned(job, before)
     return abs(before - total / count), None
-
-
-def trl_sft_packed(subject: Subject):
-    return trl_sft(subject, packing=True)
 
 
 def peft_lora(subject: Subject):
@@ -310,7 +286,6 @@ def lighteval(subject: Subject):
 
 
 def ctranslate2(subject: Subject):
-    _only_native(subject)
     import ctranslate2
 
     _, logits = exports.to_ct2(subject.place, subject.work)
@@ -321,7 +296,6 @@ def ctranslate2(subject: Subject):
 
 
 def llama_cpp(subject: Subject):
-    _only_native(subject)
     if subject.converter is None:
         raise Skip(f"no {CONVERTER} on the PATH or by --converter")
     import llama_cpp
@@ -340,7 +314,7 @@ CONSUMERS: dict[str, tuple[Callable, str, tuple[str, ...]]] = {
     "transformers serve": (transformers_serve, "transformers", ("openai", "fastapi", "uvicorn", "rich")),
     "Trainer": (trainer, "transformers", ()),
     "TRL SFT": (trl_sft, "trl", ()),
-    "TRL SFT, packed": (trl_sft_packed, "trl", ()),
+    "TRL SFT, packed": (partial(trl_sft, packing=True), "trl", ()),
     "PEFT LoRA": (peft_lora, "peft", ()),
     "torchao int8": (torchao_int8, "torchao", ()),
     "bitsandbytes int8": (bitsandbytes_int8, "bitsandbytes", ()),
@@ -351,7 +325,8 @@ CONSUMERS: dict[str, tuple[Callable, str, tuple[str, ...]]] = {
     "CTranslate2": (ctranslate2, "ctranslate2", ()),
     "llama.cpp": (llama_cpp, "llama-cpp-python", ()),
 }
-MODULES = {"llama-cpp-python": "llama_cpp"}  # distributions that are imported under another name
+# What reads the weights by itself and knows GPT-2's own names only.
+NATIVE_ONLY = {"CTranslate2", "llama.cpp"}
 
 
 def rows_of(source: Path, consumers: list[str], converter: Path | None = None) -> Iterator[dict]:
@@ -376,6 +351,8 @@ def rows_of(source: Path, consumers: list[str], converter: Path | None = None) -
                 began = time.perf_counter()
                 try:
                     row["version"] = version(distribution)
+                    if form == "own" and name in NATIVE_ONLY:
+                        raise Skip("takes the native form")
                     if absent := [module for module in needs if importlib.util.find_spec(module) is None]:
                         raise Skip(f"not installed: {', '.join(absent)}")
                     # lighteval turns gradients off when it is imported; stdout belongs to the table.
@@ -424,16 +401,12 @@ def _subject(native: Path, work: Path, converter: Path | None) -> Subject:
     raise InputError("the model ends the document at once after every prompt that was tried; train it for longer")
 
 
-def _only_native(subject: Subject) -> None:
-    if subject.own:
-        raise Skip("takes the native form")
-
-
-def _arguments(subject: Subject):
-    return TrainingArguments(
-        output_dir=str(subject.work), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", max_steps=3,
-        per_device_train_batch_size=8, per_device_eval_batch_size=64, learning_rate=1e-3,
-    )  # fmt: skip
+def _how_to_train(subject: Subject) -> dict:
+    """The options that transformers' Trainer and TRL's have in common: a few steps on the CPU."""
+    return {
+        "output_dir": str(subject.work), "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no",
+        "max_steps": 3, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 64, "learning_rate": 1e-3,
+    }  # fmt: skip
 
 
 def _learned(job, before: float) -> None:

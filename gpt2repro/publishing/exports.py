@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from gpt2repro.files import read_json, sha256_of
+from gpt2repro.files import name_aside, read_json, sha256_of
 from gpt2repro.options import InputError
 
 # The names of a model's files; any other file in a model's directory is private.
@@ -41,9 +41,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 NATIVE_TOLERANCE = 1e-4  # |logit difference| in fp32; the two classes do the same sums in another order
 
 
-def export_native(source: str | Path, target: str | Path) -> Path:
+def export_native(source: str | Path, target: str | Path, *, put: Callable | None = None) -> Path:
     """A directory of ours -> one of type `gpt2` that needs no remote code: same weights file, rewritten config.json.
 
+    Files are hard links unless `put` is another way, such as `shutil.copy2` for a directory that its owner may change.
     transformers no longer reads `n_ctx`, but converters such as llama.cpp's do.
 
     Raises: InputError where `source` is no model of ours or `target` is not empty.
@@ -59,7 +60,7 @@ def export_native(source: str | Path, target: str | Path) -> Path:
     config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": config["n_positions"]}
     for path in sorted(source.iterdir()):
         if is_model_file(path) and path.suffix != ".py" and path.name != "config.json":
-            link(path.resolve(), target / path.name)  # the Hub's cache keeps links to the files
+            (put or link)(path.resolve(), target / path.name)  # the Hub's cache keeps links to the files
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
 
@@ -123,20 +124,17 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Raises: InputError where it cannot be written.
     """
-    aside = None
+    aside = name_aside(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+        aside.mkdir(parents=True)
         yield aside
         if out.is_dir():
             out.rmdir()  # empty, as checked: Windows renames onto nothing
-        aside.chmod(0o755)  # mkdtemp's is for its owner alone
         aside.rename(out)
     except OSError as error:
         raise InputError(f"--out {out} could not be written: {error.strerror or error}") from None
     finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def to_onnx(native: Path, out: Path) -> tuple[str, Callable]:
@@ -166,7 +164,7 @@ def to_onnx(native: Path, out: Path) -> tuple[str, Callable]:
     )
     for path in native.glob("*.*"):
         if path.suffix != ".safetensors":
-            link(path, out / path.name)
+            shutil.copy2(path, out / path.name)
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     return f"torch.onnx {torch.__version__}", lambda ids: session.run(None, {"input_ids": ids.numpy()})[0][0]
 

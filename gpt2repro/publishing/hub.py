@@ -2,6 +2,7 @@
 
     runs/x/checkpoints/step_5000 --hard links--> runs/x/uploads/step_005000 --thread--> branch step-5000, branch main
                                                                                         branch native: a plain gpt2
+                                                                                        branch ema: averaged weights
 
 * Every revision is one commit: a reader sees a checkpoint whole or not at all.
 * `main` is the run's best checkpoint (the newest one, where nothing was evaluated), without the optimizer.
@@ -30,7 +31,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gpt2repro.checkpoint.layout import STEP_NAME, from_rank_zero, list_steps, resolve_pointer
+from gpt2repro.checkpoint.layout import EMA, STEP_NAME, from_rank_zero, list_steps, resolve_pointer
 from gpt2repro.checkpoint.reader import check_model_directory, verify_checkpoint
 from gpt2repro.files import read_json, read_json_if_whole, write_json
 from gpt2repro.options import InputError
@@ -114,8 +115,9 @@ def checkpoint_files(directory: str | Path) -> dict[str, Path | bytes]:
 
 
 def weights_only(files: dict[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """`files` without the trainer's state and without the checksums, which cover that state; the Hub has its own."""
-    return {name: file for name, file in files.items() if name != CHECKSUMS and not name.startswith(TRAINER_STATE)}
+    """`files` without the trainer's state, the averages, and the checksums of those; the Hub has its own checksums."""
+    left_out = (TRAINER_STATE, EMA, CHECKSUMS)
+    return {name: file for name, file in files.items() if not name.startswith(left_out)}
 
 
 def refuse_links(directory: Path) -> None:
@@ -132,15 +134,15 @@ def may_write(repo: str) -> tuple[str, str | None]:
     """(account name or "", complaint or None): whether the login at hand may write to the Hub repository `repo`."""
     from huggingface_hub import HfApi
 
-    owner, slash, _ = repo.partition("/")
+    if not REPO_ID.fullmatch(repo):
+        return "", f"{repo!r} is no repository's name: expected USER/NAME"
     try:
         account = HfApi().whoami()
     except Exception as error:  # no login, no network, a server's bad day: all the same to a plan
-        reason = scrub((str(error).strip() or type(error).__name__).splitlines()[0])
-        return "", f"the Hub does not say who you are, so {repo} may not be writable (`hf auth login`): {reason}"
-    name = account.get("name", "")
+        return "", f"the Hub does not say who you are, so {repo} may not be writable: {explain(error, repo)}"
+    name, owner = account.get("name", ""), repo.split("/")[0]
     mine = {name, *(group.get("name") for group in account.get("orgs", []))}
-    if slash and owner not in mine:
+    if owner not in mine:
         return name, f"{repo} belongs to {owner}, but this login is {name} and may write for {', '.join(sorted(mine))}"
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         return name, f"the token of {name} may only read; pushing to {repo} needs one with write permission"
@@ -301,25 +303,21 @@ class Uploader:
         wait = FIRST_WAIT_SECONDS
         while True:
             with self._wake:
-                while not self._news and self._closing_at is None:
-                    self._wake.wait()
+                self._wake.wait_for(lambda: self._news or self._closing_at is not None)
                 self._news = False
             error = self._send_what_waits()
             with self._wake:
                 closing = self._closing_at is not None
-                if error is None:
+                if error is None or is_final(error):
                     wait = FIRST_WAIT_SECONDS
-                    if closing and not self._queue():
+                    if closing and not (error is None and self._queue()):
                         return
-                elif is_final(error):
-                    if closing:
-                        return
-                else:
-                    pause = wait * random.uniform(0.5, 1.5)  # jitter: many runs meet one busy Hub
-                    if closing and time.monotonic() + pause > self._closing_at:
-                        return
-                    self._wake.wait(pause)
-                    wait, self._news = min(2 * wait, LONGEST_WAIT_SECONDS), True
+                    continue
+                pause = wait * random.uniform(0.5, 1.5)  # jitter: many runs meet one busy Hub
+                if closing and time.monotonic() + pause > self._closing_at:
+                    return
+                self._wake.wait(pause)
+                wait, self._news = min(2 * wait, LONGEST_WAIT_SECONDS), True
 
     def _send_what_waits(self) -> Exception | None:
         """Send the oldest first, so that the newest comes last; stop at the first fault: the next would meet it too."""
@@ -382,6 +380,11 @@ class Uploader:
         commit = publish(api, self.repo, kept | self._cards(staged), revision=branch, message=f"Step {step}")
         self._publish_main(api, self._best() or staged)
         self.published.append(branch)
+        average = {name.removeprefix(EMA): file for name, file in files.items() if name.startswith(EMA)}
+        if newest and average:
+            average |= self._cards(staged / EMA)
+            publish(api, self.repo, average, revision="ema", message=f"Averaged weights, step {step}")
+            self.published.append("ema")
         if newest:
             try:
                 self._strip_older(branch, commit, before)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line
 
 GPT2_VOCAB_SIZE = 50257
 # nn.Linear keeps (out, in), GPT-2's Conv1D (in, out): https://github.com/karpathy/nanoGPT/blob/master/model.py
@@ -164,8 +164,7 @@ def _load_pickle(path: Path):
     except Exception as error:  # unpickling a damaged or hostile file can raise anything
         if refused := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):  # a file from before torch 1.6
             raise _would_run(path, [refused[1]]) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is not a readable PyTorch checkpoint: {reason}") from None
+        raise InputError(f"{path} is not a readable PyTorch checkpoint: {first_line(error)}") from None
 
 
 def _would_run(path: Path, names: list[str]) -> InputError:
@@ -179,8 +178,7 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
     """A state dict of nanoGPT's family -> GPT-2's names, (in, out) matrices, biases, and no padded vocabulary rows."""
     notes: list[str] = []
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    wrong = [name for name in names if type(sizes.get(name)) is not int or sizes[name] < 1]
-    if wrong:
+    if wrong := [name for name in names if type(sizes.get(name)) is not int or sizes[name] < 1]:
         raise InputError(f"{path}: the model's sizes lack a positive {', '.join(wrong)}")
     dropout = sizes.get("dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -43,6 +44,8 @@ METRICS = {  # key in the evaluation's record -> (metric type on the Hub, name i
     "val_loss": ("loss", "validation loss (nats per token)", None),
     "perplexity": ("perplexity", "perplexity (per token)", None),
     "bits_per_byte": ("bits_per_byte", "bits per byte", None),
+    "val_loss_ema": ("loss", "validation loss of the averaged weights (branch ema)", None),
+    "bits_per_byte_ema": ("bits_per_byte", "bits per byte of the averaged weights (branch ema)", None),
 }
 for _task in BENCHMARKS:  # HellaSwag has two protocols, the others only the second
     for _end, _word, _whose in (
@@ -63,10 +66,15 @@ class Facts:
     options: dict = field(default_factory=dict)  # config.yaml
     environment: dict = field(default_factory=dict)  # where it ran, from the trainer's state
     data: dict = field(default_factory=dict)  # what the trainer calls the data's identity
+    reduction: dict = field(default_factory=dict)  # what decided the bits of a run with reduction=fixed
+    machines: list = field(default_factory=list)  # that made them
     manifest: dict = field(default_factory=dict)  # the data set's manifest.json, where it is at hand
     seconds: float | None = None  # of training steps
     evaluation: dict = field(default_factory=dict)  # this step's record in metrics.jsonl
+    losses: dict = field(default_factory=dict)  # loss/NAME of a recipe's sources, each the last until this step
+    recipes: list = field(default_factory=list)  # that the run has had until this step
     samples: str = ""
+    average: dict = field(default_factory=dict)  # average.json: how averaged weights were made
 
 
 @contextlib.contextmanager
@@ -105,7 +113,7 @@ def card_files(
 
     directory, run_dir = Path(directory), None if run_dir is None else Path(run_dir)
     facts = collect(directory, run_dir)
-    results = eval_results(facts)
+    results = list(eval_results(facts))
     hub_data = _hub_dataset(facts)
     if language is None and {hub_data, (facts.manifest.get("source") or {}).get("corpus")} & ENGLISH:
         language = "en"
@@ -119,18 +127,15 @@ def card_files(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2repro"],
-        datasets=[hub_data] if hub_data else None,
+        datasets=[hub_data] if hub_data else _hub_sources(facts) or None,
         base_model=base if DATASET_ID.fullmatch(base) and not Path(init_from).exists() else None,
         model_name=name,
         eval_results=[result for result, _ in results] or None,
         co2_eq_emissions=None if co2_kg is None else {"emissions": 1000 * co2_kg, **emissions},  # the Hub wants grams
     )
-    sizes, weights = facts.model, directory / "model.safetensors"
-    shape = f"{sizes.get('n_layer')} layers, {sizes.get('n_head')} heads, width {sizes.get('n_embd')}, "
-    shape += f"context {sizes.get('n_positions')}, vocabulary {sizes.get('vocab_size')}"
-    units = {"val_tokens": "validation tokens"} | {
-        f"{name}_examples": f"{BENCHMARKS[name][1]} examples" for name in BENCHMARKS
-    }
+    weights = directory / "model.safetensors"
+    units = {"val_tokens": "validation tokens"}
+    units |= {f"{task}_examples": f"{title} examples" for task, (_, title) in BENCHMARKS.items()}
     counts = [f"{facts.evaluation[key]:,} {unit}" for key, unit in units.items() if facts.evaluation.get(key)]
     options = yaml.safe_dump(facts.options, sort_keys=False, allow_unicode=True).strip() if facts.options else ""
     has_picture = run_dir is not None and _is_file(run_dir / "loss.png")
@@ -143,24 +148,27 @@ def card_files(
         native=native,
         init_from=init_from,
         parameters=f"{_count_parameters(weights):,}" if weights.is_file() else "",
-        shape=shape,
         step=None if facts.step is None else f"{facts.step:,}",
         prompt=json.dumps(prompts[0] if prompts else "Once upon a time", ensure_ascii=False),
         results=results,
         counts=" and ".join(counts),
         has_picture=has_picture,
         samples=_samples(facts),
-        training=_training(facts, cost_dollars, co2_kg),
+        facts=facts,
+        hardware=_hardware(facts),
+        cost_dollars=cost_dollars,
+        co2_kg=co2_kg,
         conformance=(read_json_if_whole((run_dir or directory) / "conformance.json") or {}).get("rows", []),
-        command=facts.environment.get("command"),
         options=options,
-        data=_data(facts),
     )
     files = {"README.md": scrub(card.content).rstrip().encode() + b"\n"} | _result_files(facts, results)
     if has_picture:
         files["loss.png"] = (run_dir / "loss.png").read_bytes()
     if options:
         files["training/config.yaml"] = f"{options}\n".encode()
+    if facts.recipes:
+        content = {name: facts.recipes[-1]["data"][name] for name in ("sources", "phases")}
+        files["training/recipe.yaml"] = yaml.safe_dump(content, sort_keys=False).encode()
     if run_dir is not None and _is_file(run_dir / "metrics.jsonl"):
         files["training/metrics.jsonl"] = _log_until(run_dir / "metrics.jsonl", facts.step)
     return files
@@ -171,9 +179,14 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     facts = Facts(model=(read_json_if_whole(directory / "config.json") or {}))
     header = read_json_if_whole(directory / "trainer_state" / "state.json") or {}
     state = scrub(header.get("state") or {})
-    facts.step, facts.seconds = header.get("step"), state.get("seconds")
+    facts.average = read_json_if_whole(directory / "average.json") or {}
+    facts.evaluation = (facts.average.get("validation") or {}).get("mean", {})  # of `gpt2repro average`
+    facts.step, facts.seconds = header.get("step", facts.average.get("step")), state.get("seconds")
     facts.environment = state.get("environment") or {}
-    facts.data = (state.get("identity") or {}).get("data") or {}
+    identity = state.get("identity") or {}
+    facts.data, facts.reduction = identity.get("data") or {}, identity.get("reduction") or {}
+    facts.machines = identity.get("machines") or []
+    facts.recipes = state.get("recipes") or []
     if run_dir is None:
         return facts
     if _is_file(run_dir / "config.yaml"):
@@ -183,6 +196,12 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     if _is_file(run_dir / "metrics.jsonl"):
         _, evaluations = read_metrics(run_dir, at_most=1)
         facts.evaluation = next((r for r in reversed(evaluations) if r["step"] == facts.step), {})
+        if facts.average:  # the numbers of these weights, not of those that were trained
+            ours = {name: value for name, value in facts.evaluation.items() if name.endswith(("_ema", "val_tokens"))}
+            facts.evaluation = {name.removesuffix("_ema"): value for name, value in ours.items()}
+        for _, record in whole_lines(run_dir / "metrics.jsonl") if facts.recipes else ():
+            if facts.step is None or record["step"] <= facts.step:
+                facts.losses |= {name: value for name, value in record.items() if name.startswith("loss/") and value}
     samples = sorted((run_dir / "samples").glob("step_*.md"), key=step_in_name)
     samples = [path for path in samples if _is_file(path) and (facts.step is None or step_in_name(path) <= facts.step)]
     if samples and not (run_dir / "samples").is_symlink():
@@ -194,12 +213,13 @@ def _is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def eval_results(facts: Facts) -> list[tuple]:
+def eval_results(facts: Facts) -> Iterator[tuple]:
     """(huggingface_hub's `EvalResult`, " ± standard error" or "") of each number that was measured."""
     from huggingface_hub import EvalResult
 
-    found = []
-    for key, (kind, name, task) in METRICS.items():
+    sources = [key for key in facts.evaluation if key.startswith("val_loss/")]
+    of_sources = {key: ("loss", f"validation loss on {key[9:]} (nats per token)", None) for key in sources}
+    for key, (kind, name, task) in {**METRICS, **of_sources}.items():
         value, stderr = facts.evaluation.get(key), facts.evaluation.get(f"{key}_stderr")
         if isinstance(value, (int, float)):
             dataset = _validation_set(facts)
@@ -214,8 +234,7 @@ def eval_results(facts: Facts) -> list[tuple]:
                 metric_name=name,
                 **dataset,
             )
-            found.append((result, f" ± {stderr:.4f}" if isinstance(stderr, (int, float)) else ""))
-    return found
+            yield result, f" ± {stderr:.4f}" if isinstance(stderr, (int, float)) else ""
 
 
 def _result_files(facts: Facts, results: list) -> dict[str, bytes]:
@@ -246,49 +265,6 @@ def _samples(facts: Facts) -> str:
     return re.sub(r"^(#+) ", r"#\1 ", re.sub(r"^# .*\n*", "", text, flags=re.M), flags=re.M).strip()
 
 
-def _training(facts: Facts, cost_dollars: float | None, co2_kg: float | None) -> dict[str, str]:
-    rows, environment, batch_tokens = {}, facts.environment, facts.options.get("batch_tokens")
-    if hardware := _hardware(facts):
-        rows["hardware"] = hardware
-    if facts.step is not None and batch_tokens:
-        rows["tokens"] = f"{facts.step * batch_tokens:,} ({facts.step:,} steps of {batch_tokens:,})"
-    if facts.seconds:
-        hours, devices = facts.seconds / 3600, environment.get("processes", 1)
-        time = f"{hours:,.2f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-        total = f", {hours * devices:,.2f} device hours" if devices > 1 and hours >= 1 else ""
-        rows["time"] = f"{time} of training steps{total} (evaluation not counted)"
-        price = facts.options.get("dollars_per_gpu_hour")
-        if price and environment.get("device", "cpu") not in ("cpu", "mps"):
-            rows["cost"] = f"${hours * devices * price:,.2f} at the ${price:,.2f} per GPU hour that the run was given"
-    if cost_dollars is not None:
-        rows["cost"] = f"${cost_dollars:,.2f}, stated by the publisher"
-    if rows or co2_kg is not None:
-        rows["carbon"] = (
-            "not measured" if co2_kg is None else f"{co2_kg:,.3f} kg CO2 equivalents, stated by the publisher"
-        )
-    if versions := environment.get("versions"):
-        rows["software"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return rows
-
-
-def _data(facts: Facts) -> dict[str, str]:
-    rows, manifest = {}, facts.manifest
-    if facts.options.get("data"):
-        rows["given as"] = f"`{facts.options['data']}`"
-    names = {"source": "source", "config": "config", "revision": "revision", "sha256": "sha256 of its manifest"}
-    rows |= {shown: f"`{facts.data[name]}`" for name, shown in names.items() if facts.data.get(name)}
-    for name, value in (manifest.get("source") or {}).items():
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            rows[f"source: {name}"] = f"`{str(value)[:200]}`"
-    for name, split in (manifest.get("splits") or {}).items():
-        rows[name] = ", ".join(
-            f"{split[unit]:,} {unit}" for unit in ("tokens", "documents", "bytes") if split.get(unit)
-        )
-    if tokenizer := manifest.get("tokenizer"):
-        rows["tokenizer"] = f"{tokenizer.get('kind')}, {tokenizer.get('vocab_size'):,} entries"
-    return rows
-
-
 def _validation_set(facts: Facts) -> dict:
     """The fields of an EvalResult that name the text on which the losses were measured."""
     own = facts.options.get("val_data")
@@ -307,10 +283,17 @@ def _hub_dataset(facts: Facts) -> str | None:
     return next((name for name in map(str, names) if DATASET_ID.fullmatch(name)), None)
 
 
+def _hub_sources(facts: Facts) -> list[str]:
+    """The Hub ids of the sources of a recipe."""
+    found = [source["data"] for recipe in facts.recipes for source in recipe["data"].get("sources", {}).values()]
+    names = [data.removeprefix("hf://").partition("@")[0] for data in found if data.startswith("hf://")]
+    return [name for name in dict.fromkeys(names) if DATASET_ID.fullmatch(name)]
+
+
 def _hardware(facts: Facts) -> str:
     environment = facts.environment
-    device = environment.get("processor") or environment.get("device")  # a CPU by its name, where the run noted it
-    if not device:
+    # A CPU by its name, where the run noted it.
+    if not (device := environment.get("processor") or environment.get("device")):
         return ""
     precision = {"no": "fp32"}.get(environment.get("precision"), environment.get("precision"))
     device = "CPU" if device == "cpu" else device

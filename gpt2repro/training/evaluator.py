@@ -1,9 +1,11 @@
 """A training run's evaluation: validation loss, tasks and samples, by all ranks in the training process."""
 
+import math
+
 import torch
 
 from gpt2repro.data.tokenization import unknown_characters
-from gpt2repro.evaluation.losses import inference, is_fsdp, token_byte_lengths, validation_loss
+from gpt2repro.evaluation.losses import inference, is_fsdp, loss_metrics, token_byte_lengths, validation_loss
 from gpt2repro.evaluation.tasks import prepare_tasks
 from gpt2repro.options import InputError
 from gpt2repro.training.machine import step_seed
@@ -28,19 +30,28 @@ class Evaluator:
 
     def measure(self) -> dict:
         """Validation loss and accuracies of the model as it is now, as one flat record; every rank calls it."""
-        config, accelerator = self.config, self.accelerator
-        ranks = {
-            "device": accelerator.device, "rank": accelerator.process_index, "world": accelerator.num_processes
-        }  # fmt: skip
-        record = {}
-        if self.source.validation is not None:
-            batch = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-            record |= validation_loss(
-                self.model, self.source.validation, token_bytes=self._token_bytes, **batch, **ranks
-            )
+        record = self._validation()
         for task in self._tasks:
-            record |= task.evaluate(self.model, **ranks)
+            record |= task.evaluate(self.model)
         return record
+
+    def measure_average(self) -> dict:
+        """The losses alone, as `val_loss_ema` and so on, while the model holds the averaged weights."""
+        names = ("val_loss", "perplexity", "bits_per_byte")
+        return {f"{name}_ema": value for name, value in self._validation().items() if name in names}
+
+    def _validation(self) -> dict:
+        """The losses; those of a recipe's sources as val_loss/NAME, and of their mixture unless there is `val_data`."""
+        config, source = self.config, self.source
+        how = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
+        how["token_bytes"] = self._token_bytes
+        splits = {name: part.validation for name, part in source.sources.items() if part.validation is not None}
+        found = {name: validation_loss(self.model, split, **how) for name, split in splits.items()}
+        if source.validation is not None:
+            record = validation_loss(self.model, source.validation, **how)
+        else:
+            record = mixed(found, source.recipe.phases[-1].shares()) if found else {}
+        return record | {f"val_loss/{name}": one["val_loss"] for name, one in found.items()}
 
     def samples(self) -> list[str]:
         """Continuations of `sample_prompts`; [] on the other ranks, unless FSDP needs every rank to generate."""
@@ -66,3 +77,20 @@ class Evaluator:
                 )
                 texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
         return texts
+
+
+def mixed(found: dict[str, dict], shares: dict) -> dict:
+    """One record of the sources' validation losses: of a text that mixes them as the recipe's last phase does.
+
+    The last phase is what the whole run is for, so one curve runs through all phases. Sources that it leaves out, and
+    those without a validation split, do not count.
+    """
+    shares = {name: float(share) for name, share in shares.items() if name in found}
+    if not shares:
+        return {}
+    parts = [(share / sum(shares.values()), found[name]) for name, share in shares.items()]
+    nats = sum(share * one["val_loss"] for share, one in parts)
+    text_bytes = None  # of one token of the mixture
+    if all(one["bits_per_byte"] for _, one in parts):
+        text_bytes = sum(share * one["val_loss"] / math.log(2) / one["bits_per_byte"] for share, one in parts)
+    return {**loss_metrics(nats, 1, text_bytes), "val_tokens": sum(one["val_tokens"] for _, one in parts)}

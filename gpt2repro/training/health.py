@@ -51,6 +51,7 @@ class Verdict:
         return {"step": self.first_step, "event": self.action, **event}
 
 
+@dataclass
 class HealthMonitor:
     """Judges every step of a run; alike on all ranks that pass the same (reduced) numbers.
 
@@ -58,18 +59,14 @@ class HealthMonitor:
     than MOST_SKIPS_IN_A_ROW skipped steps in a row or `max_rewinds` rewinds stop the run.
     """
 
-    def __init__(
-        self,
-        policy: Literal["stop", "skip", "rewind"],
-        *,
-        window: int = 100,
-        z_threshold: float | None = 10.0,
-        max_rewinds: int = 3,
-    ):
-        self.policy, self.window, self.z_threshold = policy, window, z_threshold
-        self.max_rewinds = max_rewinds
-        self.losses: deque[float] = deque(maxlen=window)
-        self.grad_norms: deque[float] = deque(maxlen=window)
+    policy: Literal["stop", "skip", "rewind"]
+    window: int = 100
+    z_threshold: float | None = 10.0
+    max_rewinds: int = 3
+
+    def __post_init__(self):
+        self.losses: deque[float] = deque(maxlen=self.window)
+        self.grad_norms: deque[float] = deque(maxlen=self.window)
         self.skipped = self.in_a_row = self.rewinds = self.scaler_skips = self.scaler_in_a_row = 0
         self._set_limits()
 
@@ -88,27 +85,25 @@ class HealthMonitor:
         A record has "step", "loss", "grad_norm" (floats), "positions" (start, stop) of its windows in the data and,
         with fp16, "scaler_skipped".
         """
-        bad, reasons, too_many = [], [], None
+        bad, too_many = [], ""
         for record in records:
+            scaler_skipped = record.get("scaler_skipped", False)
             if reason := self._reason(record):
-                bad.append(record)
-                reasons.append(reason)
+                bad.append((record, reason))
                 self.in_a_row += 1
                 if self.policy == "skip" and self.in_a_row > MOST_SKIPS_IN_A_ROW:
                     too_many = f"; {self.in_a_row} steps in a row were bad, skipping does not help"
-            elif not record.get("scaler_skipped"):
+            elif not scaler_skipped:
                 self.in_a_row = 0
                 self.losses.append(record["loss"])
                 self.grad_norms.append(max(record["grad_norm"], 1e-30))
-            if record.get("scaler_skipped"):
-                self.scaler_skips += 1
-                self.scaler_in_a_row += 1
-            else:
-                self.scaler_in_a_row = 0
+            self.scaler_skips += scaler_skipped
+            self.scaler_in_a_row = self.scaler_in_a_row + 1 if scaler_skipped else 0
         self._set_limits()
         if not bad:
             return None
 
+        (first, reason), (last, _) = bad[0], bad[-1]
         if self.policy == "rewind" and self.rewinds >= self.max_rewinds:
             too_many = f"; {self.rewinds} rewinds have not helped"
         action = "stop" if too_many else self.policy
@@ -116,11 +111,11 @@ class HealthMonitor:
         self.skipped += len(bad) if action == "skip" else 0
         return Verdict(
             action=action,
-            first_step=bad[0]["step"],
-            last_step=bad[-1]["step"],
-            start=bad[0]["positions"][0],
-            stop=bad[-1]["positions"][1],
-            reason=reasons[0] + (too_many or ""),
+            first_step=first["step"],
+            last_step=last["step"],
+            start=first["positions"][0],
+            stop=last["positions"][1],
+            reason=reason + too_many,
         )
 
     def state(self) -> dict:
@@ -130,23 +125,21 @@ class HealthMonitor:
 
     def load_state(self, state: dict, *, rewinding: bool = False) -> None:
         """Load a checkpoint's state; with `rewinding` the monitor keeps its own count of rewinds."""
-        rewinds = self.rewinds
         for name in ("losses", "grad_norms"):
-            setattr(self, name, deque(map(float, state[name]), maxlen=self.window))
+            setattr(self, name, deque(state[name], maxlen=self.window))
         for name in COUNTS:
-            setattr(self, name, int(state[name]))
-        self.rewinds = rewinds if rewinding else self.rewinds
+            if not (rewinding and name == "rewinds"):
+                setattr(self, name, state[name])
         self._set_limits()
 
     def _reason(self, record: dict) -> str | None:
         loss, grad_norm = record["loss"], record["grad_norm"]
         if not math.isfinite(loss):
             return f"the loss is {loss}"
+        if record.get("scaler_skipped"):
+            lasts = self.scaler_in_a_row >= SCALER_PATIENCE
+            return f"the gradient overflowed fp16 at {self.scaler_in_a_row + 1} steps in a row" if lasts else None
         if not math.isfinite(grad_norm):
-            if record.get("scaler_skipped"):
-                if self.scaler_in_a_row >= SCALER_PATIENCE:
-                    return f"the gradient overflowed fp16 at {self.scaler_in_a_row + 1} steps in a row"
-                return None
             return f"the gradient norm is {grad_norm}"
         if loss > self.loss_limit:
             return f"the loss {loss:.4g} is above {self.loss_limit:.4g}, {self.z_threshold:g} deviations over its mean"
@@ -176,14 +169,10 @@ def step_unless_bad(optimizer: torch.optim.Optimizer, ok: Tensor, scaler=None) -
     and fp16 need the answer on the host, so this step waits.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-    on_device = (
-        scaler is None
-        and isinstance(inner, torch.optim.AdamW)
-        and all(group.get("fused") for group in inner.param_groups)
-        and not any(isinstance(parameter, DTensor) for parameter in parameters)
-    )
-    if on_device:
+    groups = inner.param_groups
+    fused = isinstance(inner, torch.optim.AdamW) and all(group.get("fused") for group in groups)
+    sharded = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+    if fused and not sharded and scaler is None:
         inner.found_inf = (~ok).to(torch.float32)
         try:
             optimizer.step()

@@ -48,7 +48,10 @@ def build_accelerator(config):
     if config.bf16_residual and accelerator.mixed_precision != "bf16":
         raise InputError(f"bf16_residual needs mixed precision bf16, and this run has {accelerator.mixed_precision}")
     if accelerator.distributed_type == "FSDP" and config.reduction == "fixed":
-        raise InputError("reduction=fixed does not work with FSDP2, whose reduce-scatter adds in an order of its own")
+        raise InputError(
+            "reduction=fixed does not work with FSDP2, whose reduce-scatter adds in another order on another number of "
+            "processes; take DDP (accelerate_configs/multi_gpu.yaml), or reduction=fast"
+        )
     if config.attn_implementation == "flex_attention" and (config.attn_pdrop or accelerator.device.type == "cpu"):
         raise InputError("attn_implementation=flex_attention trains only on a GPU and without attn_pdrop; take sdpa")
     if accelerator.distributed_type == "FSDP" and config.loss_chunk_tokens is not None and not CHUNKS_UNDER_FSDP2:
@@ -90,6 +93,12 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
+
+
+def origin_of_bits(device: torch.device) -> str:
+    """What a number's last bits depend on beside the program and its options: torch and the kind of processor."""
+    cpu = f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"torch {torch.__version__} on {cpu if device.type == 'cpu' else device_name(device)}"
 
 
 def environment(accelerator) -> dict:

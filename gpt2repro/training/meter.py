@@ -62,15 +62,19 @@ def peak_flops(device_name: str) -> float | None:
 class Meter:
     """A run's steps between two readings: what they computed stays on the device until `read`.
 
-    `accelerator` averages over the ranks. `device_peak` is one device's FLOP/s, None if unknown. Time in
-    `pause()` (evaluation, saving) does not count.
+    `accelerator` averages over the ranks, unless all have the `same` numbers: a sum of eight equal ones is rounded on
+    its way, so their mean is another number. `device_peak` is one device's FLOP/s, None if unknown. Time in `pause()`
+    (evaluation, saving) does not count.
     """
 
-    def __init__(self, accelerator, *, batch_tokens: int, flops_per_token: float, device_peak: float | None):
-        self.accelerator, self.batch_tokens = accelerator, batch_tokens
+    def __init__(
+        self, accelerator, *, batch_tokens: int, flops_per_token: float, device_peak: float | None, same: bool = False
+    ):
+        self.accelerator, self.batch_tokens, self._same = accelerator, batch_tokens, same
         self.flops_per_token = flops_per_token
         self.peak = device_peak * accelerator.num_processes if device_peak else None
         self._steps: list[dict] = []
+        self._rows: list[torch.Tensor] = []  # of the step that is being made
         self._start = time.perf_counter()
 
     @contextmanager
@@ -82,21 +86,33 @@ class Meter:
         finally:
             self._start += time.perf_counter() - began
 
+    def keep(self, losses: torch.Tensor, divisor: int) -> None:
+        """Keep the losses of a micro-batch's rows, (B,) nats / divisor, for the next step; nothing of a scalar."""
+        if losses.dim():
+            self._rows.append(losses.detach() * divisor)
+
     def add(self, **numbers) -> None:
         """Keep one step: "step" and "lr", "loss" and "grad_norm" as 0-dim tensors, "positions" of its windows."""
+        if self._rows:
+            numbers["row_nats"], self._rows = torch.cat(self._rows), []
         self._steps.append(numbers)
 
     def read(self) -> list[dict]:
         """The steps since the last reading, oldest first, with numbers averaged over the ranks, and their speed.
 
-        `tokens_per_second` counts all ranks, and `mfu` (0..1) is that speed's share of `peak`. Every rank has to call
-        `read`. Here, and nowhere else, the loop waits for the device.
+        `tokens_per_second` counts all ranks, and `mfu` (0..1) is that speed's share of `peak`. "row_nats", where rows
+        were kept, are those of the whole batch, in the order of the ranks. Every rank has to call `read`. Here, and
+        nowhere else, the loop waits for the device.
         """
         steps, self._steps = self._steps, []
         if not steps:
             return []
         numbers = torch.stack([torch.stack([step["loss"], step["grad_norm"]]) for step in steps])  # (steps, 2)
-        numbers = self.accelerator.reduce(numbers, reduction="mean").tolist()
+        numbers = (numbers if self._same else self.accelerator.reduce(numbers, reduction="mean")).tolist()
+        if "row_nats" in steps[0]:
+            rows = self.accelerator.gather(torch.stack([step["row_nats"] for step in steps]))  # (W steps, rows)
+            for number, step in enumerate(steps):
+                step["row_nats"] = rows[number :: len(steps)].flatten().tolist()
         now = time.perf_counter()
         seconds, self._start = max(now - self._start, 1e-9), now
         rate = self.batch_tokens * len(steps) / seconds

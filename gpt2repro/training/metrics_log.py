@@ -7,7 +7,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from gpt2repro.files import atomic_file, step_in_name
+from gpt2repro.options import InputError
 
 
 def read_metrics(run_dir: str | Path, *, at_most: int | None = None) -> tuple[list[dict], list[dict]]:
@@ -23,6 +26,22 @@ def read_metrics(run_dir: str | Path, *, at_most: int | None = None) -> tuple[li
             every = 1 + sum(1 for _ in lines) // at_most
     records = [record for _, record in whole_lines(path, every)]
     return [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
+
+
+def finished_run(run_dir: str | Path) -> tuple[dict, list[dict]]:
+    """(options, evaluation records) of a run that has ended.
+
+    Raises: InputError for a directory that is no run, or a run that has not evaluated its last step.
+    """
+    run_dir = Path(run_dir)
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{run_dir} is no run: it has no config.yaml") from None
+    _, evaluations = read_metrics(run_dir, at_most=1)
+    if not any(r["step"] >= config["max_steps"] and r["val_loss"] is not None for r in evaluations[-1:]):
+        raise InputError(f"{run_dir} has not evaluated its last step, {config['max_steps']}; finish the run first")
+    return config, evaluations
 
 
 def cut_metrics(path: Path, last_step: int | None) -> list[tuple[int, int]]:

@@ -30,6 +30,7 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     muon_lr_scale: float = 1.0,
+    cautious_decay: bool = False,
     processes: int = 1,
     compiled: bool = False,
 ) -> torch.optim.Optimizer:
@@ -37,6 +38,7 @@ def build_optimizer(
 
     Weight decay applies to matrices (embeddings included), not to biases and layer norms. `muon_lr_scale` is the factor
     from AdamW's learning rate to Muon's; its update is already scaled to AdamW's usual size, so 1 is a good start.
+    `cautious_decay` lets weights decay only where the step shrinks them as well.
     So many `processes` of the default group, which all hold the same gradients, share Muon's work; `compiled` is for
     GPUs.
 
@@ -56,20 +58,44 @@ def build_optimizer(
     single = [p for key, p in hidden.items() if not key.endswith("attn.c_attn.weight")]
     others = [p for key, p in matrices.items() if key not in hidden]
 
-    adamw_groups = [
-        {"params": others, "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
-    adamw_groups = [group for group in adamw_groups if group["params"]]
-    adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
-    if name == "adamw":
-        return adamw
-
-    muon = {"weight_decay": weight_decay, "momentum": MUON_MOMENTUM, "lr_scale": muon_lr_scale}
-    muon_groups = [{"params": single, "matrices": 1, **muon}, {"params": fused_qkv, "matrices": 3, **muon}]
-    optimizer = MuonWithAdamW([group for group in muon_groups if group["params"]], adamw, processes, compiled)
-    set_learning_rate(optimizer, lr)
+    decays = (others, weight_decay), (plain, 0.0)
+    adamw_groups = [{"params": own, "weight_decay": decay, "lr_scale": 1.0} for own, decay in decays if own]
+    optimizer = adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    if name == "muon":
+        muon = {"weight_decay": weight_decay, "momentum": MUON_MOMENTUM, "lr_scale": muon_lr_scale}
+        parts = (single, 1), (fused_qkv, 3)
+        muon_groups = [{"params": own, "matrices": count, **muon} for own, count in parts if own]
+        optimizer = MuonWithAdamW(muon_groups, adamw, processes, compiled)
+        set_learning_rate(optimizer, lr)
+    if cautious_decay:
+        decay_cautiously(optimizer)
     return optimizer
+
+
+def decay_cautiously(optimizer: torch.optim.Optimizer) -> None:
+    """Let weight decay act only on the numbers that the step itself moves towards zero.
+
+    x <- x - lr (u + weight_decay x) where u x > 0, else x - lr u, for any step lr u. Costs a copy of the matrices
+    during a step. Source: Chen et al. 2025, arXiv:2510.12402, algorithm 1.
+    """
+    for group in optimizer.param_groups:
+        group["cautious_decay"], group["weight_decay"] = group["weight_decay"], 0.0
+    before: dict[Tensor, Tensor] = {}
+
+    def remember(optimizer, args, kwargs) -> None:
+        groups = [group for group in optimizer.param_groups if group["cautious_decay"]]
+        before.update({p: p.detach().clone() for group in groups for p in group["params"]})
+
+    @torch.no_grad()
+    def decay(optimizer, args, kwargs) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["cautious_decay"] else ():
+                old = before.pop(parameter)
+                shrinks = (old - parameter) * old > 0
+                parameter.sub_(old * shrinks, alpha=group["lr"] * group["cautious_decay"])
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(decay)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

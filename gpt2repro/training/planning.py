@@ -6,20 +6,24 @@ All byte counts are per process. A run without `micro_batch_size` chooses its ow
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.benchmark import Timer
 
 from gpt2repro.checkpoint.layout import from_all_ranks, kept_steps
 from gpt2repro.data.shards import open_split
-from gpt2repro.data.sources import shards_directory
+from gpt2repro.data.sources import is_recipe, open_source, shards_directory
 from gpt2repro.models import architecture_of
 from gpt2repro.options import InputError
 from gpt2repro.training.meter import flops_per_token, peak_flops
 
 # Devices to quote hours for; their peaks are those of meter.PEAK_FLOPS.
 DEVICES = ("RTX 4090", "A100", "H100 PCIe", "H100", "H200")
+SIZES = ("n_layer", "n_embd", "vocab_size")  # of a model's configuration that its memory follows from
 GIB = 2**30
 DEFAULT_GPU_GIB = 80.0
 # CUDA context, cuBLAS and NCCL workspaces, fragmentation: an estimate, not measured.
@@ -67,6 +71,8 @@ class Layout:
     sharded: bool = False
     loss_chunk_tokens: int | None = None
     compiled: bool = False
+    averaged: bool = False
+    fixed_batch_tokens: int | None = None  # tokens per step of a run with reduction=fixed
 
     @classmethod
     def of(cls, config, *, on_gpu: bool, **sizes) -> "Layout":
@@ -78,9 +84,11 @@ class Layout:
             seq_len=config.seq_len,
             micro_batch_size=config.micro_batch_size or 1,
             optimizer=config.optimizer,
+            averaged=config.ema_decay is not None,
             gradient_checkpointing=config.gradient_checkpointing,
             loss_chunk_tokens=config.loss_chunk_tokens,
             compiled=auto if config.compile == "auto" else config.compile != "off",
+            fixed_batch_tokens=config.batch_tokens if config.reduction == "fixed" else None,
         )
 
     def memory(self) -> dict[str, int]:
@@ -96,13 +104,19 @@ class Layout:
             "gradients": self.n_params * width // share,
             f"optimizer ({self.optimizer})": self.moments() * width // share,
         }
+        if self.averaged:
+            parts["averaged weights"] = self.n_params * width // share
         if self.sharded:
             # FSDP2 gathers a block while it computes on the last one, and the embeddings for the whole pass.
             gathered = (self.n_params - self.matrices()) + min(2, self.n_layer) * self.matrices() // self.n_layer
             # While micro-batches add up, gradients stay whole: they are reduced once, after the last.
             parts["gradients"] = self.n_params * width
             parts["gathered weights"] = gathered * (2 if half else width)
-        elif half:
+        elif self.fixed_batch_tokens is not None:
+            # reduction.TreeSum: before the last of n micro-batches one set of gradients for each of log2(n) subtrees.
+            passes = self.fixed_batch_tokens // (tokens * self.processes)
+            parts["gradients"] = self.n_params * width * max(1, (passes - 1).bit_length())
+        if half and not self.sharded:
             parts[f"{self.precision} copies of the weights"] = 2 * self.n_params
         # Recomputing, a process holds every block's input and the tensors of the one block that it recomputes.
         recomputed = self.n_layer * stream + block
@@ -111,6 +125,10 @@ class Layout:
         parts["logits"] = logits * (COMPILED_LOGIT_BYTES if self.compiled else LOGIT_BYTES)[self.precision]
         parts["context, workspaces (estimate)"] = RESERVE_BYTES
         return parts
+
+    def needs(self, **changes) -> int:
+        """Bytes of one process at its peak, with some of the sizes changed."""
+        return sum(replace(self, **changes).memory().values())
 
     def matrices(self) -> int:
         """Parameters in the blocks' matrices: what Muon takes, with one moment instead of two."""
@@ -127,9 +145,9 @@ def choose_micro_batch(layout: Layout, memory_gib: float | None, batch_rows: int
     It fits into MOST_TOKENS and 90 % of a card of `memory_gib`; without a card (None), 16 is the most.
     """
     most = SEQUENCES_WITHOUT_CARD if memory_gib is None else max(1, MOST_TOKENS // layout.seq_len)
+    room = SHARE_OF_CARD * GIB * (memory_gib or float("inf"))
     for size in (2**power for power in reversed(range(1, most.bit_length()))):
-        needed = sum(replace(layout, micro_batch_size=size).memory().values())
-        if batch_rows % (size * layout.processes) == 0 and needed <= SHARE_OF_CARD * GIB * (memory_gib or float("inf")):
+        if batch_rows % (size * layout.processes) == 0 and layout.needs(micro_batch_size=size) <= room:
             return size
     return 1
 
@@ -142,58 +160,51 @@ def micro_batch_of_run(config, accelerator, model, kept: int | None) -> int:
     processes, rows = accelerator.num_processes, config.batch_tokens // config.seq_len
     if kept is not None and rows % (kept * processes) == 0:
         return kept
-    on_gpu, sizes = accelerator.device.type == "cuda", model.config
-    precision = accelerator.mixed_precision
-    layout = Layout.of(
-        config,
-        on_gpu=on_gpu,
-        n_params=model.num_parameters(),
-        n_layer=sizes.n_layer,
-        n_embd=sizes.n_embd,
-        vocab_size=sizes.vocab_size,
-        processes=processes,
-        precision=precision if precision in STATE_BYTES else "fp64" if config.precision == "fp64" else "fp32",
-        sharded=accelerator.distributed_type == "FSDP",
-    )
+    on_gpu, precision = accelerator.device.type == "cuda", accelerator.mixed_precision
+    if precision not in STATE_BYTES:
+        precision = "fp64" if config.precision == "fp64" else "fp32"
+    sizes = {name: getattr(model.config, name) for name in SIZES} | {"n_params": model.num_parameters()}
+    sharded = accelerator.distributed_type == "FSDP"
+    layout = Layout.of(config, on_gpu=on_gpu, processes=processes, precision=precision, sharded=sharded, **sizes)
     memory_gib = min(from_all_ranks(_memory_of_this_gpu(accelerator.device))) if on_gpu else None
     return choose_micro_batch(layout, memory_gib, rows)
 
 
 @dataclass
 class Plan:
-    """What `plan` found. `report()` is for people; `problems` are the sentences that say what would not work."""
+    """What `plan` found about a TrainConfig's run. `report()` is for people; `problems` say what would not work."""
 
+    config: Any
     layout: Layout
-    gpu_memory_gib: float | None
-    batch: str
-    max_steps: int
+    gpu_memory_gib: float
     tokens: int
     epochs: float | None
     flops_per_token: int
-    mfu: float
     hours: dict[str, float]
-    dollars_per_gpu_hour: float | None
     checkpoint_bytes: dict[str, int]
     kept_checkpoints: int
     disk_free_bytes: int
-    run_dir: Path
     hub: str | None
     problems: list[str]
+    timetable: list[str]  # of a recipe
 
     def report(self) -> str:
-        memory, processes, price = self.layout.memory(), self.layout.processes, self.dollars_per_gpu_hour
-        card = f" of {self.gpu_memory_gib:,.0f} GiB" if self.gpu_memory_gib else ""
-        stated = f"{self.mfu:.0%} MFU" + (f", ${price:.2f} per GPU and hour" if price is not None else "")
+        config, layout, memory = self.config, self.layout, self.layout.memory()
+        processes, price, n_params = layout.processes, config.dollars_per_gpu_hour, layout.n_params
+        passes = config.batch_tokens // (layout.micro_batch_size * config.seq_len * processes)
+        stated = f"{config.assumed_mfu:.0%} MFU" + (f", ${price:.2f} per GPU and hour" if price is not None else "")
         epochs = "epochs n/a" if self.epochs is None else f"{self.epochs:,.2f} epochs"
-        n_params, how = self.layout.n_params, "compiled" if self.layout.compiled else "not compiled"
         lines = [
             f"parameters   {n_params:,}",
-            f"batch        {self.batch}",
-            f"length       {self.max_steps:,} steps, {self.tokens:,} tokens, {epochs}, "
+            f"batch        {config.batch_tokens:,} tokens = {layout.micro_batch_size} sequences x "
+            f"{config.seq_len} tokens x {processes} processes x {passes} forward passes",
+            f"length       {config.max_steps:,} steps, {self.tokens:,} tokens, {epochs}, "
             f"{self.tokens / n_params:,.1f} tokens per parameter",
+            *(f"{'recipe' if number == 0 else '':12} {line}" for number, line in enumerate(self.timetable)),
             f"work         {self.flops_per_token / 1e6:,.1f} MFLOP per token, "
             f"{self.flops_per_token * self.tokens:.3g} FLOP in all",
-            f"memory       {_gib(sum(memory.values()))}{card} per process, {how}",
+            f"memory       {_gib(layout.needs())} of {self.gpu_memory_gib:,.0f} GiB per process, "
+            f"{'compiled' if layout.compiled else 'not compiled'}",
             *(f"  {_gib(size):>11}  {part}" for part, size in memory.items()),
             f"time         at {stated}, {processes} process{'es' if processes > 1 else ''}",
         ]
@@ -203,7 +214,7 @@ class Plan:
         parts = ", ".join(f"{part} {_gib(size)}" for part, size in self.checkpoint_bytes.items())
         lines.append(
             f"checkpoint   {_gib(sum(self.checkpoint_bytes.values()))} each ({parts}), {self.kept_checkpoints} kept; "
-            f"{_gib(self.disk_free_bytes)} free at {self.run_dir}"
+            f"{_gib(self.disk_free_bytes)} free at {config.run_dir}"
         )
         if self.hub:
             lines.append(f"hub          {self.hub}")
@@ -218,55 +229,60 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     `may_write(repo)` for (account, complaint or None). What cannot be had becomes a problem, not an error.
     """
     problems: list[str] = []
-    split = None
-    if not config.data.startswith("stream:"):
+    vocab_size = 50257  # of a stream's own tokenizer
+    split, timetable, passes = None, [], None
+    if is_recipe(config.data):
+        try:
+            sequences, options = config.batch_tokens // config.seq_len, {"seq_len": config.seq_len, "seed": config.seed}
+            options |= {"vocab_size": config.vocab_size, "verify": False}
+            mixed = open_source(config.data, sequences=sequences, **options)
+            vocab_size, end = mixed.vocab_size, config.max_steps * sequences
+            timetable = mixed.timetable(end, sequences)
+            passes = max(count / mixed.sources[name].windows for name, count in mixed.recipe.counts(end).items())
+            mixed.check_length(end)
+        except InputError as error:
+            problems.append(str(error))
+    elif not config.data.startswith("stream:"):
         try:
             split = open_split(shards_directory(config.data), "train")
+            vocab_size = split.vocab_size
         except InputError as error:
             problems.append(str(error))
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "n_positions")}
-    sizes["vocab_size"] = config.vocab_size or (split.vocab_size if split else 50257)
+    sizes["vocab_size"] = config.vocab_size or vocab_size
     if config.init_from is not None:
         try:
             sizes |= architecture_of(config.init_from)
         except InputError as error:
             problems.append(str(error))
-    n_layer, n_embd = sizes["n_layer"], sizes["n_embd"]
+    n_params = parameter_count(**{name: size for name, size in sizes.items() if name != "n_head"})
     gpu_memory_gib, on_gpu = config.gpu_memory_gib or _memory_of_this_gpu(), not _on_cpu(config)
-    layout = Layout.of(
-        config,
-        on_gpu=on_gpu,
-        n_params=parameter_count(**{name: size for name, size in sizes.items() if name != "n_head"}),
-        n_layer=n_layer,
-        n_embd=n_embd,
-        vocab_size=sizes["vocab_size"],
-        processes=processes,
-        precision="bf16" if config.precision == "auto" else config.precision,
-        sharded=sharded,
-    )
+    precision = "bf16" if config.precision == "auto" else config.precision
+    how = {"on_gpu": on_gpu, "processes": processes, "precision": precision, "sharded": sharded}
+    layout = Layout.of(config, n_params=n_params, **how, **{name: sizes[name] for name in SIZES})
     if config.micro_batch_size is None:
         rows = config.batch_tokens // config.seq_len
         size = choose_micro_batch(layout, gpu_memory_gib if on_gpu else None, rows)
         layout = replace(layout, micro_batch_size=size)
-    passes = config.batch_tokens // (layout.micro_batch_size * config.seq_len * processes)
-    multiply = f"{layout.micro_batch_size} sequences x {config.seq_len} tokens x {processes} processes"
     tokens = config.max_steps * config.batch_tokens
-    work = flops_per_token(layout.n_params - sizes["n_positions"] * n_embd, n_layer, n_embd, config.seq_len)
+    multiplied = n_params - sizes["n_positions"] * layout.n_embd  # the positions are looked up
+    work = flops_per_token(multiplied, layout.n_layer, layout.n_embd, config.seq_len)
 
     epochs = tokens / ((split.tokens - 1) // config.seq_len * config.seq_len or 1) if split else None
     if split and split.tokens <= config.batch_tokens:
         problems.append(f"the data has {split.tokens:,} tokens, fewer than one batch of {config.batch_tokens:,}")
-    problems += doubts(config, epochs, work * tokens)
+    problems += doubts(config, passes or epochs, work * tokens)
 
-    needed = sum(layout.memory().values())
-    if needed > gpu_memory_gib * GIB:
+    if (needed := layout.needs()) > gpu_memory_gib * GIB:
         problems.append(
             f"about {_gib(needed)} per process do not fit into {gpu_memory_gib:,.0f} GiB; "
             + _what_would_fit(layout, gpu_memory_gib)
         )
 
     width = STATE_BYTES[layout.precision]
-    checkpoint = {"model": layout.n_params * width, "optimizer": layout.moments() * width}
+    checkpoint = {"model": n_params * width, "optimizer": layout.moments() * width}
+    if layout.averaged:
+        checkpoint["averages"] = checkpoint["model"]
     each = sum(checkpoint.values())
     saves = sorted({*range(config.save_steps, config.max_steps + 1, config.save_steps), config.max_steps})
     kept = len(kept_steps(saves, config.keep_last, config.milestone_steps, pointed={saves[0], saves[-1]}))
@@ -281,28 +297,25 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     hub = None
     if config.push_to_hub and may_write is not None:
         account, complaint = may_write(config.push_to_hub)
-        stored = checkpoint["model"] * len(saves) + checkpoint["optimizer"]  # its state for the newest revision only
+        stored = sum(checkpoint.values()) + checkpoint["model"] * (len(saves) - 1)  # all else for the newest one only
         hub = f"{config.push_to_hub}: about {_gib(stored)} in {len(saves)} revisions" + (account and f", as {account}")
         problems += [complaint] if complaint else []
 
-    mfu = config.assumed_mfu
+    rates = {name: peak_flops(name) * config.assumed_mfu * processes for name in DEVICES}  # FLOP/s
     return Plan(
+        config=config,
         layout=layout,
         gpu_memory_gib=gpu_memory_gib,
-        batch=f"{config.batch_tokens:,} tokens = {multiply} x {passes} forward passes",
-        max_steps=config.max_steps,
         tokens=tokens,
         epochs=epochs,
         flops_per_token=work,
-        mfu=mfu,
-        hours={name: work * tokens / (peak_flops(name) * mfu * processes) / 3600 for name in DEVICES},
-        dollars_per_gpu_hour=config.dollars_per_gpu_hour,
+        hours={name: work * tokens / rate / 3600 for name, rate in rates.items()},
         checkpoint_bytes=checkpoint,
         kept_checkpoints=kept,
         disk_free_bytes=free,
-        run_dir=run_dir,
         hub=hub,
         problems=problems,
+        timetable=timetable,
     )
 
 
@@ -316,30 +329,23 @@ def print_plan(config, may_write: Callable) -> int:
     return 0
 
 
-def doubts(config, epochs: float | None, flops: float) -> list[str]:
+def doubts(config, epochs: float | None, flops: float) -> Iterator[str]:
     """What about a run is possible but can hardly be meant: many epochs, or a GPU's work on a CPU."""
-    found = []
     if epochs is not None and epochs > MOST_EPOCHS:
-        found.append(f"{epochs:,.0f} epochs of {config.data}; lower --max_steps, or take a larger corpus")
+        yield f"{epochs:,.0f} epochs of {config.data}; lower --max_steps, or take a larger corpus"
     if _on_cpu(config) and flops > SMALL_RUN_FLOPS:
         rate = matmul_flops()
         if (hours := flops / rate / CPU_SHARE / 3600) > MOST_CPU_HOURS:
-            found.append(
+            yield (
                 f"about {_duration(hours)} on this CPU ({rate / 1e9:,.0f} GFLOP/s in a matmul, measured now); take "
                 "a GPU, or a smaller preset such as quickstart (to plan for a GPU elsewhere: --gpu_memory_gib 80)"
             )
-    return found
 
 
-def matmul_flops(size: int = 1024, seconds: float = 0.1) -> float:
-    """FLOP/s of this CPU in fp32 matrix products, measured for `seconds`."""
-    import torch
-
-    a, done, began = torch.rand(size, size), 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        torch.mm(a, a)
-        done += 2 * size**3
-    return done / (time.perf_counter() - began)
+def matmul_flops() -> float:
+    """FLOP/s of this CPU in fp32 matrix products, measured for a tenth of a second."""
+    timer = Timer("a @ a", globals={"a": torch.rand(1024, 1024)}, num_threads=torch.get_num_threads())
+    return 2 * 1024**3 / timer.blocked_autorange(min_run_time=0.1).median
 
 
 def parameter_count(*, vocab_size: int, n_positions: int, n_embd: int, n_layer: int, n_inner: int | None = None) -> int:
@@ -353,14 +359,10 @@ def parameter_count(*, vocab_size: int, n_positions: int, n_embd: int, n_layer: 
 
 def _on_cpu(config) -> bool:
     """Whether the run would be on this machine's CPU; `gpu_memory_gib` speaks of a GPU elsewhere."""
-    import torch
-
     return not torch.accelerator.is_available() and config.gpu_memory_gib is None
 
 
 def _memory_of_this_gpu(device=0) -> float:
-    import torch
-
     on_gpu = torch.cuda.is_available()
     return torch.cuda.get_device_properties(device).total_memory / GIB if on_gpu else DEFAULT_GPU_GIB
 
@@ -370,8 +372,8 @@ def _what_would_fit(layout: Layout, gpu_memory_gib: float) -> str:
 
     def largest(**change) -> int | None:
         halves = [layout.micro_batch_size >> shift for shift in range(layout.micro_batch_size.bit_length())]
-        sizes = {size: sum(replace(layout, micro_batch_size=size, **change).memory().values()) for size in halves}
-        return next((size for size, needed in sizes.items() if needed <= gpu_memory_gib * GIB), None)
+        room = gpu_memory_gib * GIB
+        return next((size for size in halves if layout.needs(micro_batch_size=size, **change) <= room), None)
 
     offers = []
     if size := largest():

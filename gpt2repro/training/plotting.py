@@ -34,6 +34,7 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
     lr_axes = figure.add_subplot(grid[1, 0], sharex=loss_axes)
     speed_axes = figure.add_subplot(grid[1, 1], sharex=loss_axes)
 
+    more_colours = itertools.count(len(runs))  # for the sources of a recipe
     for number, (name, (train, evaluations)) in enumerate(runs.items()):
         colour = f"C{number % 10}"
         name = name.replace("$", r"\$")  # or matplotlib reads it as mathematics
@@ -41,10 +42,15 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
         steps, losses = series(train, "loss")
         loss_axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         loss_axes.plot(steps, smooth(losses), color=colour, linewidth=1.4, label=f"{name}: training, smoothed")
-        steps, losses = series(evaluations, "val_loss")
-        if steps:
-            label = f"{name}: validation, last {losses[-1]:.4f}"
-            loss_axes.plot(steps, losses, "o--", color=colour, markersize=4, linewidth=1, label=label)
+        draw_evaluations(loss_axes, evaluations, "val_loss", f"{name}: validation", "o--", colour)
+        draw_evaluations(loss_axes, evaluations, "val_loss_ema", f"{name}: averaged weights", "s:", colour)
+        for source in sources_of(train + evaluations):
+            of_source, label = f"C{next(more_colours) % 10}", f"{name}: {source}"
+            steps, losses = series(train, f"loss/{source}")
+            loss_axes.plot(
+                steps, smooth(losses), ":", color=of_source, linewidth=1, label=f"{label}, training, smoothed"
+            )
+            draw_evaluations(loss_axes, evaluations, f"val_loss/{source}", f"{label}, validation", "s--", of_source)
         lr_axes.plot(*series(train, "lr"), color=colour)
         steps, rates = series(train, "tokens_per_second")
         speed_axes.plot(steps, rates, color=colour, alpha=0.25, linewidth=0.8)
@@ -67,6 +73,19 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
     with atomic_file(out_png, "wb") as file:
         figure.savefig(file, dpi=120, format="png")
     return out_png
+
+
+def sources_of(records: list[dict]) -> list[str]:
+    """The names of a recipe's sources, from loss/NAME and val_loss/NAME."""
+    return sorted({name.partition("/")[2] for r in records for name in r if name.startswith(("loss/", "val_loss/"))})
+
+
+def draw_evaluations(axes, evaluations: list[dict], metric: str, label: str, style: str, colour: str) -> None:
+    """A line with a mark at each evaluation and its last value in the legend; nothing where nothing was measured."""
+    steps, values = series(evaluations, metric)
+    if steps:
+        label = f"{label}, last {values[-1]:.4f}"
+        axes.plot(steps, values, style, color=colour, markersize=4 if style[0] == "o" else 3, linewidth=1, label=label)
 
 
 def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:

@@ -62,14 +62,9 @@ def describe(profiler: profile, steps: int, logits: tuple[int, int]) -> str:
     averages = profiler.key_averages()
     on_gpu = any(event.device_type == DeviceType.CUDA for event in averages)
     sort_by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    return "\n\n".join(
-        [
-            f"{steps} steps profiled",
-            attention_report(averages, steps),
-            logits_report(allocations(profiler), steps, logits),
-            averages.table(sort_by=sort_by, row_limit=TABLE_ROWS, max_name_column_width=80),
-        ]
-    )
+    table = averages.table(sort_by=sort_by, row_limit=TABLE_ROWS, max_name_column_width=80)
+    reports = attention_report(averages, steps), logits_report(allocations(profiler), steps, logits)
+    return "\n\n".join([f"{steps} steps profiled", *reports, table])
 
 
 def attention_report(averages, steps: int) -> str:

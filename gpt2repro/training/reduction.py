@@ -10,8 +10,10 @@
 
 Floating-point addition depends on the order, and a + b is the same bits as b + a: so only the shape of the tree counts,
 not who adds. A rank's micro-batches are neighbours and a power of two in number, so they are one subtree. Across ranks
-every rank gets one slice of everybody's sum, finishes the tree on it, and hands it to all. Nobody divides: each loss is
-already divided by the tokens of the global batch. Idea: EasyScale (SC '23).
+the tree is the classical way to sum: with the neighbour at distance 1, then 2, then 4, a rank swaps halves of what it
+has, adds, and keeps a half; then all halves travel back. As many bytes as an all-reduce (Thakur et al. 2005, recursive
+halving and doubling), the most of them between the nearest ranks. Nobody divides: each loss is already divided by the
+tokens of the global batch. Idea: EasyScale (SC '23).
 
 Knows neither the model nor the loop.
 """
@@ -20,72 +22,95 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+PIECE = 2**24  # numbers that two ranks swap at once, 64 MB: bounds the memory; with gloo, 1 MB was slower
+
 
 class TreeSum:
-    """Sums lists of tensors that arrive one after the other, along a binary tree: a counter of finished subtrees.
+    """Sums tensors that arrive one after the other into `place`, along a binary tree: a counter of finished subtrees.
 
-    It holds at most log2(number of lists) + 1 lists.
+    Before the last of n tensors, a power of two, it holds log2(n) of them, `place` included.
     """
 
-    def __init__(self):
-        self._finished: list[tuple[int, list[Tensor]]] = []  # (level, sum), the levels descending
+    def __init__(self, place: Tensor):
+        self._place = place
+        self._finished: list[tuple[int, Tensor]] = []  # (level, sum), the levels descending; the first is in `place`
 
-    def add(self, tensors: list[Tensor]) -> None:
-        """Take the next list; its tensors are changed in place."""
-        level = 0
+    def add(self, tensor: Tensor) -> None:
+        """Take the next tensor, which may be changed later."""
+        level, total = 0, tensor if self._finished else self._place.copy_(tensor)
         while self._finished and self._finished[-1][0] == level:
-            torch._foreach_add_(tensors, self._finished.pop()[1])
+            total = self._finished.pop()[1].add_(total)  # while the gradient is still in the cache
             level += 1
-        self._finished.append((level, tensors))
+        self._finished.append((level, total))
 
-    def total(self) -> list[Tensor]:
-        """The sum of all lists, and forget it. Their number is a power of two."""
-        ((_, tensors),) = self._finished
+    def finish(self) -> None:
+        """Complete the sum in `place`, zeros if nothing came, and begin the next one."""
+        assert len(self._finished) < 2, "the number of tensors is no power of two"
+        if not self._finished:
+            self._place.zero_()
         self._finished = []
-        return tensors
 
 
 class FixedReduction:
     """The gradients and the loss of a step, with the same bits on any power-of-two number of processes.
 
-    for … in micro-batches:  backward without any exchange;  reduction.keep(loss)
-    loss = reduction.finish()                                  p.grad holds the global sum
+    for … in micro-batches:  backward, no DDP around the model;  reduction.keep(loss)
+    loss = reduction.finish()                                    p.grad holds the global sum
+
+    Gradients go into the tree one by one, as backward makes them. Rank 0 gives all ranks its weights.
     """
 
     def __init__(self, model: nn.Module):
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._sum = TreeSum()
-        self._world = dist.get_world_size() if dist.is_initialized() else 1
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        sizes = [*(parameter.numel() for parameter in parameters), 1]  # the last one is the loss
+        padded = -(-sum(sizes) // self._world) * self._world
+        self._sums = torch.zeros(padded, dtype=parameters[0].dtype, device=parameters[0].device)
+        self._received = torch.empty_like(self._sums[: PIECE if self._world > 1 else 0])
+        *places, self._loss = self._sums[: sum(sizes)].split(sizes)
+        self.gradients = {p: place.view_as(p) for p, place in zip(parameters, places, strict=True)}
+        self._trees = {p: TreeSum(place) for p, place in self.gradients.items()}
+        self._loss_tree = TreeSum(self._loss)
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._take)
+            if self._world > 1:
+                dist.broadcast(parameter.detach(), src=0)
+
+    def _take(self, parameter: Tensor) -> None:
+        self._trees[parameter].add(parameter.grad)
+        parameter.grad = None  # not zeroed: that would change what the tree holds
 
     def keep(self, loss: Tensor) -> None:
-        """Move the gradients of a finished micro-batch, and its loss, into the tree."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        for parameter in self._parameters:
-            parameter.grad = None  # not zeroed: that would change what the tree holds
-        self._sum.add([*gradients, loss.detach().clone()])
+        """Take the loss of a micro-batch whose backward is done."""
+        self._loss_tree.add(loss.detach().clone())
 
     def finish(self) -> Tensor:
         """Give every parameter its gradient of the whole step; returns the step's loss. Every rank calls it."""
-        tensors = self._sum.total()
-        if self._world > 1:
-            for dtype in {tensor.dtype for tensor in tensors}:
-                alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-                whole = self._over_ranks(torch.cat([tensor.reshape(-1) for tensor in alike]))
-                for tensor, values in zip(alike, whole.split([tensor.numel() for tensor in alike]), strict=True):
-                    tensor.copy_(values.view_as(tensor))
-        *gradients, loss = tensors
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+        for tree in (*self._trees.values(), self._loss_tree):
+            tree.finish()
+        self.exchange()
+        for parameter, gradient in self.gradients.items():
             parameter.grad = gradient
-        return loss
+        return self._loss.clone().squeeze()
 
-    def _over_ranks(self, mine: Tensor) -> Tensor:
-        """(N,) of every rank -> their sum along the tree, on every rank: as many bytes as an all-reduce."""
-        slice_size = -(-mine.numel() // self._world)
-        sent = torch.cat([mine, mine.new_zeros(slice_size * self._world - mine.numel())])
-        received = torch.empty_like(sent)  # everybody's values of this rank's slice
-        dist.all_to_all_single(received, sent)
-        tree = TreeSum()
-        for values in received.split(slice_size):
-            tree.add([values])
-        dist.all_gather_into_tensor(sent, tree.total()[0].clone())
-        return sent[: mine.numel()]
+    def exchange(self) -> None:
+        """Make every rank's sums those of all ranks, in place."""
+        part, swapped, distance = self._sums, [], 1
+        while distance < self._world:
+            halves = part.chunk(2)
+            mine, theirs = reversed(halves) if self._rank & distance else halves
+            for kept, sent in zip(mine.split(PIECE), theirs.split(PIECE), strict=True):
+                received = self._received[: kept.numel()]
+                _swap(sent, received, self._rank ^ distance)
+                kept += received
+            swapped.append((mine, theirs, distance))
+            part, distance = mine, 2 * distance
+        for mine, theirs, distance in reversed(swapped):
+            _swap(mine, theirs, self._rank ^ distance)
+
+
+def _swap(sent: Tensor, received: Tensor, partner: int) -> None:
+    """Two ranks send each other as many numbers."""
+    both = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, received, partner)]
+    for work in dist.batch_isend_irecv(both):
+        work.wait()

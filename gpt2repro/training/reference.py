@@ -13,18 +13,16 @@ Knows runs by their files only; no model, no training loop.
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import yaml
-
 from gpt2repro.data.shards import load_manifest
 from gpt2repro.files import write_json
-from gpt2repro.options import InputError
-from gpt2repro.training.metrics_log import read_metrics
+from gpt2repro.training.metrics_log import finished_run
 
 DIRECTORY = Path(__file__).parents[1] / "references"
 
@@ -32,7 +30,8 @@ DIRECTORY = Path(__file__).parents[1] / "references"
 RECIPE = (
     "n_layer", "n_head", "n_embd", "n_inner", "activation_function", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "seq_len", "batch_tokens", "optimizer", "lr", "min_lr", "warmup_steps", "max_steps", "weight_decay", "beta1",
-    "beta2", "eps", "muon_lr_scale", "grad_clip", "init_from", "val_tokens",
+    "beta2", "eps", "muon_lr_scale", "grad_clip", "init_from", "val_tokens", "schedule", "cooldown_steps", "zero_init",
+    "cautious_decay",
 )  # fmt: skip
 
 CLOSE = 0.02  # nats: another seed or precision may move a curve by so much
@@ -139,26 +138,18 @@ def recipe_of(config: dict) -> dict:
 def record(run_dir: str | Path, *, name: str, directory: Path = DIRECTORY) -> Path:
     """Write the reference curve of a finished run as `directory/NAME-<start of the sha256>.json`.
 
-    Raises: InputError for a directory that is no run, or a run that has not ended.
+    Raises: InputError as `finished_run` does.
     """
-    run_dir = Path(run_dir)
-    try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{run_dir} is no run: it has no config.yaml") from None
+    config, evaluations = finished_run(run_dir)
     manifest = load_manifest(config["data"])
-    _, evaluations = read_metrics(run_dir)
-    curve = [(entry["step"], round(entry["val_loss"], 4)) for entry in evaluations if "val_loss" in entry]
-    if not curve or curve[-1][0] < config["max_steps"]:
-        raise InputError(f"{run_dir} has not evaluated its last step, {config['max_steps']}; finish the run first")
     reference = {
         "name": name,
         "manifest_sha256": manifest.sha256,
         "recipe": recipe_of(config),
-        "curve": curve,
+        "curve": [(entry["step"], round(entry["val_loss"], 4)) for entry in evaluations],
         "made": {
-            "command": f"python train_accelerate.py --config {run_dir.as_posix()}/config.yaml",
-            "commit": _commit(),
+            "command": f"python train_accelerate.py --config {Path(run_dir).as_posix()}/config.yaml",
+            "commit": commit(),
             "date": date.today().isoformat(),
             "python": platform.python_version(),
             "torch": importlib.metadata.version("torch"),
@@ -170,10 +161,11 @@ def record(run_dir: str | Path, *, name: str, directory: Path = DIRECTORY) -> Pa
     return path
 
 
-def _commit() -> str:
-    root = Path(__file__).resolve().parents[2]
+def commit() -> str:
+    """The checkout's commit, `+changes` where files differ from it; without git GPT2REPRO_COMMIT, else `unknown`."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     try:
-        shown = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return shown.stdout.strip() or "unknown"
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        found = ""
+    return found or os.environ.get("GPT2REPRO_COMMIT", "unknown")

@@ -10,6 +10,7 @@ Owns the run's directory and state. Knows neither how a step is made nor which d
 """
 
 import contextlib
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -19,27 +20,32 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from gpt2repro.checkpoint.layout import POINTERS, from_all_ranks
+from gpt2repro.checkpoint.layout import EMA, POINTERS, from_all_ranks
 from gpt2repro.checkpoint.reader import find_checkpoint
 from gpt2repro.checkpoint.restore import restore
 from gpt2repro.checkpoint.writer import CheckpointWriter
+from gpt2repro.data.mixture import same_recipe
 from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.sources import merge_states, prefetch
 from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name
 from gpt2repro.models import ARCHITECTURE
-from gpt2repro.options import InputError, to_yaml
+from gpt2repro.options import InputError, say, to_yaml
+from gpt2repro.redaction import scrub
 from gpt2repro.training import console
+from gpt2repro.training.averaging import WeightAverage
 from gpt2repro.training.evaluator import Evaluator
 from gpt2repro.training.health import HealthMonitor, Verdict
-from gpt2repro.training.machine import environment
+from gpt2repro.training.machine import environment, origin_of_bits
 from gpt2repro.training.meter import flops_per_token_of
 from gpt2repro.training.planning import doubts, micro_batch_of_run
 from gpt2repro.training.plotting import draw_runs
 from gpt2repro.training.reference import Referee
-from gpt2repro.training.state import Best, RunState, find_resume, load_run_state
+from gpt2repro.training.state import Best, HeldRecipe, RunState, find_resume, load_run_state
 from gpt2repro.training.stopping import StopSignal, lost_a_process, said_to_the_user
 from gpt2repro.training.tracking import RunLog
 
+# Options that change a gradient's last bits, and nothing else, beside those that Run resolves.
+DECIDE_BITS = ("micro_batch_size", "attn_implementation", "loss_chunk_tokens", "bf16_residual", "deterministic")
 BATCHES_AHEAD = 4  # made in a thread while the device computes
 # Seconds that a finished run waits for uploads. A stopped run does not wait; the next start sends them.
 UPLOAD_SECONDS_AT_EXIT = 1800
@@ -89,14 +95,17 @@ class Run:
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
+            self.average = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
             if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
+                precision = config.precision if config.precision == "fp64" else self.accelerator.mixed_precision
                 self.identity["reduction"] = {
-                    "kind": "fixed",
-                    "micro_batch_size": config.micro_batch_size,
+                    **{name: getattr(config, name) for name in DECIDE_BITS},
                     "compile": self._compiled,
-                    "precision": self.accelerator.mixed_precision,
-                    "threads": torch.get_num_threads(),
+                    "precision": "fp32" if precision == "no" else precision,
+                    "OMP_NUM_THREADS": torch.get_num_threads(),
                 }
+                machine = ", ".join(sorted({*from_all_ranks(origin_of_bits(self.accelerator.device))}))
+                self.identity["machines"] = [machine]
             checkpoint = find_resume(config.run_dir, config.resume, fetch=self._fetch, is_main=is_main)
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
@@ -107,14 +116,20 @@ class Run:
                     self.state.parent = {"checkpoint": str(checkpoint), "step": self.state.step, "sha256": digest}
                     self.state.best = self.state.run_ids = None  # the branch is a run of its own
             self.state.digests = self.source.digests()
+            self._note_recipe()
+            if self.source.sources:
+                left = (config.max_steps - self.state.step) * (config.batch_tokens // config.seq_len)
+                self.source.check_length(self.state.source["position"] + left)
             if config.micro_batch_size is None:
                 kept = self.state.micro_batch_size
                 config.micro_batch_size = micro_batch_of_run(config, self.accelerator, self.plain_model, kept)
             options = yaml.safe_load(to_yaml(config))
-            n_params, world = self.plain_model.num_parameters(), self.accelerator.num_processes
+            shown = options | {"n_params": self.plain_model.num_parameters()}
+            shown |= {"processes": self.accelerator.num_processes}
+            shown |= {"recipes": self.state.recipes} if self.state.recipes else {}
             self.log = RunLog(
                 config.run_dir,
-                config=options | {"n_params": n_params, "processes": world},
+                config=shown,
                 trackers=config.trackers,
                 project=config.project,
                 run_ids=self.state.run_ids,
@@ -123,18 +138,19 @@ class Run:
             )
             opened.callback(self.log.close)
             if is_main:
-                (config.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+                self._write_config()
                 step = self.state.step
                 print(console.opening(config, self.accelerator, self.source, self.plain_model, checkpoint, step))
                 tokens, epoch = config.max_steps * config.batch_tokens, self.source.tokens_per_epoch
                 work = flops_per_token_of(self.plain_model, config.seq_len) * tokens
                 for doubt in doubts(config, tokens / epoch if epoch else None, work):
-                    print(f"warning: {doubt}", file=sys.stderr, flush=True)
+                    say(f"warning: {doubt}")
             self._referee = Referee(options, self.source.manifest)
             self._console = console.Console(total=config.max_steps, step=self.state.step, shown=is_main)
             opened.callback(self._console.close)
             from_all_ranks()  # the first one opens the log and the trackers: no wait for the training's own group
             self._at_exit = opened.pop_all()
+        self._log_recipe()
         self.log.status("running", self.state.step)
         return self
 
@@ -151,7 +167,7 @@ class Run:
                 known = read_json_if_whole(self.config.run_dir / "status.json") or {}
                 if known.get("state") != "failed":  # the process that failed knows better why
                     self.log.status("failed", self.state.step, 1, message)
-                print(f"error: {message}", file=sys.stderr, flush=True)
+                say(f"error: {message}")
                 raise SystemExit(1) from None
             sentence = said_to_the_user(error)
             message = f"{type(error).__name__}: {error}" if sentence is None else str(sentence)
@@ -175,9 +191,11 @@ class Run:
         if not steps:
             return None
         for step in steps:
+            if nats := step.pop("row_nats", None):
+                before = self.state.source | {"position": step["positions"][0]}
+                step |= self.source.mean_losses(before, nats)
             self.log.log({name: value for name, value in step.items() if name != "positions"})
-        verdict = self.monitor.judge(steps)
-        if verdict is not None:
+        if (verdict := self.monitor.judge(steps)) is not None:
             self.log.log(verdict.record())
             self._console.say(f"{verdict.action}: {bad_steps(verdict)}")
         last = steps[-1]
@@ -190,6 +208,9 @@ class Run:
         """Measure the model as it is now; log, compare with the reference, keep samples. Every rank calls it."""
         step = self.state.step
         record = {"step": step, **self.evaluator.measure()}
+        if self.average is not None:
+            with self.average.in_place():
+                record |= self.evaluator.measure_average()
         if len(record) > 1:
             self.log.log(record)
             comment = self._referee.comment(step, record["val_loss"]) if "val_loss" in record else None
@@ -209,8 +230,13 @@ class Run:
         state.scaler = scaler.state_dict() if scaler is not None else None
         state.health = self.monitor.state()
         state.environment = environment(self.accelerator)
-        content = state.model_dump(exclude={name for name in ("digests", "parent") if not getattr(state, name)})
+        optional = ("digests", "parent", "recipes")
+        content = state.model_dump(exclude={name for name in optional if not getattr(state, name)})
         content["source"] = merge_states(from_all_ranks(state.source))  # a stream's ranks each know their own lanes
+        average = {}
+        if self.average is not None:
+            made = {"kind": "ema", "decay": self.config.ema_decay, "step": state.step}
+            average = {"averages": self.average.averages, "extra_files": {f"{EMA}average.json": json.dumps(made)}}
         self.writer.save(
             state.step,
             model=self.model,
@@ -218,6 +244,7 @@ class Run:
             tokenizer=self.source.tokenizer,
             state=content,
             on_written=self._written,
+            **average,
         )
         if state.best is not None and state.best["step"] == state.step:
             self.writer.point("best", state.step)
@@ -231,6 +258,9 @@ class Run:
         self._restore(checkpoint, rewinding=True)
         self.state.source = skip_ahead(self.state.source, verdict.start, verdict.stop)
         self.log.rewind(self.state.step)
+        if self.state.recipes:
+            self._write_config()
+            self._log_recipe()
         # Logged at the first new step: a resume from an earlier step makes the bad steps again and logs them again.
         self.log.log(verdict.record() | {"step": self.state.step + 1})
         self._console.back_to(self.state.step)
@@ -258,9 +288,7 @@ class Run:
             seconds = UPLOAD_SECONDS_AT_EXIT if done else 0
             missing = self.uploader.close(timeout=seconds, stop=lambda: stop.received)
         if verdict is not None:
-            advice = (
-                "try a lower lr" if config.on_bad_numbers == "rewind" else "try a lower lr, or --on_bad_numbers rewind"
-            )
+            advice = "try a lower lr" + (", or --on_bad_numbers rewind" if config.on_bad_numbers != "rewind" else "")
             if verdict.action == "rewind":
                 advice = "there is none to rewind to: lower the lr, or --save_steps"
             message = f"{bad_steps(verdict)}; the checkpoints before are kept; {advice}"
@@ -281,13 +309,57 @@ class Run:
     def _restore(self, checkpoint: Path, *, rewinding: bool = False) -> None:
         """Restore everything that `checkpoint` holds, and discard the checkpoints of later steps."""
         self.state = load_run_state(checkpoint, self.identity)
+        if "machines" in self.identity:
+            (here,) = self.identity["machines"]
+            machines = self.state.identity.setdefault("machines", [here])
+            if machines[-1] != here:
+                if self.accelerator.is_main_process:
+                    say(
+                        f"warning: {checkpoint} was made by {machines[-1]}, and this is {here}: from here on the last "
+                        "bits may differ, and with them the run"
+                    )
+                machines.append(here)  # the next checkpoints say so
         restore(checkpoint, self.model, self.optimizer)
+        if self.average is not None and (checkpoint / EMA).is_dir():
+            with self.average.in_place():
+                restore(checkpoint / EMA, self.model)
+        elif self.average is not None:  # the run had none until here
+            self.average.restart()
         if self.state.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         self.monitor.load_state(self.state.health, rewinding=rewinding)
         self.writer.discard_after(self.state.step)
         if self.state.best is not None:
             self.writer.point("best", self.state.best["step"])
+        if rewinding:
+            self._note_recipe()
+
+    def _note_recipe(self) -> None:
+        """Keep a recipe that the state has not; `best` was of another mixture, with which nothing compares."""
+        if not self.source.sources:
+            return
+        state, data = self.state, self.identity["data"]
+        state.recipes = state.recipes or [HeldRecipe(step=0, position=0, data=state.identity["data"])]
+        if not same_recipe(state.recipes[-1]["data"], data):
+            state.recipes.append(HeldRecipe(step=state.step, position=state.source["position"], data=data))
+            state.best = state.best if self.config.val_data is not None else None
+        state.identity = self.identity
+
+    def _log_recipe(self) -> None:
+        """Log a recipe that begins here, at the first step that it gives: a resume from here logs it again."""
+        for recipe in self.state.recipes[-1:]:
+            if recipe["step"] == self.state.step:
+                self.log.log({**scrub(recipe), "step": recipe["step"] + 1, "event": "recipe"})
+
+    def _write_config(self) -> None:
+        """Write config.yaml; the recipes follow as comments, so that it stays a `--config`."""
+        if self.accelerator.is_main_process:
+            text = to_yaml(self.config)
+            if self.state.recipes:
+                listed = yaml.safe_dump(scrub(self.state.recipes), sort_keys=False, allow_unicode=True)
+                text += "# Recipes that the run has had, each from a step and a position (in windows) on:\n"
+                text += "".join(f"# {line}\n" for line in listed.splitlines())
+            (self.config.run_dir / "config.yaml").write_text(text, encoding="utf-8")
 
     def _written(self, checkpoint: Path) -> None:
         """Draw, upload and log a written checkpoint, in the thread that wrote it: the loop does not wait."""
@@ -304,7 +376,7 @@ class Run:
         try:
             draw_runs([self.config.run_dir], self.config.run_dir / "loss.png")
         except Exception as error:
-            print(f"loss.png was not drawn: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            say(f"loss.png was not drawn: {type(error).__name__}: {error}")
 
 
 def lock_run(run_dir: Path) -> FileLock:

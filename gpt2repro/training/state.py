@@ -15,6 +15,7 @@ from typing_extensions import NotRequired, TypedDict  # pydantic wants this one 
 
 from gpt2repro.checkpoint.layout import find_run
 from gpt2repro.checkpoint.reader import find_checkpoint, read_state
+from gpt2repro.data.mixture import changed_past
 from gpt2repro.files import step_in_name
 from gpt2repro.options import InputError
 from gpt2repro.redaction import scrub
@@ -39,6 +40,7 @@ class Identity(TypedDict):
     optimizer: str
     architecture: dict[str, Any]
     reduction: NotRequired[dict[str, Any]]  # what decides the bits of `--reduction fixed`, absent for `fast`
+    machines: NotRequired[Annotated[list[str], Field(min_length=1)]]  # that made them, one after the other; no bar
 
 
 class Source(TypedDict):
@@ -47,6 +49,14 @@ class Source(TypedDict):
     position: Count
     skipped: list[Range]
     lanes: NotRequired[dict[str, list[Count]]]
+
+
+class HeldRecipe(TypedDict):
+    """The data's identity from a step on; `position` is that of the step's first window."""
+
+    step: Count
+    position: Count
+    data: dict[str, Any]
 
 
 class Health(TypedDict):
@@ -75,6 +85,7 @@ class RunState(BaseModel):
     identity: Identity
     source: Source
     parent: dict[str, Any] | None = None  # the checkpoint that a cool-down branched off
+    recipes: list[HeldRecipe] = []  # every recipe that the run has had; the last one holds
     digests: dict[str, str] = {}
     environment: dict[str, Any] = {}
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None  # None in checkpoints from before it was kept
@@ -94,26 +105,35 @@ def load_run_state(checkpoint: Path, identity: Identity) -> RunState:
         raise InputError(
             f"{checkpoint}: its trainer state has no usable {' and '.join(wrong)}; take another checkpoint"
         )
-    refuse_another_run(state.identity, identity, checkpoint)
+    refuse_another_run(state.identity, identity, checkpoint, state.source["position"])
     return state
 
 
-def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path) -> None:
+def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path, position: int = 0) -> None:
     """Raises: InputError where an option changed that would make the rest of the run another run.
 
     Free to change on resume: processes, micro_batch_size, precision, workers, trackers, intervals; max_steps, lr and
     the rest of the schedule change lr(step) from here on. Not free: the data and its order (data, seed, seq_len,
-    batch_tokens: they say which windows each step sees), the architecture and the kind of optimizer state.
+    batch_tokens: they say which windows each step sees), the architecture and the kind of optimizer state; with a
+    fixed reduction, all that decides the last bits but the machine. A recipe may change for positions that lie ahead of
+    `position`.
     """
     saved, now = scrub(saved), scrub(now)  # a checkpoint is written without home directories
     pairs = {name: (saved[name], now[name]) for name in ("batch_tokens", "optimizer")}
-    for part in ("architecture", "data", "reduction"):
-        old, new = saved.get(part, {}), now.get(part, {})
+    has_recipe = "recipe" in (saved["data"].get("kind"), now["data"].get("kind"))
+    pairs["reduction"] = tuple("fixed" if "reduction" in identity else "fast" for identity in (saved, now))
+    for part in ("architecture", "data", *(["reduction"] if pairs["reduction"] == ("fixed", "fixed") else [])):
+        old, new = saved[part], now[part]
         names = sorted({*old, *new})
         if part == "data" and old.get("revision") is None:
             names = [name for name in names if name != "source"]  # local files may lie elsewhere: their sha256 decides
+        if part == "data" and has_recipe:
+            # The rest is compared below, up to `position`. Shards that become a recipe had another kind of order.
+            names = ["seed", "seq_len", *(["order"] if old.get("kind") == new.get("kind") else [])]
         pairs |= {f"{part}: {name}": (old.get(name), new.get(name)) for name in names}
     changed = [f"{name} was {before} and is now {after}" for name, (before, after) in pairs.items() if before != after]
+    if has_recipe and not changed:
+        changed = changed_past(saved["data"], now["data"], position)
     if changed:
         raise InputError(
             f"cannot continue {checkpoint} with other settings: {'; '.join(changed)}. Set them back, or start a new "
@@ -126,8 +146,7 @@ def cooled_down(config):
 
     The parent run is only read. Raises: InputError where there is no checkpoint, or its learning rate was not stable.
     """
-    checkpoint = find_checkpoint(config.cooldown_from)
-    if checkpoint is None:
+    if (checkpoint := find_checkpoint(config.cooldown_from)) is None:
         raise InputError(f"cooldown_from={config.cooldown_from}: no checkpoint there")
     step, run = read_state(checkpoint)["step"], find_run(checkpoint)
     if run is not None and run.resolve() == config.run_dir.resolve():
@@ -162,8 +181,7 @@ def find_resume(run_dir: Path, resume: str, *, fetch: Callable[[str, Path], Path
         curve = Path(place) / "training/metrics.jsonl"
         if is_main and own is None and curve.is_file():  # the log then begins at step 0
             shutil.copy(curve, run_dir / "metrics.jsonl")
-    found = find_checkpoint(place, all_ranks=True)
-    if found is None:
+    if (found := find_checkpoint(place, all_ranks=True)) is None:
         raise InputError(f"resume={resume}: no checkpoint there")
     elsewhere = own is not None and found.resolve().parent != own.resolve().parent
     return own if elsewhere and read_state(own)["step"] >= read_state(found)["step"] else found

@@ -1,7 +1,10 @@
 """How a run ends early: signals that ask for a checkpoint, and errors that say what to do."""
 
+import os
 import signal
+import socket
 import sys
+import threading
 
 import torch
 import torch.distributed as dist
@@ -16,30 +19,53 @@ class StopSignal:
 
     A signal may reach any rank; all ranks stop after the same step. The answer of one step travels while the next step
     computes, so no step waits for it. A context manager: at its end the process has its old handlers again.
+
+    Python calls a handler between two of its own instructions, so not inside a backward pass or a compilation, which
+    can take minutes. A signal's number is therefore also written to a socket, where a thread reads it at once.
     """
 
     def __init__(self, world: int):
         self._received: int | None = None
         self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self._is_first = self._group is None or dist.get_rank() == 0
         self._answer, self._work = torch.zeros(1), None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
+        ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._fd_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True).start()
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)  # Windows has neither SIGHUP nor SIGUSR1
             if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # nohup
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        self._mouth.close()  # ends the thread
+        if self.received and "CompileError" in str(error):  # Ctrl-C reaches torch.compile's C++ compiler as well
+            raise InputError(
+                f"stopped by {self.name} while torch.compile was at work; the same command goes on from the last "
+                "checkpoint"
+            ) from None
 
     def _receive(self, number: int, frame) -> None:
         self._received = number
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            print("\nstopping after this step; Ctrl-C again quits now", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one is the system's
+
+    def _listen(self, ear: socket.socket) -> None:
+        interrupts = 0
+        while heard := ear.recv(1):
+            interrupts += heard[0] == signal.SIGINT
+            if interrupts == 2:  # the main thread has not come to `_receive` yet
+                os._exit(130)
+            if heard[0] == signal.SIGINT and self._is_first:  # Ctrl-C reaches every process of a terminal
+                print("\nstopping after this step; Ctrl-C again quits now", file=sys.stderr, flush=True)
 
     @property
     def received(self) -> bool:

@@ -9,7 +9,6 @@ Owns the files named above. Knows no model, data or checkpoint, and no metric by
 import contextlib
 import json
 import math
-import sys
 import threading
 import uuid
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
 from gpt2repro.files import write_json
+from gpt2repro.options import say
 from gpt2repro.redaction import scrub
 from gpt2repro.training.metrics_log import cut_metrics
 
@@ -61,7 +61,7 @@ class RunLog:
 
     def _open_metrics(self, last_step: int | None) -> None:
         for first, last in cut_metrics(self.run_dir / "metrics.jsonl", last_step):
-            print(f"warning: metrics.jsonl has lost the steps {first} to {last}", file=sys.stderr, flush=True)
+            say(f"warning: metrics.jsonl has lost the steps {first} to {last}")
         # Line-buffered: a killed process leaves every line it logged, and at worst one torn last line.
         self._metrics = open(self.run_dir / "metrics.jsonl", "a", buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
 
@@ -76,8 +76,7 @@ class RunLog:
         if not self.is_main:
             return
         record = {name: value.item() if hasattr(value, "item") else value for name, value in record.items()}
-        numbers = {name: value for name, value in record.items() if isinstance(value, float)}
-        nulls = {name: None for name, value in numbers.items() if not math.isfinite(value)}
+        nulls = {name: None for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
         self._metrics.write(json.dumps(record | nulls, ensure_ascii=False, allow_nan=False) + "\n")
         self._send("log", record)
 
@@ -193,9 +192,9 @@ def _open_tracker(name: str, run_dir: Path, *, config: dict, project: str, run_i
     else:
         tracker = _Trackio(project, name=f"{run_name}-{run_id}", resume="allow", config=config, embed=False)
     tracker.start()
-    if name == "tensorboard" and resume_step is None:
+    if name == "tensorboard" and (resume_step is None or "recipes" in config):  # a recipe may have changed
         text = _code_block(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        tracker.tracker.add_text("config", text, 0)
+        tracker.tracker.add_text("config", text, resume_step or 0)
     return tracker
 
 
@@ -210,4 +209,4 @@ def _code_block(text: str) -> str:
 
 def _say_dropped(name: str, error: Exception) -> None:
     text = " ".join(scrub(str(error)).split())
-    print(f"{name} failed and is left out from here on ({type(error).__name__}: {text})", file=sys.stderr, flush=True)
+    say(f"{name} failed and is left out from here on ({type(error).__name__}: {text})")

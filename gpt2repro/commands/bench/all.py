@@ -1,11 +1,11 @@
-"""Every benchmark, one after the other, each in a process of its own; the records land beside each other.
+"""Runs every benchmark, one after the other, each in a process of its own; all records go into one directory.
 
-gpt2repro bench all                           # what this machine has: CPU sizes on a CPU, 124M on a GPU
-gpt2repro bench all --minutes 10              # a borrowed GPU: its measures come first, what does not fit is dropped
+gpt2repro bench all                           # small models on a CPU, 124M on a GPU
+gpt2repro bench all --minutes 10              # for a borrowed GPU: what does not fit into the minutes is dropped
 gpt2repro bench all --only train generate
 
-Needs no download: token ids are random where ids suffice, and `tokenize`, which needs GPT-2's vocabulary, ends with a
-sentence where that is not at hand.
+Needs no download: most benchmarks take random token ids. `tokenize` needs GPT-2's vocabulary, and ends with an error
+message where it is neither cached nor within reach.
 """
 
 import subprocess
@@ -18,10 +18,10 @@ from typing import Literal
 from gpt2repro.commands.bench.harness import RECORDS
 from gpt2repro.options import Positive, parse_options
 
-# Minutes of each out of ten. On a GPU the first four measure it; the time that one leaves goes to the next ones.
+# How ten minutes are divided. The first four measure the GPU. Time that one of them leaves goes to those behind it.
 SHARES = {"train": 5.0, "generate": 2.0, "hellaswag": 1.0, "checkpoint": 1.0, "data": 0.5, "tokenize": 0.5}
-GRACE_SECONDS = 20  # beyond its share, for a measurement that has begun
-LEAST_SECONDS = 10  # in less time a benchmark could only import
+GRACE_SECONDS = 20  # beyond its share a benchmark may finish a measurement that it has begun
+LEAST_SECONDS = 10  # in less time a benchmark only imports torch
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The models that benchmarks compare: GPT-2 as tutorials write it by hand, transformers' own, and ours.
 
-The hand-written one (nn.Linear, fused SDPA, all logits returned) stands for what build-nanogpt ships: the same
-architecture, written anew here. All can be given the same random weights.
+The hand-written one (nn.Linear, fused SDPA, all logits returned) has the architecture of build-nanogpt's model and is
+written anew here. All three get the same random weights.
 """
 
 import functools
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def transformers_gpt2(shape: dict, attention: str = "sdpa"):
-    """transformers' GPT-2 without dropout; random biases and layer norms, so that the guard notices a missing one."""
+    """transformers' GPT-2 without dropout. Biases and layer norms are random as well: a candidate without one fails."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
@@ -24,7 +24,7 @@ def transformers_gpt2(shape: dict, attention: str = "sdpa"):
     return model
 
 
-@functools.lru_cache(maxsize=2)  # the vocabulary as it is, and padded
+@functools.lru_cache(maxsize=2)  # of two shapes: with the vocabulary as it is, and padded
 def _weights(**shape) -> dict[str, torch.Tensor]:
     return transformers_gpt2(shape).state_dict()
 
@@ -68,14 +68,9 @@ class HandWrittenGPT2(nn.Module):
 
     def __init__(self, *, n_layer: int, n_head: int, n_embd: int, vocab_size: int, n_positions: int = 1024):
         super().__init__()
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(vocab_size, n_embd),
-                "wpe": nn.Embedding(n_positions, n_embd),
-                "h": nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer)),
-                "ln_f": nn.LayerNorm(n_embd),
-            }
-        )
+        embeddings = {"wte": nn.Embedding(vocab_size, n_embd), "wpe": nn.Embedding(n_positions, n_embd)}
+        blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
+        self.transformer = nn.ModuleDict({**embeddings, "h": blocks, "ln_f": nn.LayerNorm(n_embd)})
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
 

@@ -14,8 +14,17 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
+
+from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro.checkpoint.reader import find_checkpoint
+from gpt2repro.checkpoint.restore import restore
+from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.commands.bench.harness import CommonOptions, NotEqual, Record, summary, timed
 from gpt2repro.options import AtLeastOne, parse_options
+from gpt2repro.training.optim import build_optimizer
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 OURS, ACCELERATE, TORCH = "ours, asynchronous", "accelerator.save_state", "torch.save"
 CPU_SIZES = {"vocab_size": 8192, "n_positions": 256, "n_embd": 384, "n_layer": 8, "n_head": 6}
@@ -44,19 +53,9 @@ def measure(record: Record, folder: Path) -> None:
 
     Raises: NotEqual where a checkpoint of ours does not hold what torch.save wrote.
     """
-    import torch
-    from accelerate import Accelerator
-
-    from configuration_gpt2repro import GPT2ReproConfig
-    from gpt2repro.checkpoint.reader import find_checkpoint
-    from gpt2repro.checkpoint.restore import restore
-    from gpt2repro.checkpoint.writer import CheckpointWriter
-    from gpt2repro.training.optim import build_optimizer
-    from modeling_gpt2repro import GPT2ReproForCausalLM
-
     accelerator = Accelerator()
     on_gpu = accelerator.device.type == "cuda"
-    config, batch = (GPT2ReproConfig(), (8, 1025)) if on_gpu else (GPT2ReproConfig(**CPU_SIZES), (2, 129))
+    config, batch = (GPT2ReproConfig(), (8, 1024)) if on_gpu else (GPT2ReproConfig(**CPU_SIZES), (2, 128))
 
     def build():
         model = GPT2ReproForCausalLM(config).to(accelerator.device)
@@ -64,24 +63,18 @@ def measure(record: Record, folder: Path) -> None:
 
     model, optimizer = accelerator.prepare(*build())
     tokens = torch.randint(0, config.vocab_size, batch, device=accelerator.device)
-    targets = {"shift_labels": tokens[:, 1:], "use_cache": False, "output_logits": False}
 
     def step() -> None:
-        accelerator.backward(model(input_ids=tokens[:, :-1], **targets).loss)
+        accelerator.backward(model(tokens, labels=tokens, use_cache=False, output_logits=False).loss)
         optimizer.step()
         optimizer.zero_grad()
 
     ours = CheckpointWriter(folder / "ours", keep_last=1)
     numbers = itertools.count(1)
-
-    def save_by_torch() -> None:
-        content = {"model": accelerator.unwrap_model(model).state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(content, folder / "torch.pt")
-
     candidates = {
         OURS: lambda: ours.save(next(numbers), model=model, optimizer=optimizer, state={}),
         ACCELERATE: lambda: accelerator.save_state(str(folder / "accelerate")),
-        TORCH: save_by_torch,
+        TORCH: lambda: torch.save([part.state_dict() for part in (model, optimizer)], folder / "torch.pt"),
     }
 
     # --- the same content comes back
@@ -93,21 +86,20 @@ def measure(record: Record, folder: Path) -> None:
     twin, twin_optimizer = build()
     restore(newest, twin, twin_optimizer)
     stored = torch.load(folder / "torch.pt", map_location=accelerator.device, weights_only=True)
-    pairs = [(name, weight, stored["model"][name]) for name, weight in twin.state_dict().items()]
-    parameters = [parameter for group in twin_optimizer.param_groups for parameter in group["params"]]
-    for parameter, theirs in zip(parameters, stored["optimizer"]["state"].values(), strict=True):
-        pairs += [(kind, value, theirs[kind]) for kind, value in twin_optimizer.state[parameter].items()]
-    if wrong := [name for name, mine, theirs in pairs if not torch.equal(mine.cpu(), theirs.cpu())]:
-        raise NotEqual(f"ours and torch.save give different weights or optimizer states: {wrong[0]}")
-    del twin, twin_optimizer, stored, pairs, parameters
+    restored = [part.state_dict() for part in (twin, twin_optimizer)]
+    try:
+        torch.testing.assert_close(restored, stored, rtol=0, atol=0, check_device=False)
+    except AssertionError as error:
+        raise NotEqual(f"ours and torch.save give different weights or optimizer states: {error}") from None
+    del twin, twin_optimizer, stored, restored
     bytes_written = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
     record.save(checks={"weights and optimizer restored": "equal to torch.save's, bit by bit"})
 
-    # --- the stall of one save, in turns; the rest of the thread's writing is waited for outside the clock
+    # --- the stall of one save, the candidates in turns; the clock stands while our thread writes the rest
     times = record.compare(candidates, after=ours.wait)
     record.headline("training waits for a save", times, ours=OURS, baseline=ACCELERATE, unit="s")
 
-    # --- the whole cost: so many steps that the writing fits beside them, with and without a save before the first
+    # --- the whole cost: steps with a save before the first, and without; as many as the writing takes, or more
     writing = [timed(lambda: (candidates[OURS](), ours.wait())) for _ in range(3)]
     step_seconds = timed(lambda: [step() for _ in range(3)]) / 3
     steps = max(3, min(60, round(1.2 * statistics.median(writing) / step_seconds) + 1))

@@ -5,20 +5,26 @@ gpt2repro bench data
 All three give 16 x 1024 tokens at a time from the same 32M tokens. The slicing loader is what build-nanogpt does: the
 whole shard in memory, the next B T + 1 tokens, in the order of the file, never shuffled; it is as fast as a loader can
 be. `datasets` reads rows of 1025 tokens from an Arrow file on disk in shuffled order; ours reads shuffled windows, also
-across shard borders, from disk; both in the thread that feeds a training loop. Then the indices of one batch at a
-simulated 10^12 tokens, and a stream: text to batches through a tokenising thread, from an empty cache and a full one.
+across shard borders, from disk; both in the thread that feeds a training loop. Two more measures have no rival: the
+windows of one batch are chosen among 10^12 simulated tokens; and a stream makes batches of text in one tokenising
+thread, with an empty cache and with a full one.
 """
 
-import importlib.util
 import itertools
 import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
+import torch
 
 from gpt2repro.commands.bench.harness import CommonOptions, NotEqual, Record
+from gpt2repro.data.ordering import next_positions
+from gpt2repro.data.shards import open_split, write_shard
+from gpt2repro.data.sources import ShardSource, open_source, prefetch
+from gpt2repro.data.tokenization import Encoder, bpe_tokenizer, gpt2_tokenizer
 from gpt2repro.options import AtLeastOne, InputError, parse_options
 
 SEQ_LEN, SEQUENCES = 1024, 16
@@ -38,7 +44,7 @@ class Options(CommonOptions):
 
 
 class TrillionTokens:
-    """Replaces a split of 10^12 tokens, of which only the size is read."""
+    """Stands in for a split of 10^12 tokens; only its size is read."""
 
     tokens, vocab_size, sha256 = 10**12, VOCAB_SIZE, ""
 
@@ -56,13 +62,8 @@ def main(argv: list[str]) -> int:
 
 def loaders(record: Record, folder: Path, batches: int) -> None:
     """Tokens per second of the three loaders, after a check of the windows and tokens of ours."""
-    import torch
-
-    from gpt2repro.data.shards import open_split, write_shard
-    from gpt2repro.data.sources import ShardSource, prefetch
-
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, TOKENS, dtype=np.uint16)
-    for number, piece in enumerate(np.array_split(tokens, SHARDS)):  # in llm.c's layout, which is used in place
+    for number, piece in enumerate(np.array_split(tokens, SHARDS)):  # llm.c's layout, which needs no manifest
         (folder / "shards").mkdir(exist_ok=True)
         write_shard(folder / "shards" / f"bench_train_{number:06d}.bin", piece, VOCAB_SIZE)
     source = ShardSource(open_split(folder / "shards", "train"), seq_len=SEQ_LEN, seed=0)
@@ -84,11 +85,10 @@ def loaders(record: Record, folder: Path, batches: int) -> None:
 
     def take(loader) -> None:
         for x, y, *_ in itertools.islice(loader, batches):
-            x.clone(), y.clone()  # copied, as to a GPU: a view costs nothing and holds nothing yet
+            x.clone(), y.clone()  # training copies a batch to its GPU; a view alone would read no token
 
     feeds = {OURS: prefetch(source.batches(source.initial_state(), **BATCH), depth=4), SLICING: slices()}
-    if importlib.util.find_spec("datasets"):
-        feeds[DATASETS] = prefetch(arrow_batches(folder / "arrow", tokens), depth=4)
+    feeds[DATASETS] = prefetch(arrow_batches(folder / "arrow", tokens), depth=4)
     calls = {name: lambda feed=feed: take(feed) for name, feed in feeds.items()}
     times = record.compare(calls, units=batches * SEQUENCES * SEQ_LEN)
     for feed in feeds.values():
@@ -101,7 +101,6 @@ def loaders(record: Record, folder: Path, batches: int) -> None:
 
 def arrow_batches(directory: Path, tokens: np.ndarray):
     """Endless (x, y) in one shuffled order from an Arrow dataset on disk, T + 1 tokens in each row."""
-    import torch
     from datasets import Dataset, disable_progress_bars, load_from_disk
 
     disable_progress_bars()
@@ -117,9 +116,6 @@ def arrow_batches(directory: Path, tokens: np.ndarray):
 
 def indices(record: Record) -> None:
     """Milliseconds for the windows of a batch of 512 sequences, in a corpus that no disk here could hold."""
-    from gpt2repro.data.ordering import next_positions
-    from gpt2repro.data.sources import ShardSource
-
     source = ShardSource(TrillionTokens(), seq_len=SEQ_LEN, seed=0)
     position = itertools.count(source.windows // 3, 512)
     calls = {"indices": lambda: [source.windows_at(next_positions(next(position), [], 512)) for _ in range(100)]}
@@ -130,21 +126,16 @@ def indices(record: Record) -> None:
 
 def stream(record: Record, folder: Path) -> None:
     """Tokens per second from text to batches, one tokenising thread, from an empty and from a full cache."""
-    from pydoc_data.topics import topics
-
-    from gpt2repro.data.sources import open_source, prefetch
-    from gpt2repro.data.tokenization import Encoder, bpe_tokenizer, gpt2_tokenizer
-
     texts = list(topics.values())  # the documents of `help()`: about 465 KB that every CPython brings
     try:
         tokenizer = gpt2_tokenizer()
-    except (InputError, ImportError):  # no network and no cached vocabulary, or no tiktoken
+    except (InputError, ImportError):  # no network and no cached vocabulary, or no tiktoken: a bare GPU image
         tokenizer = bpe_tokenizer(texts, 8192)
     lines, repeats = [json.dumps({"text": text}) for text in texts], STREAM_BYTES // sum(map(len, texts)) + 1
     path = folder / "text.jsonl"
     path.write_text("\n".join(lines * repeats), encoding="utf-8")
     tokens = repeats * sum(map(len, Encoder(tokenizer).encode_batch(texts)))
-    batches = max(1, int(0.8 * tokens / (SEQUENCES * SEQ_LEN)))  # most of an epoch, so that the cache cannot help
+    batches = max(1, int(0.8 * tokens / (SEQUENCES * SEQ_LEN)))  # a second epoch would come from the cache
     caches = (folder / f"cache-{number}" for number in itertools.count())
     how = {"tokenizer": tokenizer, "seq_len": SEQ_LEN, "seed": 0, "sequences": SEQUENCES, "workers": 1}
 

@@ -4,8 +4,8 @@
     gpt2repro bench generate --size 1558M --batch 1
 
 All candidates have the same weights, prompts, precision and sampling (temperature 1, top-k 50) and write the same
-number of tokens; prefill is part of the time, loading, packing and compiling are not.
-Before any timing, greedy text in fp32 must be transformers', token by token, with prompts padded on the left.
+number of tokens. Reading the prompt is part of the time; loading, packing and compiling are not. Before any timing,
+our greedy text in fp32 must equal transformers', token by token, also for prompts that are padded on the left.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from gpt2repro.options import AtLeastOne, parse_options
 OURS, OURS_COMPILED = "ours", "ours, compiled"
 DYNAMIC, STATIC = "transformers generate, dynamic cache", "transformers generate, static cache"
 SAMPLING = {"temperature": 1.0, "top_k": 50}
-GOALS_H200 = {1: 4_000, 64: 60_000}  # tokens/s at 124M; rooflines 16k and 189k
+GOALS_H200 = {1: 4_000, 64: 60_000}  # batch -> tokens/s of 124M; the memory's bandwidth allows 16k and 189k
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,6 @@ import re
 import shlex
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,10 +33,11 @@ from typing import Literal
 import psutil
 
 from gpt2repro.files import check_outputs, write_json
-from gpt2repro.options import AtLeastOne, Positive
+from gpt2repro.options import AtLeastOne, InputError, Positive, first_line
+from gpt2repro.training.reference import commit
 
 RECORDS = Path("results/benchmarks")  # seen from the project's root, where the commands are run
-# What speed depends on.
+# A record names their versions, since speed depends on them.
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tiktoken", "datasets")
 GIB = 2**30
 # Radford et al. 2019, table 2; `small` is for CPUs.
@@ -77,6 +77,7 @@ class Record:
         self.path, self.rounds = options.out / f"{name}-{host_kind()}.json", options.rounds
         self.deadline = time.monotonic() + 60 * (options.minutes or math.inf)
         check_outputs(self.path)
+        # A bare GPU image lacks some of them.
         distributions = {package: list(importlib.metadata.distributions(name=package)) for package in PACKAGES}
         versions = {package: found[0].version for package, found in distributions.items() if found}
         self.results: dict = {"headlines": [], "lost": {}, "dropped": []}
@@ -112,16 +113,16 @@ class Record:
         return False
 
     def seconds_left(self) -> float | None:
-        """Until the minutes are over, at least one; None without a limit."""
+        """Seconds until the minutes are over, at least one; None without a limit."""
         return None if math.isinf(self.deadline) else max(1.0, self.deadline - time.monotonic())
 
     def attempt(self, name: str, call: Callable):
-        """The result of `call`; None where it ran out of memory or failed otherwise, and the record says so."""
+        """The result of `call`; None where it failed, from lack of memory or otherwise: then the record says so."""
         try:
             return call()
-        # torch's OutOfMemoryError and its compiler's errors are RuntimeErrors.
-        except (RuntimeError, subprocess.SubprocessError, NotEqual) as error:
-            reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        # torch's OutOfMemoryError and its compiler's errors are RuntimeErrors; a bare GPU image lacks some packages.
+        except (RuntimeError, ImportError, subprocess.SubprocessError, NotEqual) as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
         print(f"  LOST {name}: {reason}", flush=True)
         self.results["lost"][name] = reason
         self.save()
@@ -189,6 +190,15 @@ def cells(row: dict) -> list[str]:
     return [row["measure"], shown, baseline, ratio, goal]
 
 
+def finished(command: list, directory: Path | None = None) -> str:
+    """The output of a program. Raises: InputError with the last line of stderr where the program failed."""
+    done = subprocess.run(list(map(str, command)), cwd=directory, capture_output=True, text=True)
+    if done.returncode != 0:
+        words = (done.stderr.strip() or "nothing on stderr").splitlines()[-1]
+        raise InputError(f"{shlex.join(map(str, command[:5]))} … ended with exit code {done.returncode}: {words}")
+    return done.stdout
+
+
 def timed(call: Callable) -> float:
     """Seconds of one call, the accelerator's work included."""
     synchronize()
@@ -217,7 +227,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def peak_memory_gib(call: Callable) -> float:
-    """The peak memory of one call, without the memory allocated before it, counted by torch's allocator, in GiB."""
+    """The most memory that one call allocates at a time, as torch's allocator counts it, in GiB."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -238,8 +248,9 @@ def peak_memory_gib(call: Callable) -> float:
 
 def synchronize() -> None:
     """Wait for the accelerator, if one is in use, so that the clock measures finished work."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    import torch
+
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
@@ -273,13 +284,3 @@ def hardware() -> dict:
         "load_average": round(psutil.getloadavg()[0], 2),
         "system": platform.system(),
     }
-
-
-def commit() -> str:
-    """The checkout's commit, `+changes` where files differ from it; without git GPT2REPRO_COMMIT, else `unknown`."""
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        found = ""
-    return found or os.environ.get("GPT2REPRO_COMMIT", "unknown")

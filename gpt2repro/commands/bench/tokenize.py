@@ -3,19 +3,17 @@
 gpt2repro bench tokenize                              # goals: 2.5x, 1.8x, and 10x with gigatoken
 gpt2repro bench tokenize --input texts/*.txt
 
-The baseline is a process pool that calls tiktoken once per document, builds one numpy array each and copies them into
-shards, as build-nanogpt's fineweb.py does: with half the cores (as it ships) and with all. Ours reads, tokenises and
-writes with the engine of `preparation`, with tiktoken and, where it is installed, with gigatoken. All read the same
-file and must write the same tokens, or nothing is timed.
+The baseline works as build-nanogpt's fineweb.py: a process pool calls tiktoken once per document, makes a numpy array
+of each, and copies the arrays into shards. It runs with half of the cores, as it ships, and with all of them. Ours
+reads, tokenises and writes with the engine of `preparation`: with tiktoken and, where it is installed, with gigatoken.
+All candidates read the same file and must write the same tokens; otherwise nothing is timed.
 
-The text is the docstrings of Python and of its installed packages and the files of --input, cut into documents of a web
-page's length and repeated up to --megabytes. The start of the pools counts. Reading GPT-2's vocabulary and the two
-seconds of comparing gigatoken with tiktoken do not count, since they are the same for 10B tokens.
+The text is Python's documentation, the docstrings of torch and numpy, and the files of --input. It is cut into
+documents as long as a web page and repeated until it has --megabytes. The time to start the pools counts. The time to
+read GPT-2's vocabulary and to compare gigatoken with tiktoken (two seconds) does not: it is the same for 10B tokens.
 """
 
 import contextlib
-import functools
-import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -28,6 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow
+import tiktoken
+from pyarrow import parquet
 
 from gpt2repro.commands.bench import harness
 from gpt2repro.data.preparation import prepare
@@ -47,18 +48,16 @@ class Options(harness.CommonOptions):
     input: list[Path] = field(default_factory=list)
     "More text: UTF-8 files."
     megabytes: AtLeastOne = 400
-    "Text to tokenise; shorter text is repeated. With less text the start of the pools takes most of the time."
+    "How much text to tokenise; with much less, the pools take most of the time to start."
     rounds: AtLeastOne = 3
-    "Measurements of each; they take turns."
+    "Measurements of each candidate; the candidates take turns."
     shard_tokens: AtLeastOne = 10_000_000
     "Tokens per shard."
     workers: AtLeastOne = os.cpu_count() or 1
     "Processes of ours, and of the baseline with all cores."
 
     def problems(self) -> list[str]:
-        absent = [name for name in ("pyarrow", "tiktoken") if not importlib.util.find_spec(name)]
-        problems = [f"bench tokenize needs {', '.join(absent)}; install it, or leave it out"] if absent else []
-        return problems + [f"input={path} does not exist" for path in self.input if not path.exists()]
+        return [f"input={path} does not exist" for path in self.input if not path.exists()]
 
 
 def main(argv: list[str]) -> int:
@@ -79,7 +78,7 @@ def main(argv: list[str]) -> int:
         if fast.uses_gigatoken:
             candidates["ours, gigatoken"] = partial(ours, *place, workers, tokenizer, fast)
         memory, written = {}, {}
-        for name, call in candidates.items():  # the check, and the warm-up
+        for name, call in candidates.items():  # compares the tokens, and warms up
             memory[name] = peak_memory_gib(call)
             written[name] = read_back(place[1])
             if not np.array_equal(written[name], written[as_ships]):
@@ -100,30 +99,26 @@ def main(argv: list[str]) -> int:
 
 def write_text(path: Path, inputs: list[Path], text_bytes: int) -> int:
     """Write about `text_bytes` of real text as FineWeb-like parquet. Returns its exact size."""
-    import pyarrow
-    from pyarrow import parquet
-
     libraries = Path(sysconfig.get_paths()["purelib"])
     texts = [*python_docs(), *(text for package in PACKAGES for text in docstrings(libraries / package))]
     if inputs:
         files = find_text([str(path) for path in inputs])
-        texts += [
-            "".join(piece for piece, _ in document) for unit in files.units(10**9) for document in files.read(unit)
-        ]
+        documents = (document for unit in files.units(10**9) for document in files.read(unit))
+        texts += ["".join(piece for piece, _ in document) for document in documents]
     size = DOCUMENT_CHARACTERS
     documents = [text[start : start + size] for text in texts for start in range(0, len(text), size)]
     np.random.default_rng(0).shuffle(documents)
-    written, endless = 0, itertools.cycle(documents)
-    with parquet.ParquetWriter(path, pyarrow.schema([("text", pyarrow.string())]), compression="zstd") as file:
-        while written < text_bytes:
-            group = list(itertools.islice(endless, ROW_GROUP_DOCUMENTS))
-            file.write_table(pyarrow.table({"text": group}))
-            written += sum(len(text.encode()) for text in group)
+    endless, chosen, written = itertools.cycle(documents), [], 0
+    while written < text_bytes:
+        chosen.append(next(endless))
+        written += len(chosen[-1].encode())
+    table = pyarrow.table({"text": chosen})
+    parquet.write_table(table, path, row_group_size=ROW_GROUP_DOCUMENTS, compression="zstd")
     return written
 
 
 def ours(source: Path, out: Path, shard_tokens: int, workers: int, tokenizer, encoder: Encoder) -> None:
-    """The engine of prepare_fineweb.py, with the first shard for validation as there."""
+    """The engine of prepare_fineweb.py; as there, the first shard is for validation."""
     shutil.rmtree(out, ignore_errors=True)
     files = find_text([str(source)])
     units = [unit | {"split": "train" if index else "val"} for index, unit in enumerate(files.units(shard_tokens))]
@@ -132,18 +127,16 @@ def ours(source: Path, out: Path, shard_tokens: int, workers: int, tokenizer, en
 
 
 def build_nanogpt(source: Path, out: Path, shard_tokens: int, processes: int) -> None:
-    """A pool, one call of tiktoken and one array per document, copied into shards.
+    """The baseline: a pool makes one array per document with one call of tiktoken; the arrays are copied into shards.
 
-    Source: how build-nanogpt's fineweb.py works, written anew; documents end with `<|endoftext|>` as here.
+    Source: the method of build-nanogpt's fineweb.py, written anew. Documents end with `<|endoftext|>`, as ours do.
     """
-    from pyarrow import parquet
-
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     names = (out / f"bench_{'train' if index else 'val'}_{index:06d}.npy" for index in itertools.count())
-    # As it ships where there is fork: the vocabulary is inherited.
+    # As it ships, where the system can fork: the processes inherit the vocabulary that is read here.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    _tiktoken()
+    tiktoken.get_encoding("gpt2")
     shard, count = np.empty(shard_tokens, np.uint16), 0
     rows = (text for batch in parquet.ParquetFile(source).iter_batches(1000) for text in batch.column(0).to_pylist())
     with multiprocessing.get_context(method).Pool(processes) as pool:
@@ -159,15 +152,9 @@ def build_nanogpt(source: Path, out: Path, shard_tokens: int, processes: int) ->
         np.save(next(names), shard[:count])
 
 
-@functools.cache
-def _tiktoken():
-    import tiktoken
-
-    return tiktoken.get_encoding("gpt2")
-
-
 def _tokenise_document(text: str) -> np.ndarray:
-    tokens = np.array([*_tiktoken().encode_ordinary(text), _tiktoken().eot_token])
+    encoding = tiktoken.get_encoding("gpt2")  # made once per process
+    tokens = np.array([*encoding.encode_ordinary(text), encoding.eot_token])
     assert (tokens >= 0).all() and (tokens < 2**16).all(), "token ids beyond uint16"
     return tokens.astype(np.uint16)
 
@@ -179,7 +166,7 @@ def read_back(out: Path) -> np.ndarray:
 
 
 def peak_memory_gib(call) -> float:
-    """Largest memory of a call in a process of its own, with all that it starts; shared pages count once."""
+    """Largest memory of a call in a process of its own, and of those it starts; shared pages count once."""
     process = multiprocessing.get_context("spawn").Process(target=call)
     process.start()
     peak, parent = 0, psutil.Process(process.pid)
@@ -193,4 +180,4 @@ def peak_memory_gib(call) -> float:
 
 def _memory(process) -> int:
     info = process.memory_full_info()
-    return getattr(info, "pss", info.rss)  # pss: Linux; elsewhere shared pages count in every process
+    return getattr(info, "pss", info.rss)  # only Linux knows pss; elsewhere shared pages count in every process

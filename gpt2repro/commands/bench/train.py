@@ -42,9 +42,10 @@ OURS, OURS_COMPILED = "ours, eager", "ours, compiled"
 OURS_BF16_RESIDUAL = "ours, bf16 residual stream, compiled"  # an option of training, off by default
 TRANSFORMERS = "transformers GPT2LMHeadModel, eager Accelerate loop"
 BY_HAND, BY_HAND_COMPILED = "hand-written SDPA GPT-2, eager", "hand-written SDPA GPT-2, compiled"
-# In the order of building: where the time ends early, the last ones are missing.
+# They are built in this order: where the minutes are over early, the last ones are missing.
 CANDIDATES = (OURS_COMPILED, BY_HAND_COMPILED, OURS_BF16_RESIDUAL, TRANSFORMERS, BY_HAND, OURS)
-# (ours, baseline) -> goals of the speed-up on a CPU and on a GPU; a compiled loop of the same arithmetic is as fast.
+# (ours, baseline) -> goals of the speed-up on a CPU and on a GPU; None: no goal. A compiled loop that does the same
+# arithmetic is as fast as ours, so the goal against it is below 1.
 GOALS = {
     (OURS, TRANSFORMERS): (1.0, None),
     (OURS_COMPILED, TRANSFORMERS): (1.2, 2.0),
@@ -139,7 +140,7 @@ def main(argv: list[str]) -> int:
 def measure(
     record: Record, case: dict, names: list[str], shape: dict, *, batch: int, seq_len: int, precision: str
 ) -> dict[str, dict]:
-    """Guard, then time, one shape of model with all candidates; fills `case` and returns the times."""
+    """Check, then time, all candidates with one shape of model; fills `case` and returns the times."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # On a GPU the hand-written model pads its stored vocabulary to a multiple of 64, as build-nanogpt does.
     padded = {**shape, "vocab_size": shape["vocab_size"] + (-shape["vocab_size"] % 64 if device.type == "cuda" else 0)}
@@ -152,7 +153,7 @@ def measure(
     references = {sizes["vocab_size"]: reference(sizes, x, y, device) for sizes in (padded, shape)}
 
     def ready(name: str, sizes: dict) -> Callable:
-        """A candidate's checked step; one whose batch does not fit takes it in as few micro-batches as do."""
+        """A candidate's checked step; where the batch does not fit into the memory, in as few micro-batches as fit."""
         start = time.perf_counter()
         loss_of, step, model = candidate(name, sizes, device, precision)
         # The first candidate is ours or transformers', without the padded vocabulary.
@@ -197,7 +198,7 @@ def measure(
 
 
 def candidate(name: str, shape: dict, device: torch.device, precision: str) -> tuple:
-    """(loss of (x, y), step on (x, y) in several passes, model) of a candidate."""
+    """A candidate: its loss as a function of (x, y), its step as a function of (x, y, passes), and its model."""
     if name in (BY_HAND, BY_HAND_COMPILED):
         model = baselines.hand_written_gpt2(shape).to(device)
         optimizer = build_optimizer(model, name="adamw", **RECIPE)
@@ -250,7 +251,7 @@ def few(tokens: torch.Tensor) -> torch.Tensor:
 
 def guard(name: str, loss_of: Callable, model, expected: tuple[float, dict], x, y, bounds: dict) -> dict:
     """Loss and gradients of a candidate beside the reference's. Raises: NotEqual beyond the bounds."""
-    # A compiled candidate is compiled for its batch: it sees the guard's sequences repeated, with the same mean loss.
+    # A compiled candidate takes its own batch size only, so it sees the guard's sequences repeated: the same mean loss.
     loss = loss_of(*(few(t).repeat(x.shape[0] // few(t).shape[0], 1) for t in (x, y)))
     loss.backward()
     reference_loss, reference_gradients = expected
@@ -258,7 +259,7 @@ def guard(name: str, loss_of: Callable, model, expected: tuple[float, dict], x, 
     if isinstance(model, baselines.HandWrittenGPT2):
         gradients = {key: g.T if ".h." in key and g.dim() == 2 else g for key, g in gradients.items()}
     model.zero_grad()
-    # The hand-written model's first name of the tied matrix is the same as GPT-2's.
+    # The tied matrix has one name among the parameters, the same in the hand-written model as in GPT-2.
     differences = torch.stack([(gradients[key] - g).norm() for key, g in reference_gradients.items()])
     total = differences.norm() / torch.stack([g.norm() for g in reference_gradients.values()]).norm()
     found = {"loss_difference": abs(loss.item() - reference_loss), "gradient_difference": total.item()}
@@ -276,6 +277,7 @@ def measure_loop(record: Record, name: str, shape: dict, batch: int, seq_len: in
     harness.free_memory()
     on_gpu = torch.cuda.is_available()
     rounds, steps, log_steps = (1, 60, 10) if on_gpu else (3, 24, 4)
+    how = {"precision": precision, "compile": "model" if name == OURS_COMPILED else "off", "log_steps": log_steps}
     device = torch.device("cuda" if on_gpu else "cpu")
     _, step, _ = candidate(name, shape, device, precision)
     x, y = torch.randint(0, shape["vocab_size"], (2, batch, seq_len), device=device)
@@ -289,11 +291,8 @@ def measure_loop(record: Record, name: str, shape: dict, batch: int, seq_len: in
     bare, loop = [bare_rate(steps // 2)], []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            command = training_command(Path(folder), shape, batch=batch, seq_len=seq_len, steps=steps)
-            command += ["--precision", precision, "--compile", "model" if name == OURS_COMPILED else "off"]
-            command += ["--log_steps", str(log_steps)]
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            subprocess.run(command, cwd=ROOT, check=True, timeout=record.seconds_left(), **quiet)
+            command = training_command(Path(folder), shape, batch=batch, seq_len=seq_len, steps=steps, **how)
+            subprocess.run(command, cwd=ROOT, check=True, timeout=record.seconds_left(), capture_output=True)
             rates = [logged["tokens_per_second"] for logged in read_metrics(Path(folder) / "run")[0]]
         loop.append(statistics.median(rates[len(rates) // 2 :]))  # the first half compiles and warms up
         bare.append(bare_rate(steps // 2))
@@ -305,25 +304,23 @@ def measure_loop(record: Record, name: str, shape: dict, batch: int, seq_len: in
 
 def measure_startup(rounds: int) -> dict:
     """Seconds from starting train_accelerate.py to its first optimizer step, and of a process that only imports."""
-    imports = (
-        "import numpy, yaml, pydantic, torch, accelerate; from transformers import PreTrainedModel, GenerationMixin"
-    )
+    code = "import numpy, yaml, pydantic, torch, accelerate; from transformers import PreTrainedModel, GenerationMixin"
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512, "n_positions": 64}
     only_imports, first_steps = [], []
     for _ in range(rounds + 1):  # the first turn fills the file cache and does not count
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", imports], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
         only_imports.append(time.perf_counter() - start)
         with tempfile.TemporaryDirectory() as folder:
-            command = training_command(Path(folder), shape, batch=8, seq_len=64, steps=1)
-            first_steps.append(seconds_to_first_step([*command, "--compile", "off"], Path(folder) / "run"))
+            command = training_command(Path(folder), shape, batch=8, seq_len=64, steps=1, compile="off")
+            first_steps.append(seconds_to_first_step(command, Path(folder) / "run"))
     beyond = [step - imported for step, imported in zip(first_steps[1:], only_imports[1:], strict=True)]
     seconds = {"imports_seconds": only_imports[1:], "first_step_seconds": first_steps[1:]}
     return {**seconds, "beyond_imports_seconds": statistics.median(beyond)}
 
 
 def seconds_to_first_step(command: list[str], run_dir: Path) -> float:
-    """Seconds from starting a training program, which is waited for, to the first step in its log."""
+    """Seconds from the start of a training program to the first step in its log; waits for the program's end."""
     metrics = run_dir / "metrics.jsonl"
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -336,26 +333,26 @@ def seconds_to_first_step(command: list[str], run_dir: Path) -> float:
     return seconds
 
 
-def training_command(directory: Path, shape: dict, *, batch: int, seq_len: int, steps: int) -> list[str]:
+def training_command(directory: Path, shape: dict, *, batch: int, seq_len: int, steps: int, **options) -> list[str]:
     """A command line of train_accelerate.py for `steps` steps on random tokens, which are written into `directory`."""
     rng = np.random.default_rng(0)
     counts = {"train": (steps + 2) * batch * seq_len + 1, "val": 2 * batch * seq_len + 1}
     tokens = {name: rng.integers(0, shape["vocab_size"], n, dtype=np.uint16) for name, n in counts.items()}
     write_dataset(directory / "data", tokens, shape["vocab_size"])
-    options = {"data": directory / "data", "run_dir": directory / "run", "max_steps": steps, "warmup_steps": 1, **shape}
+    options |= {"data": directory / "data", "run_dir": directory / "run", "max_steps": steps, "warmup_steps": 1}
     options |= {"batch_tokens": batch * seq_len, "micro_batch_size": batch, "seq_len": seq_len}
-    options |= {"val_tokens": batch * seq_len, "sample_tokens": 0}
+    options |= {"val_tokens": batch * seq_len, "sample_tokens": 0, **shape}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return [sys.executable, "train_accelerate.py", *flags, "--trackers"]
 
 
 def write_dataset(directory: Path, tokens: dict[str, np.ndarray], vocab_size: int) -> None:
-    """Tokens of each split as a data set of ours, with a tokenizer that is never used."""
-    char_tokenizer(["any"]).save_pretrained(directory / TOKENIZER)
+    """Tokens of each split as a data set of ours, whose tokenizer has one character for every id."""
+    char_tokenizer("".join(chr(0x10000 + id) for id in range(vocab_size - 1))).save_pretrained(directory / TOKENIZER)
     splits = {}
     for name, ids in tokens.items():
         shard = write_shard(directory / f"{name}.bin", ids, vocab_size)
         splits[name] = {"tokens": len(ids), "documents": 1, "bytes": None, "shards": [shard]}
-    tokenizer = {"vocab_size": vocab_size, "eot_id": 0}
+    tokenizer = {"vocab_size": vocab_size, "eot_id": vocab_size - 1}
     manifest = {"format": FORMAT, "version": VERSION, "dtype": "uint16", "tokenizer": tokenizer, "splits": splits}
     write_json(directory / MANIFEST, manifest)

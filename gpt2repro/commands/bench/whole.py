@@ -1,13 +1,12 @@
-"""A whole run on a CPU: nanoGPT's own train.py against ours, on its shakespeare recipe at equal evaluation tokens.
+"""A whole run on a CPU: nanoGPT's own train.py against ours, on nanoGPT's shakespeare recipe.
 
-Both train on the tokens that the checkout's prepare.py made. None of nanoGPT's code is here. Beside the whole run its
-parts are listed: start-up (from `python` to the first step), steps, evaluation and saving; and what `accelerate launch`
-adds to ours.
+Both train on the tokens that the checkout's prepare.py made, and evaluate as many tokens as often. None of nanoGPT's
+code is here. The record has the seconds of the whole run and of its parts: start-up (from `python` to the first step),
+steps, evaluation and saving. It also has what `accelerate launch` adds to our start-up.
 """
 
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2repro.commands.bench.harness import Record, summary
+from gpt2repro.commands.bench.harness import Record, finished, summary
 from gpt2repro.commands.bench.train import ROOT, seconds_to_first_step, write_dataset
 from gpt2repro.options import InputError
 from gpt2repro.training.metrics_log import read_metrics
@@ -34,8 +33,7 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machin
 def measure(record: Record, nanogpt: Path) -> None:
     """Run both programs in turns, at most three times; fill and save the record."""
     data = {name: np.fromfile(nanogpt / f"data/shakespeare_char/{name}.bin", np.uint16) for name in ("train", "val")}
-    parts = {part: {OURS: [], NANOGPT: []} for part in PARTS}
-    losses = {OURS: [], NANOGPT: []}
+    runs: dict[str, list] = {OURS: [], NANOGPT: []}  # (seconds of each part, validation loss) of each run
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder, "data"), data, vocab_size=1 + int(max(ids.max() for ids in data.values())))
         for turn in range(min(record.rounds, 3)):
@@ -44,19 +42,16 @@ def measure(record: Record, nanogpt: Path) -> None:
             for name, run in ((OURS, run_ours), (NANOGPT, run_nanogpt)):
                 seconds, loss = run(nanogpt, Path(folder), turn)
                 print(f"  {name}: {[round(s, 2) for s in seconds]} s, validation loss {loss:.4f}", flush=True)
-                losses[name].append(loss)
-                for part, value in zip(PARTS, seconds, strict=True):
-                    parts[part][name].append(value)
+                runs[name].append((seconds, loss))
         launched = [first_step(Path(folder), how, launcher) for how, launcher in (("plain", []), ("launched", LAUNCH))]
-    record.save(
-        config={"nanogpt": RECIPE, "steps": STEPS, "val_tokens": VAL_TOKENS}, seconds=parts, validation_loss=losses
-    )
-    for part in PARTS:
-        times = {name: summary(seconds) for name, seconds in parts[part].items()}
-        goal = 1.0 if part == PARTS[0] else None
-        record.headline(
-            f"nanoGPT's shakespeare recipe, {part}", times, ours=OURS, baseline=NANOGPT, unit="s", goal=goal
-        )
+    config = {"nanogpt": RECIPE, "steps": STEPS, "val_tokens": VAL_TOKENS}
+    losses = {name: [loss for _, loss in done] for name, done in runs.items()}
+    record.save(config=config, validation_loss=losses, seconds={})
+    for number, part in enumerate(PARTS):
+        taken = record.results["seconds"][part] = {name: [s[number] for s, _ in done] for name, done in runs.items()}
+        times = {name: summary(seconds) for name, seconds in taken.items()}
+        measure, goal = f"nanoGPT's shakespeare recipe, {part}", None if number else 1.0
+        record.headline(measure, times, ours=OURS, baseline=NANOGPT, unit="s", goal=goal)
     record.figure("nanoGPT's shakespeare recipe, what accelerate launch adds", launched[1] - launched[0], unit="s")
 
 
@@ -71,7 +66,7 @@ def run_ours(_, folder: Path, turn: int) -> tuple[list[float], float]:
 
 
 def run_nanogpt(checkout: Path, folder: Path, turn: int) -> tuple[list[float], float]:
-    """The same of nanoGPT, from its output; the time of an iteration there includes the evaluation before it."""
+    """The same of nanoGPT, from its output, where an iteration's time includes the evaluation before it."""
     steps = [f"--max_iters={STEPS}", f"--lr_decay_iters={STEPS}", f"--eval_interval={EVAL_STEPS}"]
     config = ["config/train_shakespeare_char.py", *RECIPE.split(), *steps, f"--out_dir={folder}/nanogpt-{turn}"]
     start = time.perf_counter()
@@ -96,12 +91,3 @@ def our_command(folder: Path, run: str, *options, launcher: list[str] = ()) -> l
     """Our program on the preset of this recipe, as a user starts it, in `folder`."""
     flags = ["--data", folder / "data", "--run_dir", folder / run, "--val_tokens", VAL_TOKENS, *options]
     return [sys.executable, *launcher, "train_accelerate.py", "--config", "shakespeare_char_cpu", *map(str, flags)]
-
-
-def finished(command: list[str], directory: Path) -> str:
-    """The output of a program. Raises: InputError with the last line of stderr where the program failed."""
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
-    if done.returncode != 0:
-        words = (done.stderr.strip() or "nothing on stderr").splitlines()[-1]
-        raise InputError(f"the run in {directory} ended with exit code {done.returncode}: {words}")
-    return done.stdout

@@ -2,15 +2,8 @@
 
 Total nats / ln 2 / UTF-8 bytes of the text. It doesn't depend on the tokenizer, so models with different vocabularies
 can be compared on the same text.
-"""
 
-import math
-
-import evaluate
-
-from .shared import SUMS, info
-
-CITATION = """
+Cite:
 @article{gao2020pile,
     title={The Pile: An 800GB Dataset of Diverse Text for Language Modeling},
     author={Gao, Leo and Biderman, Stella and Black, Sid and others},
@@ -18,6 +11,12 @@ CITATION = """
     year={2020}
 }
 """
+
+import math
+
+import evaluate
+
+from .shared import SUMS, info
 
 
 class BitsPerByte(evaluate.Metric):
@@ -35,7 +34,7 @@ class BitsPerByte(evaluate.Metric):
     """
 
     def _info(self):
-        return info(self, __doc__, CITATION, SUMS, "https://arxiv.org/abs/2101.00027")
+        return info(self, __doc__, SUMS, "https://arxiv.org/abs/2101.00027")
 
     def _compute(self, predictions, references):
         return {"bits_per_byte": math.fsum(predictions) / math.log(2) / sum(references)}

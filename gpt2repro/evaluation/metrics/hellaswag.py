@@ -4,15 +4,8 @@ Which of four endings continues a text? `acc` takes the ending with the largest 
 the largest log-likelihood per unit. Scores and units come from one of two protocols, which can't be compared:
 build-nanogpt's (raw context, units are the ending's tokens) and lm-evaluation-harness' (activity label, brackets
 stripped, units are the ending's characters).
-"""
 
-import datasets
-import evaluate
-import numpy as np
-
-from .shared import info
-
-CITATION = """
+Cite:
 @inproceedings{zellers2019hellaswag,
     title={HellaSwag: Can a Machine Really Finish Your Sentence?},
     author={Zellers, Rowan and Holtzman, Ari and Bisk, Yonatan and Farhadi, Ali and Choi, Yejin},
@@ -20,7 +13,12 @@ CITATION = """
     year={2019}
 }
 """
-URLS = ("https://rowanzellers.com/hellaswag/", "https://github.com/karpathy/build-nanogpt")
+
+import datasets
+import evaluate
+import numpy as np
+
+from .shared import info
 
 
 class HellaSwag(evaluate.Metric):
@@ -48,7 +46,8 @@ class HellaSwag(evaluate.Metric):
         four_sums = datasets.Sequence(datasets.Value("float64"), length=4)
         four_units = datasets.Sequence(datasets.Value("int64"), length=4)
         features = {"predictions": four_sums, "references": {"label": datasets.Value("int64"), "units": four_units}}
-        return info(self, __doc__, CITATION, features, *URLS)
+        urls = "https://rowanzellers.com/hellaswag/", "https://github.com/karpathy/build-nanogpt"
+        return info(self, __doc__, features, *urls)
 
     def _compute(self, predictions, references):
         scores = np.array(predictions, dtype=np.float64)  # (examples, 4)

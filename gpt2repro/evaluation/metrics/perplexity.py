@@ -1,16 +1,9 @@
 """`evaluate` module: perplexity from sums of nats and numbers of tokens.
 
 exp of the mean nats per predicted token, over all texts together. It depends on the tokenizer; bits per byte does not.
-Unlike evaluate-metric/perplexity it loads no model: it takes what the model's forward passes gave.
-"""
+Unlike evaluate-metric/perplexity it loads no model: it takes the sums that the caller's model gave.
 
-import math
-
-import evaluate
-
-from .shared import SUMS, info
-
-CITATION = """
+Cite:
 @article{jelinek1977perplexity,
     title={Perplexity: a measure of the difficulty of speech recognition tasks},
     author={Jelinek, Fred and Mercer, Robert L and Bahl, Lalit R and Baker, James K},
@@ -18,6 +11,12 @@ CITATION = """
     year={1977}
 }
 """
+
+import math
+
+import evaluate
+
+from .shared import SUMS, info
 
 
 class Perplexity(evaluate.Metric):
@@ -38,7 +37,7 @@ class Perplexity(evaluate.Metric):
     """
 
     def _info(self):
-        return info(self, __doc__, CITATION, SUMS, "https://huggingface.co/docs/transformers/perplexity")
+        return info(self, __doc__, SUMS, "https://huggingface.co/docs/transformers/perplexity")
 
     def _compute(self, predictions, references):
         loss = math.fsum(predictions) / sum(references)

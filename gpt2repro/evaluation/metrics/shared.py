@@ -1,14 +1,19 @@
-"""What the three modules tell `evaluate` in the same way; its loader copies this file beside the module it loads."""
+"""What the three metrics share. The loader of `evaluate` copies this file beside the metric that it loads."""
 
 import datasets
 import evaluate
 
-# of a text or window: total nats (sum, not mean), and what they are divided by
+# For each text or window: its total nats (a sum, not a mean), and the number that they are divided by.
 SUMS = {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
 
 
-def info(metric, description: str, citation: str, features: dict, *urls: str) -> evaluate.MetricInfo:
-    """`MetricInfo` of a metric whose class docstring says what goes in and what comes out."""
+def info(metric, module_docstring: str, features: dict, *urls: str) -> evaluate.MetricInfo:
+    """`MetricInfo` of a metric.
+
+    Its module's docstring is the description and, behind "Cite:", the BibTeX entry; the class docstring says what goes
+    in and what comes out.
+    """
+    description, _, citation = module_docstring.partition("\nCite:\n")
     return evaluate.MetricInfo(
         description=description,
         citation=citation,
