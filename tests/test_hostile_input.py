@@ -302,6 +302,7 @@ FOREIGN = {
     "no dimension": npy(np.uint16(3)), "negative": npy(np.full(5000, -1, dtype=np.int16)),
     "strings": npy(np.array(["a"])),
     "huge header": b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31 - 1) + b"{" * 100, "magic only": b"\x93NUMPY",
+    "open bracket": npy(np.zeros(9, dtype=np.uint16)).replace(b"(9,)", b"(9,("),
     "lying shape": npy(np.zeros(9, dtype=np.uint16)).replace(b"(9,)", b"(9999999,)"),
 }  # fmt: skip
 
