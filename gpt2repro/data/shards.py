@@ -224,7 +224,7 @@ def load_manifest(directory: str | Path) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         problem = f"{'.'.join(map(str, first['loc']))[:80]}: {first['msg'].removeprefix('Value error, ')}"
-        raise InputError(f"{path} is damaged: {problem}; prepare the data again") from None
+        raise InputError(f"{path} is damaged: {problem.lstrip(': ')}; prepare the data again") from None
     manifest.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return manifest
 
