@@ -76,7 +76,7 @@ class GPT2ReproConfig(PreTrainedConfig):
         if self.activation_function not in TANH_GELU + ERF_GELU:
             known = ", ".join(TANH_GELU + ERF_GELU)
             problems.append(f"activation_function={self.activation_function!r} (known: {known})")
-        sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+        sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", *["n_inner"] * (self.n_inner is not None))
         problems += [
             f"{name}={getattr(self, name)!r} (must be a whole number, at least 1)"
             for name in sizes
@@ -84,9 +84,13 @@ class GPT2ReproConfig(PreTrainedConfig):
         ]
         if not problems and self.n_embd % self.n_head:
             problems.append(f"n_embd={self.n_embd} (must be a multiple of n_head={self.n_head})")
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            if not 0 <= getattr(self, name) < 1:
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range"):
+            if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)!r} (must be in [0, 1))")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            if not all(one is None or type(one) is int for one in (ids if isinstance(ids, list) else [ids])):
+                problems.append(f"{name}={ids!r} (must be a whole number)")
         if not isinstance(self.tie_word_embeddings, bool):
             problems.append(f"tie_word_embeddings={self.tie_word_embeddings!r} (must be true or false)")
         if problems:
@@ -98,6 +102,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a config.json. Type `gpt2` becomes `gpt2repro`, without the fields that only other heads use."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        config.pop("num_labels", None)  # a language model has none, and a number of 2^63 would fill the memory
         if config.get("model_type") == "gpt2":
             unused = ("architectures", "task_specific_params", "n_ctx", "reorder_and_upcast_attn")
             config = {k: v for k, v in config.items() if k not in unused and not k.startswith("summary_")}

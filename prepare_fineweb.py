@@ -100,8 +100,7 @@ def main(argv: list[str]) -> int:
     if options.push_to_hub:
         from gpt2repro.publishing.hub import may_write  # imports torch
 
-        _, complaint = may_write(options.push_to_hub)
-        if complaint is not None:
+        if complaint := may_write(options.push_to_hub)[1]:
             raise InputError(complaint)
     if options.executor == "datatrove":
         from gpt2repro.data.datatrove_task import run_locally

@@ -123,6 +123,13 @@ def sync_folder(folder: Path) -> None:
 # --- reading what others wrote ---------------------------------------------------------------------------------------
 
 
+def refuse_pipes(directory: Path) -> None:
+    """Raises: InputError for a pipe or a device in a directory, from which a library would read without an end."""
+    for path in directory.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"{path} is no ordinary file; replace it, or move it away")
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises: InputError for a file that is missing, too large, damaged or no object."""
     if not path.is_file():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpt2repro.options import InputError, first_line, say
+from gpt2repro.options import InputError, first_line, say, sentence_for
 
 if TYPE_CHECKING:  # commands take ModelOptions from here before they know whether they will need torch
     import torch
@@ -71,11 +71,18 @@ def architecture_of(name: str) -> dict:
     from configuration_gpt2repro import GPT2ReproConfig
     from gpt2repro.checkpoint.reader import find_model
 
+    source = find_model(name)
     try:
-        found = GPT2ReproConfig.from_pretrained(find_model(name))
-    except (OSError, ValueError) as error:
-        raise InputError(f"init_from={name}: {first_line(error)}") from error
+        found = GPT2ReproConfig.from_pretrained(source)
+    except Exception as error:
+        raise _not_loaded(f"init_from={name}", error) from error
     return {size: getattr(found, size) for size in ARCHITECTURE if size != "activation_function"}
+
+
+def _not_loaded(what: str, error: Exception) -> InputError:
+    """The sentence for an error while a model was loaded; a damaged file can make the libraries raise anything."""
+    known = None if isinstance(error, OSError) else sentence_for(error)
+    return known or InputError(f"{what}: {first_line(error)}")
 
 
 def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | None, trust_remote_code: bool = False):
@@ -111,10 +118,12 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
             model, loaded = AutoModelForCausalLM.from_pretrained(source, **how)
     except SafetensorError as error:
         raise InputError(f"the weights of {name} are damaged ({error}); copy or download them again") from None
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        own_code = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
-        reason = own_code if "trust_remote_code" in str(error) else first_line(error)
-        raise InputError(f"cannot load a causal language model from {name}: {reason}") from None
+    except Exception as error:
+        what = f"cannot load a causal language model from {name}"
+        if "trust_remote_code" in str(error):
+            advice = "it brings its own code; if you trust its authors, start again with --trust_remote_code"
+            raise InputError(f"{what}: {advice}") from None
+        raise _not_loaded(what, error) from None
     if loaded["missing_keys"]:
         absent = sorted(loaded["missing_keys"])
         raise InputError(
@@ -176,8 +185,8 @@ def _ours(source: str, said: str, **how):
 
     try:  # nothing is ever unpickled
         return GPT2ReproForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **how)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"{said}: {first_line(error)}") from error
+    except Exception as error:
+        raise _not_loaded(said, error) from error
 
 
 def build_model(config, vocab_size: int, tokenizer):

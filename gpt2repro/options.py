@@ -180,7 +180,7 @@ def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None
 
 
 def sentence_for(error: BaseException) -> InputError | None:
-    """The message for bad input and for faults of files, disks and memory, as an InputError; None for other errors."""
+    """What to say of bad input, absent packages, and faults of files, disks and memory; None for other errors."""
     if isinstance(error, InputError):
         return error
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
@@ -192,6 +192,9 @@ def sentence_for(error: BaseException) -> InputError | None:
             "the memory ran out; take smaller batches (for training: halve --micro_batch_size), or a machine with more "
             "memory"
         )
+    if isinstance(error, ModuleNotFoundError) and error.name and "gpt2repro" not in error.name:  # else a fault of ours
+        package = error.name.partition(".")[0]
+        return InputError(f"this needs the package {package}, which is not installed here: pip install {package}")
     return None
 
 

@@ -13,7 +13,9 @@ from gpt2repro.commands.bench import all as bench_all
 from gpt2repro.commands.bench import harness, hellaswag, recipes, reduction, table, train, whole
 from gpt2repro.commands.bench.harness import CommonOptions, Record, peak_memory_gib, speedup, summary
 from gpt2repro.data.shards import open_split
-from gpt2repro.options import InputError
+from gpt2repro.data.sources import open_data
+from gpt2repro.options import InputError, parse_options
+from train_accelerate import TrainConfig
 
 
 @pytest.fixture
@@ -83,6 +85,19 @@ def test_commit_comes_from_the_environment_only_where_git_knows_none(monkeypatch
     assert harness.commit() == "carried"
     monkeypatch.delenv("GPT2REPRO_COMMIT")
     assert harness.commit() == "unknown"
+
+
+def test_a_bare_gpu_image_lacks_packages_and_loses_only_what_needs_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "PACKAGES", ("torch", "no-such-package"))
+    record = Record("data", [], CommonOptions(rounds=1, out=tmp_path))
+
+    def theirs():
+        raise ModuleNotFoundError("No module named 'datasets'")
+
+    times = record.compare({"ours": lambda: None, "theirs": theirs})
+    assert list(times) == ["ours"] and record.finish() == 1
+    assert read(record)["versions"].keys() == {"python", "torch"}
+    assert read(record)["results"]["lost"] == {"theirs": "ModuleNotFoundError: No module named 'datasets'"}
 
 
 def test_candidate_without_memory_is_lost_alone_and_the_record_says_so(record):
@@ -205,6 +220,8 @@ def test_random_data_of_the_loop_measurement_is_a_data_set(tmp_path: Path):
     split = open_split(tmp_path / "data", "train")
     assert split.vocab_size == 97 and split.tokens >= 3 * 2 * 16 + 1
     assert command[command.index("--max_steps") + 1] == "3"
+    config = parse_options(TrainConfig, command[2:], prog="train")
+    assert len(open_data(config, sequences=2).tokenizer) == 97  # else training would refuse the data
 
 
 @pytest.mark.parametrize("name", [train.OURS, train.TRANSFORMERS, train.BY_HAND])
@@ -281,7 +298,7 @@ def test_evaluations_of_a_whole_run_read_as_many_tokens_in_both_programs():
 
 
 def test_recipes_are_measured_cell_by_cell_and_a_second_start_does_the_rest(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(recipes, "GRIDS", {"adamw": (0.002, 0.004), "muon": (0.01,)})
+    monkeypatch.setattr(recipes, "GRIDS", {"AdamW": (0.002, 0.004), "Muon": (0.01,)})
     chosen = ("AdamW", "AdamW, linear to 0", "Muon", "Muon, all together")
     monkeypatch.setattr(recipes, "RECIPES", {name: recipes.RECIPES[name] for name in chosen})
     monkeypatch.setattr(recipes, "LENGTHS", (0.5,))
@@ -314,7 +331,7 @@ def test_recipes_are_measured_cell_by_cell_and_a_second_start_does_the_rest(tmp_
 
     content = json.loads((tmp_path / f"recipes-{harness.host_kind()}.json").read_text())
     rows = {row["recipe"]: row for row in content["results"]["comparisons"]}
-    assert content["complete"] and content["results"]["rates"] == {"24, adamw": 0.004, "24, muon": 0.01}
+    assert content["complete"] and content["results"]["rates"] == {"24, AdamW": 0.004, "24, Muon": 0.01}
     assert rows["AdamW"]["mean"] == pytest.approx(4 - 0.4 + 0.3) and rows["AdamW"]["seeds"] == 5
     assert rows["Muon, all together"]["against_plain"]["mean"] == pytest.approx(-0.1)
     assert rows["AdamW, linear to 0"]["against_adamw"]["pairs"] == 3

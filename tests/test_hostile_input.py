@@ -332,6 +332,21 @@ def test_a_broken_foreign_shard_is_refused(name, tmp_path):
     refused("train_accelerate", arguments, keep=data)
 
 
+@pytest.mark.parametrize("place", ["foreign/train.bin", "foreign/a_train_1.npy", "data/tokenizer/x", "model/x"])
+def test_a_pipe_is_not_waited_for(place, run_dir, shards, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    shutil.copytree(shards, tmp_path / "data")
+    shutil.copytree(run_dir / "checkpoints/step_000002", tmp_path / "model")
+    os.mkfifo(tmp_path / place)
+    data = tmp_path / "foreign" if place.startswith("foreign") else tmp_path / "data"
+    refused("train_accelerate", tiny_run.flags(data, tmp_path / "run", max_steps=1, init_from=tmp_path / "model"))
+
+
+def test_a_foreign_shard_whose_name_is_no_text_is_refused(tmp_path):
+    np.save(tmp_path / "a_train_\udce9.npy", np.arange(5000, dtype=np.uint16))
+    refused("train_accelerate", tiny_run.flags(tmp_path, tmp_path / "run", max_steps=1))
+
+
 # --- checkpoints
 
 CONFIGS = [
@@ -340,6 +355,8 @@ CONFIGS = [
     {"activation_function": "swish"}, {"activation_function": 5}, {"n_positions": "many"},
     {"add_cross_attention": True},
     {"scale_attn_by_inverse_layer_idx": True}, {"n_layer": 7}, {"n_embd": 32}, {"vocab_size": 31}, {"n_inner": -4},
+    {"attn_pdrop": "x"}, {"resid_pdrop": None}, {"dtype": "float9"}, {"n_inner": "x"}, {"eos_token_id": 1.5},
+    {"pad_token_id": "x"}, {"layer_norm_epsilon": "x"}, {"initializer_range": []},
 ]  # fmt: skip
 BROKEN_JSON = [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a":' * 5000, b'"text"', b"{}"]
 BROKEN_TENSORS = [

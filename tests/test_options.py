@@ -173,6 +173,18 @@ def test_exit_codes_of_a_program(capsys):
     assert run_main(interrupted, []) == 130
 
 
+def test_an_absent_package_is_named_and_a_missing_module_of_ours_is_a_fault(capsys):
+    """A bare GPU image has no pyarrow, tiktoken or datasets."""
+
+    def imports(argv):
+        raise ModuleNotFoundError(f"No module named {argv[0]!r}", name=argv[0])
+
+    assert run_main(imports, ["pyarrow.parquet"]) == 2
+    assert capsys.readouterr().err.endswith("not installed here: pip install pyarrow\n")
+    with pytest.raises(ModuleNotFoundError):
+        run_main(imports, ["gpt2repro.no_such_module"])
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no signals to send")
 def test_ctrl_c_while_a_program_ends_says_nothing():
     """The interpreter waits for a thread, as it does for torch.compile's; its own handler would show that wait."""

@@ -30,9 +30,7 @@ def list_steps(directory: str | Path) -> list[tuple[int, Path]]:
 
 def resolve_pointer(directory: str | Path, name: str) -> Path | None:
     """The step_N that `latest`, `best` or `final` points to, or None if there is no such directory."""
-    step = pointed_step(Path(directory), name)
-    path = None if step is None else step_path(Path(directory), step)
-    return path if path and path.is_dir() else None
+    return dict(list_steps(directory)).get(pointed_step(Path(directory), name))
 
 
 def kept_steps(
@@ -97,11 +95,14 @@ def _group_for_waiting(world):
     return patient_group()
 
 
-def from_all_ranks(value: Any = None) -> list:
-    """Every rank's `value`, in the order of ranks. Every rank calls it, and waits hours for the slowest."""
+def from_all_ranks(value: Any = None, group=None) -> list:
+    """Every rank's `value`, in the order of ranks. Every rank calls it, and waits hours for the slowest.
+
+    A thread that calls it beside the training loop has a `group` of its own.
+    """
     values = [value] * rank_and_world()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group=_group_for_waiting(dist.group.WORLD))
+    if group is not None or len(values) > 1:
+        dist.all_gather_object(values, value, group=group or _group_for_waiting(dist.group.WORLD))
     return values
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gpt2repro.checkpoint import layout
 from gpt2repro.checkpoint.tensors import open_tensors
-from gpt2repro.files import is_plain_name, read_json, read_json_if_whole, sha256_of
+from gpt2repro.files import is_plain_name, read_json, read_json_if_whole, refuse_pipes, sha256_of
 from gpt2repro.options import InputError, first_line, say
 
 MODEL_TYPES = ("gpt2repro", "gpt2")
@@ -71,8 +71,7 @@ def find_model(model: str, *, any_architecture: bool = False) -> str:
         directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         candidates = [layout.resolve_pointer(directory, name) for name in ("best", "latest")]
         candidates += [step for _, step in reversed(layout.list_steps(directory))]
-        path = next((candidate for candidate in candidates if candidate), None)
-        if path is None:
+        if (path := next(filter(None, candidates), None)) is None:
             raise InputError(f"{model} holds neither a model (config.json) nor a run's checkpoints")
     check_model_directory(path, any_architecture=any_architecture)
     return str(path)
@@ -132,9 +131,8 @@ def verify_checkpoint(path: str | Path, *, strays: bool = False) -> None:
             raise InputError(f"{path}: {name} is missing")
         if (path / name).stat().st_size != record["bytes"]:
             raise InputError(f"{path}: {name} has {(path / name).stat().st_size} bytes, expected {record['bytes']}")
-    for name in ("config.json", "model.safetensors", "trainer_state/state.json"):
-        if name not in checksums:
-            raise InputError(f"{path}: checksums.json does not list {name}")
+    if absent := {"config.json", "model.safetensors", "trainer_state/state.json"} - checksums.keys():
+        raise InputError(f"{path}: checksums.json does not list {min(absent)}")
     for file in sorted([path / name for name in checksums] if strays else path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if file.suffix.lower() in PICKLES:
@@ -152,6 +150,7 @@ def check_model_directory(path: str | Path, *, any_architecture: bool = False) -
     """Raises: InputError unless a directory can be loaded safely: known architecture, safetensors, plain names."""
     path = Path(path)
     config = read_json(path / "config.json")
+    refuse_pipes(path)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or (model_type not in MODEL_TYPES and not any_architecture):
         raise InputError(f"{path} is a model of type {model_type!r}; expected {' or '.join(MODEL_TYPES)}")
@@ -189,11 +188,9 @@ def _check_sizes(path: Path, config: dict, shapes: dict[str, list[int]]) -> None
     for part, size in (("wte", "vocab_size"), ("wpe", "n_positions")):
         shape = next((shape for name, shape in shapes.items() if name.endswith(f"{part}.weight")), [])
         found[size], found["n_embd"] = shape if len(shape) == 2 else (None, None)
-    wrong = [
-        f"{name} {config[name]!r} (they have {size})" for name, size in found.items() if config.get(name, size) != size
-    ]
-    if wrong:
-        raise InputError(f"{path}: config.json does not belong to its weights: {', '.join(wrong)}")
+    if wrong := {name: size for name, size in found.items() if config.get(name, size) != size}:
+        sizes = ", ".join(f"{name} {config[name]!r} (they have {size})" for name, size in wrong.items())
+        raise InputError(f"{path}: config.json does not belong to its weights: {sizes}")
 
 
 def read_state(path: str | Path) -> dict:

@@ -33,8 +33,7 @@ def restore(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    written_by = read_header(path).get("optimizer")
-    if written_by != type(optimizer).__name__:
+    if (written_by := read_header(path).get("optimizer")) != type(optimizer).__name__:
         raise InputError(
             f"{path} has the state of {written_by}, this run uses {type(optimizer).__name__}; "
             "resume with the --optimizer that the run began with"
@@ -78,14 +77,11 @@ def _piece_files(path: Path) -> list[Path]:
 
 
 def _piece_rows(path: Path, file) -> dict[str, list[int]]:
-    try:
+    with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError, RecursionError):
         rows = json.loads((file.metadata() or {})["rows"])
-        ordered = all(0 <= start < stop for start, stop in rows.values())
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
-        ordered = False
-    if not ordered:
-        raise InputError(f"{path}: its header does not say which rows it holds")
-    return rows
+        if all(0 <= start < stop for start, stop in rows.values()):
+            return rows
+    raise InputError(f"{path}: its header does not say which rows it holds")
 
 
 def _fill(tensor: Tensor, parts: list, name: str) -> None:
@@ -111,8 +107,7 @@ def _fill(tensor: Tensor, parts: list, name: str) -> None:
 
 
 def _same_names(place: Path, found: set[str], expected: set[str], owner: str) -> None:
-    for difference, what in ((expected - found, "lacks"), (found - expected, "has")):
+    for difference, has, verb in ((expected - found, "lacks", "needs"), (found - expected, "has", "does not know")):
         if difference:
             more = f" and {len(difference) - 1} more" if len(difference) > 1 else ""
-            ending = f", which {owner} needs" if what == "lacks" else f", which {owner} does not know"
-            raise InputError(f"{place} {what} {min(difference)}{more}{ending}")
+            raise InputError(f"{place} {has} {min(difference)}{more}, which {owner} {verb}")

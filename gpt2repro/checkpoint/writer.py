@@ -18,6 +18,7 @@ Nothing here is ever pickled or unpickled. Knows no data, no schedule, no Accele
 
 import copy
 import errno
+import functools
 import inspect
 import itertools
 import json
@@ -29,10 +30,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -65,7 +64,8 @@ class CheckpointWriter:
         self.keep_last, self.milestone_steps = keep_last, milestone_steps
         self.rank, self.world = layout.rank_and_world()
         # The writing threads have a process group of their own: the training loop's is busy, and may be NCCL.
-        self._group = layout.patient_group() if self.world > 1 else None
+        group = layout.patient_group() if self.world > 1 else None
+        self._exchange = functools.partial(layout.from_all_ranks, group=group)  # others only while none is running
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._in_flight: int | None = None  # the step being written
@@ -78,8 +78,6 @@ class CheckpointWriter:
         self._token = self._common_token()
         if self.rank == 0:
             for left_over in self.directory.glob(".*.tmp-*"):
-                if left_over.name.endswith(self._token):
-                    continue
                 shutil.rmtree(left_over) if left_over.is_dir() and not left_over.is_symlink() else left_over.unlink()
 
     def save(
@@ -167,7 +165,7 @@ class CheckpointWriter:
         mark = self.directory / f".shared.tmp-{token}"
         if self.rank == 0:
             mark.touch()
-        self._exchange(None)  # from here on it is there
+        self._exchange()  # from here on it is there
         deadline = time.monotonic() + VISIBLE_SECONDS
         while not (seen := mark.exists()) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -181,13 +179,6 @@ class CheckpointWriter:
                 "filesystem that all nodes share"
             )
         return token
-
-    def _exchange(self, value: Any) -> list:
-        """Every rank's `value`, in order. Only writing threads may call it, or others while none is running."""
-        values = [value] * self.world
-        if self._group is not None:
-            dist.all_gather_object(values, value, group=self._group)
-        return values
 
     @torch.no_grad()
     def _host_copy(self, model: nn.Module, optimizer, models: dict[str, dict[str, Tensor]]) -> tuple[dict, dict, dict]:
@@ -316,11 +307,10 @@ def _model_files(model: nn.Module, tokenizer) -> dict[str, bytes]:
         config = copy.deepcopy(model.config)
         config.architectures = [kind.__name__]
         config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        config.save_pretrained(folder)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
+        for part in (config, getattr(model, "generation_config", None), tokenizer):
+            if part is not None:
+                part.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
             # It was made for the data: it does not know the model's context, and remembers where it was read from.
             written = Path(folder) / "tokenizer_config.json"
             settings = json.loads(written.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from pydantic import Field
 from gpt2repro.files import atomic_file, read_json_lines
 from gpt2repro.generation.prompts import TextStream, encode_prompt, room_for
 from gpt2repro.models import ModelOptions
-from gpt2repro.options import AtLeastOne, InputError, NotNegativeNumber, Problems, parse_options
+from gpt2repro.options import AtLeastOne, InputError, NotNegativeNumber, Problems, parse_options, say
 
 MOST_SAMPLES = 1_000_000  # of one call: all of them are kept until the file is written
 MOST_CHARACTERS = 64 << 20  # of a prompts file
@@ -111,14 +111,14 @@ def converse(model, tokenizer, options: Options) -> None:
 
     decoder = None
     row = 0
-    print("Write the beginning of a text; an empty line ends the program.", file=sys.stderr)
+    say("Write the beginning of a text; an empty line ends the program.")
     while prompt := read_line("\n> "):
         try:
             decoder = stream(model, tokenizer, prompt, options, decoder=decoder, row=row)
         except InputError as error:  # a prompt that is too long is no reason to lose the model
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
         except KeyboardInterrupt:
-            print("\n(stopped; an empty line ends the program)", file=sys.stderr)
+            say("\n(stopped; an empty line ends the program)")
         row += 1
 
 
@@ -157,7 +157,7 @@ def write_samples(options: Options) -> None:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}; choose another --out") from None
-    print(f"{len(samples)} samples in {out}", file=sys.stderr)
+    say(f"{len(samples)} samples in {out}")
 
 
 def sample(model, tokenizer, prompts: list[list[int]], new_tokens: int, options: Options) -> list[list[int]]:
@@ -228,13 +228,12 @@ def shorten(model, prompt_tokens: int, wanted: int) -> int:
     room = room_for(model, prompt_tokens)
     if room is None or room >= wanted:
         return wanted
-    note = f"note: behind {prompt_tokens} prompt tokens there is room for {room} new ones, not {wanted}"
-    print(note, file=sys.stderr)
+    say(f"note: behind {prompt_tokens} prompt tokens there is room for {room} new ones, not {wanted}")
     return room
 
 
 def report(tokens: int, seconds: float) -> None:
-    print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+    say(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s")
 
 
 def read_prompts(path: Path) -> list[str]:

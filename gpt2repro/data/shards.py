@@ -446,11 +446,14 @@ def _refuse_missing(paths: Iterable[Path]) -> None:
 def foreign_files(directory: Path, split: str) -> list[Path]:
     """Shards of others: nanoGPT's `train.bin`, build-nanogpt's `*_train_000001.npy`, llm.c's `*_train_000001.bin`."""
     one = directory / f"{split}.bin"
-    if one.exists():
+    if one.is_file():
         return [one]
     # The split is the last separate word "train" or "val" in the name; "interval" and "retrieval" do not count.
     words = {path: re.findall(r"(?<![a-z])(?:train|val)(?![a-z])", path.stem.lower()) for path in directory.iterdir()}
-    return sorted(path for path, found in words.items() if path.suffix in (".npy", ".bin") and found[-1:] == [split])
+    found = [path for path, found in words.items() if path.suffix in (".npy", ".bin") and found[-1:] == [split]]
+    if strange := next((path for path in found if re.search("[\ud800-\udfff]", path.name)), None):
+        raise InputError(f"{directory}: the file name {strange.name!a} is not UTF-8; rename it")
+    return sorted(path for path in found if path.is_file())  # a pipe never ends
 
 
 def _open_foreign(directory: Path, split: str) -> TokenSplit:

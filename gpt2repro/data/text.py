@@ -98,11 +98,10 @@ class Reading:
             return iter(dataset.shard(num_shards=shards, index=index).skip(given))
 
         rows = resuming(rows_from, path, report=self.report, stop=cancel)
-        return self.present((text_of(row, self.column, path) for row in rows), (path, index))
+        return self.present((text_of(row, self.column, path) for row in rows), (path, index), [0, 0, 0])
 
-    def present(self, texts: Iterable[str | None], stretch: tuple, found: list[int] | None = None) -> Iterator[str]:
+    def present(self, texts: Iterable[str | None], stretch: tuple, found: list[int]) -> Iterator[str]:
         """The texts that are not null. Records what is missing in a stretch, once however often it is read."""
-        found = found or [0, 0, 0]
         for text in texts:
             if text is None:
                 found[0] += 1

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2repro.data.shards import TOKENIZER, token_dtype
+from gpt2repro.files import refuse_pipes
 from gpt2repro.options import InputError, first_line, say
 
 EOT = "<|endoftext|>"
@@ -136,6 +137,8 @@ def load_tokenizer(source: str | Path):
 
     source = Path(source) / TOKENIZER if (Path(source) / TOKENIZER).is_dir() else source
     name, _, revision = (str(source), "", "") if Path(source).exists() else str(source).partition("@")
+    if Path(source).is_dir():
+        refuse_pipes(Path(source))
     try:
         # Without trust_remote_code=False transformers asks a question on stdin if a checkpoint carries model code.
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)

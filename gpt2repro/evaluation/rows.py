@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2repro.files import read_json_lines
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.jsonl)(?<!\.json)(?<!\.txt)")
 
@@ -40,8 +40,8 @@ def read_rows(
     try:
         return list(datasets.load_dataset(str(source), subset, split=split))
     except Exception as error:  # the Hub, the network and parquet fail in many ways; each is bad input here
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise InputError(f"cannot read the split '{split}' of {source}: {type(error).__name__}: {reason}") from error
+        kind = type(error).__name__
+        raise InputError(f"cannot read the split '{split}' of {source}: {kind}: {first_line(error)}") from error
 
 
 def _read_file(path: Path) -> list[dict]:

@@ -178,8 +178,7 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
     """A state dict of nanoGPT's family -> GPT-2's names, (in, out) matrices, biases, and no padded vocabulary rows."""
     notes: list[str] = []
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    wrong = [name for name in names if type(sizes.get(name)) is not int or sizes[name] < 1]
-    if wrong:
+    if wrong := [name for name in names if type(sizes.get(name)) is not int or sizes[name] < 1]:
         raise InputError(f"{path}: the model's sizes lack a positive {', '.join(wrong)}")
     dropout = sizes.get("dropout") or 0.0
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:

@@ -134,9 +134,8 @@ def card_files(
         co2_eq_emissions=None if co2_kg is None else {"emissions": 1000 * co2_kg, **emissions},  # the Hub wants grams
     )
     weights = directory / "model.safetensors"
-    units = {"val_tokens": "validation tokens"} | {
-        f"{name}_examples": f"{BENCHMARKS[name][1]} examples" for name in BENCHMARKS
-    }
+    units = {"val_tokens": "validation tokens"}
+    units |= {f"{task}_examples": f"{title} examples" for task, (_, title) in BENCHMARKS.items()}
     counts = [f"{facts.evaluation[key]:,} {unit}" for key, unit in units.items() if facts.evaluation.get(key)]
     options = yaml.safe_dump(facts.options, sort_keys=False, allow_unicode=True).strip() if facts.options else ""
     has_picture = run_dir is not None and _is_file(run_dir / "loss.png")
@@ -293,8 +292,8 @@ def _hub_sources(facts: Facts) -> list[str]:
 
 def _hardware(facts: Facts) -> str:
     environment = facts.environment
-    device = environment.get("processor") or environment.get("device")  # a CPU by its name, where the run noted it
-    if not device:
+    # A CPU by its name, where the run noted it.
+    if not (device := environment.get("processor") or environment.get("device")):
         return ""
     precision = {"no": "fp32"}.get(environment.get("precision"), environment.get("precision"))
     device = "CPU" if device == "cpu" else device

@@ -125,12 +125,11 @@ class HealthMonitor:
 
     def load_state(self, state: dict, *, rewinding: bool = False) -> None:
         """Load a checkpoint's state; with `rewinding` the monitor keeps its own count of rewinds."""
-        rewinds = self.rewinds
         for name in ("losses", "grad_norms"):
             setattr(self, name, deque(state[name], maxlen=self.window))
         for name in COUNTS:
-            setattr(self, name, state[name])
-        self.rewinds = rewinds if rewinding else self.rewinds
+            if not (rewinding and name == "rewinds"):
+                setattr(self, name, state[name])
         self._set_limits()
 
     def _reason(self, record: dict) -> str | None:
@@ -170,14 +169,10 @@ def step_unless_bad(optimizer: torch.optim.Optimizer, ok: Tensor, scaler=None) -
     and fp16 need the answer on the host, so this step waits.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-    on_device = (
-        scaler is None
-        and isinstance(inner, torch.optim.AdamW)
-        and all(group.get("fused") for group in inner.param_groups)
-        and not any(isinstance(parameter, DTensor) for parameter in parameters)
-    )
-    if on_device:
+    groups = inner.param_groups
+    fused = isinstance(inner, torch.optim.AdamW) and all(group.get("fused") for group in groups)
+    sharded = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+    if fused and not sharded and scaler is None:
         inner.found_inf = (~ok).to(torch.float32)
         try:
             optimizer.step()

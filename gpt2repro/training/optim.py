@@ -58,16 +58,14 @@ def build_optimizer(
     single = [p for key, p in hidden.items() if not key.endswith("attn.c_attn.weight")]
     others = [p for key, p in matrices.items() if key not in hidden]
 
-    adamw_groups = [
-        {"params": others, "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
-    adamw_groups = [group for group in adamw_groups if group["params"]]
+    decays = (others, weight_decay), (plain, 0.0)
+    adamw_groups = [{"params": own, "weight_decay": decay, "lr_scale": 1.0} for own, decay in decays if own]
     optimizer = adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
     if name == "muon":
         muon = {"weight_decay": weight_decay, "momentum": MUON_MOMENTUM, "lr_scale": muon_lr_scale}
-        muon_groups = [{"params": single, "matrices": 1, **muon}, {"params": fused_qkv, "matrices": 3, **muon}]
-        optimizer = MuonWithAdamW([group for group in muon_groups if group["params"]], adamw, processes, compiled)
+        parts = (single, 1), (fused_qkv, 3)
+        muon_groups = [{"params": own, "matrices": count, **muon} for own, count in parts if own]
+        optimizer = MuonWithAdamW(muon_groups, adamw, processes, compiled)
         set_learning_rate(optimizer, lr)
     if cautious_decay:
         decay_cautiously(optimizer)

@@ -195,8 +195,7 @@ class Run:
                 before = self.state.source | {"position": step["positions"][0]}
                 step |= self.source.mean_losses(before, nats)
             self.log.log({name: value for name, value in step.items() if name != "positions"})
-        verdict = self.monitor.judge(steps)
-        if verdict is not None:
+        if (verdict := self.monitor.judge(steps)) is not None:
             self.log.log(verdict.record())
             self._console.say(f"{verdict.action}: {bad_steps(verdict)}")
         last = steps[-1]
@@ -259,8 +258,9 @@ class Run:
         self._restore(checkpoint, rewinding=True)
         self.state.source = skip_ahead(self.state.source, verdict.start, verdict.stop)
         self.log.rewind(self.state.step)
-        self._write_config()
-        self._log_recipe()
+        if self.state.recipes:
+            self._write_config()
+            self._log_recipe()
         # Logged at the first new step: a resume from an earlier step makes the bad steps again and logs them again.
         self.log.log(verdict.record() | {"step": self.state.step + 1})
         self._console.back_to(self.state.step)
@@ -288,9 +288,7 @@ class Run:
             seconds = UPLOAD_SECONDS_AT_EXIT if done else 0
             missing = self.uploader.close(timeout=seconds, stop=lambda: stop.received)
         if verdict is not None:
-            advice = (
-                "try a lower lr" if config.on_bad_numbers == "rewind" else "try a lower lr, or --on_bad_numbers rewind"
-            )
+            advice = "try a lower lr" + (", or --on_bad_numbers rewind" if config.on_bad_numbers != "rewind" else "")
             if verdict.action == "rewind":
                 advice = "there is none to rewind to: lower the lr, or --save_steps"
             message = f"{bad_steps(verdict)}; the checkpoints before are kept; {advice}"

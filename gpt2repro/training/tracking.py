@@ -76,8 +76,7 @@ class RunLog:
         if not self.is_main:
             return
         record = {name: value.item() if hasattr(value, "item") else value for name, value in record.items()}
-        numbers = {name: value for name, value in record.items() if isinstance(value, float)}
-        nulls = {name: None for name, value in numbers.items() if not math.isfinite(value)}
+        nulls = {name: None for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
         self._metrics.write(json.dumps(record | nulls, ensure_ascii=False, allow_nan=False) + "\n")
         self._send("log", record)
 

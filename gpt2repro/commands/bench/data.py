@@ -129,7 +129,7 @@ def stream(record: Record, folder: Path) -> None:
     texts = list(topics.values())  # the documents of `help()`: about 465 KB that every CPython brings
     try:
         tokenizer = gpt2_tokenizer()
-    except InputError:  # no network and no cached vocabulary
+    except (InputError, ImportError):  # no network and no cached vocabulary, or no tiktoken: a bare GPU image
         tokenizer = bpe_tokenizer(texts, 8192)
     lines, repeats = [json.dumps({"text": text}) for text in texts], STREAM_BYTES // sum(map(len, texts)) + 1
     path = folder / "text.jsonl"

@@ -33,7 +33,7 @@ from typing import Literal
 import psutil
 
 from gpt2repro.files import check_outputs, write_json
-from gpt2repro.options import AtLeastOne, InputError, Positive
+from gpt2repro.options import AtLeastOne, InputError, Positive, first_line
 from gpt2repro.training.reference import commit
 
 RECORDS = Path("results/benchmarks")  # seen from the project's root, where the commands are run
@@ -77,7 +77,9 @@ class Record:
         self.path, self.rounds = options.out / f"{name}-{host_kind()}.json", options.rounds
         self.deadline = time.monotonic() + 60 * (options.minutes or math.inf)
         check_outputs(self.path)
-        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+        # A bare GPU image lacks some of them.
+        distributions = {package: list(importlib.metadata.distributions(name=package)) for package in PACKAGES}
+        versions = {package: found[0].version for package, found in distributions.items() if found}
         self.results: dict = {"headlines": [], "lost": {}, "dropped": []}
         self.content = {
             "name": name,
@@ -118,9 +120,9 @@ class Record:
         """The result of `call`; None where it failed, from lack of memory or otherwise: then the record says so."""
         try:
             return call()
-        # torch's OutOfMemoryError and its compiler's errors are RuntimeErrors.
-        except (RuntimeError, subprocess.SubprocessError, NotEqual) as error:
-            reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        # torch's OutOfMemoryError and its compiler's errors are RuntimeErrors; a bare GPU image lacks some packages.
+        except (RuntimeError, ImportError, subprocess.SubprocessError, NotEqual) as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
         print(f"  LOST {name}: {reason}", flush=True)
         self.results["lost"][name] = reason
         self.save()

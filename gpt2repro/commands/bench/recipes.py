@@ -4,14 +4,14 @@
     gpt2repro bench recipes --widths 72 --seeds 5   the smallest width, with more seeds
 
 Every cell is a run of the real training program: one width, one recipe, one seed. All recipes of a width see the same
-tokens; those of one seed begin with the same weights and see them in the same order, so they are compared in pairs. The
-learning rates of AdamW and of Muon are tuned first, each on a grid with one seed under the plain cosine, so that no
-baseline is a straw man; the changes keep that rate. Every run also keeps a moving average of its weights (EMA), whose
-loss is listed beside its own.
+tokens. Runs of one seed begin with the same weights and see the tokens in the same order, so they are compared in
+pairs. The learning rates of AdamW and of Muon are tuned first, each on a grid with one seed and a cosine schedule, so
+that both baselines are as good as they can be; the changes keep that rate. Every run also keeps a moving average of its
+weights (EMA), whose loss is listed beside its own.
 
-"Tokens needed" is not read off a long run, whose learning rate has not fallen yet: shorter runs of their own length are
-trained, and the length that reaches the tuned AdamW's loss is read off between them. The record is written cell by
-cell, and the next start goes on with what is missing.
+The tokens that a recipe needs are not read off the middle of a long run, where the learning rate has not fallen yet.
+Shorter runs are trained to their end, and the length that reaches tuned AdamW's loss lies between two of them. The
+record is written cell by cell, and the next start goes on with what is missing.
 """
 
 import itertools
@@ -31,27 +31,27 @@ from gpt2repro.training.metrics_log import read_metrics
 
 HEAD_SIZE, LAYERS, SEQ_LEN, BATCH_TOKENS, VOCABULARY = 24, 4, 128, 1024, 512
 EMA_DECAY = 0.98  # about the last 50 steps
-BASES = {"adamw": "AdamW", "muon": "Muon"}  # optimizer -> the recipe whose rate is tuned
-GRIDS = {"adamw": (0.002, 0.004, 0.008, 0.016), "muon": (0.004, 0.008, 0.016, 0.032)}
-TO_ZERO = ["--min_lr", "0"]
+GRIDS = {"AdamW": (0.002, 0.004, 0.008, 0.016), "Muon": (0.004, 0.008, 0.016, 0.032)}
+MUON, TO_ZERO = ["--optimizer", "muon"], ["--min_lr", "0"]
 LINEAR, WSD = ["--schedule", "linear", *TO_ZERO], ["--schedule", "wsd", *TO_ZERO]
-# Recipe -> (optimizer, what else differs). The first of an optimizer is what its changes are compared with.
+# Recipe -> (the plain recipe whose tuned rate it takes and that it is compared with, its options).
 RECIPES = {
-    "AdamW": ("adamw", []),
-    "AdamW, linear to 0": ("adamw", LINEAR),
-    "AdamW, wsd to 0": ("adamw", WSD),
-    "AdamW, zero init": ("adamw", ["--zero_init"]),
-    "AdamW, cautious decay": ("adamw", ["--cautious_decay"]),
-    "Muon": ("muon", []),
-    "Muon, linear to 0": ("muon", LINEAR),
-    "Muon, wsd to 0": ("muon", WSD),
-    "Muon, zero init": ("muon", ["--zero_init"]),
-    "Muon, cautious decay": ("muon", ["--cautious_decay"]),
-    "Muon, all together": ("muon", [*LINEAR, "--zero_init", "--cautious_decay"]),
+    "AdamW": ("AdamW", []),
+    "AdamW, linear to 0": ("AdamW", LINEAR),
+    "AdamW, wsd to 0": ("AdamW", WSD),
+    "AdamW, zero init": ("AdamW", ["--zero_init"]),
+    "AdamW, cautious decay": ("AdamW", ["--cautious_decay"]),
+    "Muon": ("Muon", MUON),
+    "Muon, linear to 0": ("Muon", [*MUON, *LINEAR]),
+    "Muon, wsd to 0": ("Muon", [*MUON, *WSD]),
+    "Muon, zero init": ("Muon", [*MUON, "--zero_init"]),
+    "Muon, cautious decay": ("Muon", [*MUON, "--cautious_decay"]),
+    "Muon, all together": ("Muon", [*MUON, *LINEAR, "--zero_init", "--cautious_decay"]),
+    "Muon at AdamW's rate, matrices at 4 times it": ("AdamW", [*MUON, "--muon_lr_scale", "4"]),
 }
 FINALISTS = ("Muon", "Muon, all together")
 LENGTHS = (0.35, 0.5, 0.7)  # of the whole run, for the finalists
-MORE_SEEDS = 2  # for the finalists, and AdamW that they are compared with
+MORE_SEEDS = 2  # for the finalists, and for AdamW, with which they are compared
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 
 class Bench:
-    """The cells that are done, by name, and how the next one is made."""
+    """The cells that are done, by name; trains those that are missing, and compares them."""
 
     def __init__(self, record: Record, options: Options):
         self.record, self.options = record, options
@@ -99,12 +99,12 @@ class Bench:
         record.save(settings=sizes, widths_not_run=[], cells=self.cells)
 
     def measure(self, width: int) -> None:
-        """All cells of one width, the grids first, then seed by seed: a bench that is cut off has whole comparisons."""
+        """All cells of one width: the grids, then seed by seed; so a bench that is cut off has whole comparisons."""
         whole = self.options.steps
-        for optimizer, grid in GRIDS.items():
+        for name, grid in GRIDS.items():
             for lr in grid:
-                self.cell(width, BASES[optimizer], lr, 1, whole)
-        rates = {optimizer: self.best_rate(width, optimizer) for optimizer in GRIDS}
+                self.cell(width, name, lr, 1, whole)
+        rates = {name: self.best_rate(width, name) for name in GRIDS}
         if None in rates.values():
             return
         seeds = range(1, self.options.seeds + 1)
@@ -120,15 +120,14 @@ class Bench:
         key = cell_name(width, name, lr, seed, steps)
         if key in self.cells or self.record.results["dropped"] or not self.record.time_for(f"{key} and what follows"):
             return
-        optimizer, changes = RECIPES[name]
         run_dir = self.options.work_dir / key.replace(", ", "-").replace(" ", "_")
-        flags = {"data": self.data, "run_dir": run_dir, "seed": seed, "optimizer": optimizer, "lr": lr}
+        flags = {"data": self.data, "run_dir": run_dir, "seed": seed, "lr": lr}
         flags |= {"n_layer": LAYERS, "n_head": width // HEAD_SIZE, "n_embd": width, "n_positions": SEQ_LEN}
         flags |= {"seq_len": SEQ_LEN, "batch_tokens": BATCH_TOKENS, "micro_batch_size": BATCH_TOKENS // SEQ_LEN}
         flags |= {"max_steps": steps, "warmup_steps": steps // 20, "min_lr": lr / 10, "ema_decay": EMA_DECAY}
         flags |= {"eval_steps": max(1, steps // 8), "save_steps": steps, "val_tokens": 32768, "sample_tokens": 0}
         command = ["train", *(part for flag, value in flags.items() for part in (f"--{flag}", value)), "--trackers"]
-        program([*command, *changes])
+        program([*command, *RECIPES[name][1]])
         training, evaluations = read_metrics(run_dir)
         last = evaluations[-1]
         self.cells[key] = {
@@ -143,9 +142,9 @@ class Bench:
         print(f"{key}: {last['val_loss']:.4f}, averaged {last['val_loss_ema']:.4f}", flush=True)
         shutil.rmtree(run_dir)
 
-    def best_rate(self, width: int, optimizer: str) -> float | None:
+    def best_rate(self, width: int, name: str) -> float | None:
         """The rate of the grid with the lowest loss; None before the whole grid is done."""
-        keys = {lr: cell_name(width, BASES[optimizer], lr, 1, self.options.steps) for lr in GRIDS[optimizer]}
+        keys = {lr: cell_name(width, name, lr, 1, self.options.steps) for lr in GRIDS[name]}
         if not self.cells.keys() >= set(keys.values()):
             return None
         return min(keys, key=lambda lr: self.cells[keys[lr]]["val_loss"])
@@ -166,7 +165,7 @@ class Bench:
                     rows.append(self.row(width, name, what, found))
         widths = self.options.widths
         needed = {f"{width}, {name}": self.tokens_needed(width, name) for width in widths for name in FINALISTS}
-        rates = {f"{width}, {optimizer}": self.best_rate(width, optimizer) for width in widths for optimizer in GRIDS}
+        rates = {f"{width}, {name}": self.best_rate(width, name) for width in widths for name in GRIDS}
         missing = [width for width in widths if not self.losses(width, "AdamW", steps)]
         self.record.save(comparisons=rows, tokens_needed=needed, rates=rates, widths_not_run=missing)
         print("\n".join(["", *markdown(rows)]))
@@ -176,7 +175,7 @@ class Bench:
                 self.record.figure(measure, part, unit="", goal=0.45 if key.startswith("72") else None, at_most=True)
 
     def row(self, width: int, name: str, what: str, found: dict[int, float]) -> dict:
-        """One recipe against its optimizer's plain recipe and against tuned AdamW, at equal tokens."""
+        """One recipe against the plain recipe of its rate and against tuned AdamW, at equal tokens."""
         mean, error = mean_and_error([*found.values()])
         steps = self.options.steps
         seconds = [self.losses(width, one, steps, "seconds") for one in (name, "AdamW")]
@@ -185,7 +184,7 @@ class Bench:
         return {
             "width": width, "recipe": name + (" + EMA" if what == "val_loss_ema" else ""), "seeds": len(found),
             "mean": mean, "standard_error": error, "seconds_ratio": ratio,
-            "against_plain": paired(found, self.losses(width, BASES[RECIPES[name][0]], steps)),
+            "against_plain": paired(found, self.losses(width, RECIPES[name][0], steps)),
             "against_adamw": paired(found, self.losses(width, "AdamW", steps)),
         }  # fmt: skip
 
@@ -214,7 +213,7 @@ def cell_name(width: int, name: str, lr: float, seed: int, steps: int) -> str:
 
 def markdown(rows: list[dict]) -> list[str]:
     """The comparisons as a Markdown table: negative differences are gains."""
-    names = ("width", "recipe", "loss", "against its optimizer's plain recipe", "against AdamW", "seconds, ratio")
+    names = ("width", "recipe", "loss", "against the plain recipe", "against AdamW", "seconds, ratio")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"

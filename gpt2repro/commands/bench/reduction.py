@@ -2,9 +2,9 @@
 
     gpt2repro bench reduction                               # about 7 minutes on two idle cores
 
-Both have the same weights and tokens: 4 micro-batches of 2,048 tokens per process and step, fp32, AdamW. They take
-turns step by step in the same processes. On fewer cores than processes the seconds say little, the ratios still
-compare the work. Beside it the exchange alone: all gradients, against one all_reduce of as many bytes.
+Both kinds of step have the same weights and tokens: 4 micro-batches of 2,048 tokens per process and step, fp32, AdamW.
+They take turns in the same processes. With fewer cores than processes the seconds say little, but the ratios still
+compare the work. The exchange of all gradients is also timed alone, against one all_reduce of as many bytes.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ GOAL = 1 / 1.05  # of plain DDP's speed, on 2 processes
 @dataclass(kw_only=True)
 class Options(CommonOptions):
     rounds: AtLeastOne = 3
-    "Steps of each kind; one more on 2 processes, where the goal is."
+    "Steps of each kind; one more on 2 processes, for which there is a goal."
     processes: list[AtLeastOne] = field(default_factory=lambda: [1, 2, 4])
     "Numbers of processes, powers of two."
     sizes: list[Literal["1M", "20M"]] = field(default_factory=lambda: ["1M", "20M"])
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def launch(size: str, processes: int, rounds: int) -> dict[str, list[float]]:
-    """The seconds that `measure` found on so many processes."""
+    """What `measure` returns in so many processes, started by torchrun."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = f"-m torch.distributed.run --standalone --local_addr=127.0.0.1 --nproc_per_node={processes}".split()
         worker = ["-m", "gpt2repro.commands.bench.reduction", size, str(rounds), f"{folder}/times.json"]
@@ -110,7 +110,7 @@ def measure(sizes: dict, rounds: int) -> dict[str, list[float]]:
         return step, fixed
 
     (plain_step, _), (fixed_step, fixed) = build(False), build(True)
-    for size in (1, ACCUMULATION // 2):  # the warm-up; DDP lays out its buckets anew after its first step
+    for size in (1, ACCUMULATION // 2):  # the warm-up is two steps: DDP lays out its buckets anew after the first
         norms = torch.stack([plain_step(ids[:size]), fixed_step(ids[:size])])
         if not torch.isclose(*norms, rtol=1e-3):
             raise NotEqual(f"gradient norms {norms.tolist()} of plain DDP and the fixed reduction")

@@ -347,12 +347,12 @@ def training_command(directory: Path, shape: dict, *, batch: int, seq_len: int, 
 
 
 def write_dataset(directory: Path, tokens: dict[str, np.ndarray], vocab_size: int) -> None:
-    """Tokens of each split as a data set of ours, with a tokenizer that is never used."""
-    char_tokenizer(["any"]).save_pretrained(directory / TOKENIZER)
+    """Tokens of each split as a data set of ours, whose tokenizer has one character for every id."""
+    char_tokenizer("".join(chr(0x10000 + id) for id in range(vocab_size - 1))).save_pretrained(directory / TOKENIZER)
     splits = {}
     for name, ids in tokens.items():
         shard = write_shard(directory / f"{name}.bin", ids, vocab_size)
         splits[name] = {"tokens": len(ids), "documents": 1, "bytes": None, "shards": [shard]}
-    tokenizer = {"vocab_size": vocab_size, "eot_id": 0}
+    tokenizer = {"vocab_size": vocab_size, "eot_id": vocab_size - 1}
     manifest = {"format": FORMAT, "version": VERSION, "dtype": "uint16", "tokenizer": tokenizer, "splits": splits}
     write_json(directory / MANIFEST, manifest)
