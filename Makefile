@@ -77,14 +77,19 @@ test-gpu-image: $(VENV)-gpu-image/installed
 CHECKPOINT ?= runs/quickstart
 CONFORMANCE_OUT ?= $(CHECKPOINT)/conformance.json
 LLAMA_CPP := $(VENV)-llama-cpp/llama_cpp_python
-$(VENV)-%/installed-conformance: setup.cfg
+# lighteval's S3 client wants one fsspec and few versions of botocore; left alone, pip tries versions for half an hour.
+LIGHTEVAL_NEEDS := inspect-ai==0.3.285 s3fs==2026.6.0 aiobotocore==3.10.0 boto3==1.43.117 botocore==1.43.117
+$(VENV)-%/installed-conformance: setup.cfg constraints.txt
 	$(BASE_PYTHON) -m venv $(VENV)-$*
-	$(VENV)-$*/bin/python -m pip install --quiet --editable '.[$(if $(filter llama-cpp,$*),gguf,$*)]'
+	grep -v '^fsspec' constraints.txt > $(VENV)-$*/constraints.txt
+	$(VENV)-$*/bin/python -m pip install --quiet --constraint $(VENV)-$*/constraints.txt \
+	  --editable '.[$(if $(filter llama-cpp,$*),gguf,$*)]' $(if $(filter lighteval,$*),$(LIGHTEVAL_NEEDS))
 	touch $@
 
 # The converter comes with llama.cpp's sources only.
 $(LLAMA_CPP): $(VENV)-llama-cpp/installed-conformance
-	$(VENV)-llama-cpp/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest $(@D)/sdist llama-cpp-python
+	$(VENV)-llama-cpp/bin/python -m pip download --quiet --constraint $(VENV)-llama-cpp/constraints.txt \
+	  --no-deps --no-binary :all: --dest $(@D)/sdist llama-cpp-python
 	mkdir -p $@ && tar -xzf $(@D)/sdist/llama_cpp_python-*.tar.gz -C $@ --strip-components 1
 
 conformance: export PYTHONPATH := $(CURDIR)

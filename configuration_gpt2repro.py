@@ -84,9 +84,13 @@ class GPT2ReproConfig(PreTrainedConfig):
         ]
         if not problems and self.n_embd % self.n_head:
             problems.append(f"n_embd={self.n_embd} (must be a multiple of n_head={self.n_head})")
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range"):
             if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)!r} (must be in [0, 1))")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            if not all(one is None or type(one) is int for one in (ids if isinstance(ids, list) else [ids])):
+                problems.append(f"{name}={ids!r} (must be a whole number)")
         if not isinstance(self.tie_word_embeddings, bool):
             problems.append(f"tie_word_embeddings={self.tie_word_embeddings!r} (must be true or false)")
         if problems:

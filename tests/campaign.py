@@ -157,6 +157,9 @@ def losses(run_dir: Path) -> list:
     return [[one["step"], one.get("loss"), one.get("val_loss")] for one in lines]
 
 
+KINDS = ("missing", "directory", "link", "device", "dangling", "pipe")  # what may stand in a file's place
+
+
 def damaged(chance: random.Random, content: bytes) -> tuple[bytes, str]:
     """The content with one thing wrong, and what."""
     if content[:1] == b"{" and chance.random() < 0.5:
@@ -220,12 +223,12 @@ def twist(chance: random.Random, value) -> str:
         return f"{path} = {str(value[key])[:20]!r}"
 
 
-def damage_file(chance: random.Random, path: Path) -> str:
+def damage_file(chance: random.Random, path: Path, *, kinds: tuple = KINDS) -> str:
     """Damage one file of a copied input, or put something of another kind into its place."""
     content = path.read_bytes()
     if chance.random() < 0.1:
         path.unlink()
-        how = chance.choice(["missing", "directory", "link", "device", "dangling", "pipe"])
+        how = chance.choice(kinds)
         if how == "directory":
             path.mkdir()
         elif how == "link":
@@ -460,7 +463,7 @@ def a_trainer_state(chance, base, at) -> Case:
 
 def a_text(chance, base, at) -> Case:
     path = Path(shutil.copy(chance.choice(sorted(base.texts.iterdir())), at))
-    what = damage_file(chance, path)
+    what = damage_file(chance, path, kinds=KINDS[:-1])  # a text may be a pipe: <(command) in a shell
     model = ["--model", base.run, "--device", "cpu"]
     known = simplest(base, at)
     task = chance.choice(["hellaswag", "piqa", "lambada", "arc_easy", "winogrande"])

@@ -89,11 +89,15 @@ def test_commit_comes_from_the_environment_only_where_git_knows_none(monkeypatch
 
 def test_a_bare_gpu_image_lacks_packages_and_loses_only_what_needs_them(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "PACKAGES", ("torch", "no-such-package"))
-    record = Record("train", [], CommonOptions(rounds=1, out=tmp_path))
-    times = record.compare({"ours": lambda: None, "theirs": lambda: __import__("no_such_package")})
+    record = Record("data", [], CommonOptions(rounds=1, out=tmp_path))
+
+    def theirs():
+        raise ModuleNotFoundError("No module named 'datasets'")
+
+    times = record.compare({"ours": lambda: None, "theirs": theirs})
     assert list(times) == ["ours"] and record.finish() == 1
     assert read(record)["versions"].keys() == {"python", "torch"}
-    assert read(record)["results"]["lost"] == {"theirs": "ModuleNotFoundError: No module named 'no_such_package'"}
+    assert read(record)["results"]["lost"] == {"theirs": "ModuleNotFoundError: No module named 'datasets'"}
 
 
 def test_candidate_without_memory_is_lost_alone_and_the_record_says_so(record):

@@ -82,7 +82,8 @@ def test_a_checkpoint_loads_with_from_pretrained_and_has_the_model_once(tmp_path
     )
     assert {"tokenizer.json", "checksums.json", "trainer_state"} <= set(names(path))
     assert "lm_head.weight" not in load_file(path / "model.safetensors")
-    assert AutoTokenizer.from_pretrained(path, trust_remote_code=False).model_max_length == trained[0].config.n_positions
+    context = trained[0].config.n_positions
+    assert AutoTokenizer.from_pretrained(path, trust_remote_code=False).model_max_length == context
     assert not {"is_local", "local_files_only"} & json.loads((path / "tokenizer_config.json").read_text()).keys()
     loaded = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     for name, weight in trained[0].state_dict().items():

@@ -266,7 +266,8 @@ def test_rows_of_several_environments_are_collected_in_one_file(directory, run_p
     out = tmp_path / "conformance.json"
     row = {"consumer": "lighteval", "version": "0.13.0", "form": "own", "state": "ok", "difference": 0.0}
     row |= {"tokens_equal": True, "seconds": 1.0, "detail": ""}
-    out.write_text(json.dumps({"model": "model", "rows": [row]}))
+    known = {**row, "consumer": "llama.cpp", "version": "0.3.36", "state": "skipped", "detail": "takes the native form"}
+    out.write_text(json.dumps({"model": "model", "rows": [row, known]}))
     command = ["-m", "gpt2repro", "conformance", directory, "--out", out, "--only"]
     done = run_program([*command, "transformers pipeline", "llama.cpp"])
     assert done.returncode == 0, done.stderr
@@ -275,6 +276,7 @@ def test_rows_of_several_environments_are_collected_in_one_file(directory, run_p
     pipelines = [("transformers pipeline", form, "ok") for form in ("own", "native")]
     assert found[:3] == [*pipelines, ("lighteval", "own", "ok")]
     assert found[3:] == [("llama.cpp", form, "skipped") for form in ("own", "native")]
+    assert rows[3]["detail"] == "takes the native form"  # says more than "not installed"
     assert done.stdout.count("transformers pipeline  ") == 2 and "2 ok, 0 failed, 2 skipped" in done.stdout
     assert "unknown lama" in run_program([*command, "lama"]).stderr
     shutil.copy(out, directory)

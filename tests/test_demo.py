@@ -243,7 +243,7 @@ def test_a_port_that_is_taken_and_a_machine_that_cannot_reach_itself_are_said_in
     arguments = ["--model", str(tmp_path), "--port", str(free_port), "--device", "cpu"]
     with (
         socket.create_server(("127.0.0.1", free_port)),
-        pytest.raises(InputError, match=r"cannot listen on 127\.0\.0\.1"),
+        pytest.raises(InputError, match=r"cannot listen on 127\.0\.0\.1:\d+ \([^()]+\); choose"),
     ):
         demo.main(arguments)
     with pytest.raises(InputError, match=r"cannot listen on no\.such\.host"):

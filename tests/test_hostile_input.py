@@ -302,6 +302,7 @@ FOREIGN = {
     "no dimension": npy(np.uint16(3)), "negative": npy(np.full(5000, -1, dtype=np.int16)),
     "strings": npy(np.array(["a"])),
     "huge header": b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31 - 1) + b"{" * 100, "magic only": b"\x93NUMPY",
+    "open bracket": npy(np.zeros(9, dtype=np.uint16)).replace(b"(9,)", b"(9,("),
     "lying shape": npy(np.zeros(9, dtype=np.uint16)).replace(b"(9,)", b"(9999999,)"),
 }  # fmt: skip
 
@@ -356,6 +357,7 @@ CONFIGS = [
     {"add_cross_attention": True},
     {"scale_attn_by_inverse_layer_idx": True}, {"n_layer": 7}, {"n_embd": 32}, {"vocab_size": 31}, {"n_inner": -4},
     {"attn_pdrop": "x"}, {"resid_pdrop": None}, {"dtype": "float9"}, {"n_inner": "x"}, {"eos_token_id": 1.5},
+    {"pad_token_id": "x"}, {"layer_norm_epsilon": "x"}, {"initializer_range": []},
 ]  # fmt: skip
 BROKEN_JSON = [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a":' * 5000, b'"text"', b"{}"]
 BROKEN_TENSORS = [
@@ -421,6 +423,14 @@ def test_broken_json_in_a_model_is_refused_where_it_is_read(content, file, reade
     checkpoint = copied(run_dir, tmp_path)
     (checkpoint / file).write_bytes(content)
     refused(*readers(checkpoint, shards, tmp_path)[reader], keep=checkpoint)
+
+
+@pytest.mark.parametrize("reader", ["init_from", "generate"])
+def test_a_tokenizer_whose_length_is_no_number_is_refused(reader, run_dir, shards, tmp_path):
+    checkpoint = copied(run_dir, tmp_path)
+    content = json.loads((checkpoint / "tokenizer_config.json").read_text()) | {"model_max_length": [[]]}
+    set_consistently(checkpoint, "tokenizer_config.json", json.dumps(content).encode())
+    assert "model_max_length" in refused(*readers(checkpoint, shards, tmp_path)[reader], keep=checkpoint)
 
 
 @pytest.mark.parametrize("reader", ["resume", "init_from", "generate"])

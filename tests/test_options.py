@@ -1,7 +1,6 @@
 """Options: defaults < YAML < flags, every problem in one message, and a configuration that reads back as itself."""
 
 import errno
-import importlib
 import os
 import signal
 import subprocess
@@ -176,10 +175,14 @@ def test_exit_codes_of_a_program(capsys):
 
 def test_an_absent_package_is_named_and_a_missing_module_of_ours_is_a_fault(capsys):
     """A bare GPU image has no pyarrow, tiktoken or datasets."""
-    assert run_main(lambda argv: importlib.import_module("no_such_package.part"), []) == 2
-    assert capsys.readouterr().err.endswith("not installed here: pip install no_such_package\n")
+
+    def imports(argv):
+        raise ModuleNotFoundError(f"No module named {argv[0]!r}", name=argv[0])
+
+    assert run_main(imports, ["pyarrow.parquet"]) == 2
+    assert capsys.readouterr().err.endswith("not installed here: pip install pyarrow\n")
     with pytest.raises(ModuleNotFoundError):
-        run_main(lambda argv: importlib.import_module("gpt2repro.no_such_module"), [])
+        run_main(imports, ["gpt2repro.no_such_module"])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no signals to send")

@@ -149,3 +149,14 @@ def test_a_million_lines_cost_seconds_and_little_memory(tmp_path):
     draw_runs([tmp_path], tmp_path / "a.png")
     assert time.process_time() - began < 15
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+def test_numbers_beyond_any_axis_are_left_out(tmp_path):
+    lines = [
+        {"step": 1, "loss": 1e308},
+        {"step": 2, "loss": -1e308},
+        {"step": 3, "loss": 2.5},
+        {"step": 10**400, "loss": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert draw_runs([tmp_path], tmp_path / "a.png").is_file()

@@ -71,8 +71,7 @@ def find_model(model: str, *, any_architecture: bool = False) -> str:
         directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         candidates = [layout.resolve_pointer(directory, name) for name in ("best", "latest")]
         candidates += [step for _, step in reversed(layout.list_steps(directory))]
-        path = next((candidate for candidate in candidates if candidate), None)
-        if path is None:
+        if (path := next(filter(None, candidates), None)) is None:
             raise InputError(f"{model} holds neither a model (config.json) nor a run's checkpoints")
     check_model_directory(path, any_architecture=any_architecture)
     return str(path)

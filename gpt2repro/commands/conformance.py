@@ -58,7 +58,10 @@ def main(argv: list[str]) -> int:
         key = lambda row: (list(CONSUMERS).index(row["consumer"]), row["form"] == "native")  # noqa: E731
         kept = [row for row in (read_json_if_whole(options.out) or {}).get("rows", []) if row["consumer"] in CONSUMERS]
         merged = {key(row): row for row in kept}
-        merged |= {key(row): row for row in rows if row["state"] != "skipped" or key(row) not in merged}
+        for row in rows:
+            # A program that was not installed has no version: any other row says more than such a one.
+            if row["state"] != "skipped" or not merged.get(key(row), {}).get("version"):
+                merged[key(row)] = row
         name = Path(options.model[0]).name if Path(options.model[0]).exists() else options.model[0]
         when = {
             "date": time.strftime("%Y-%m-%d"),

@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         socket.create_server((options.host, options.port), family=family).close()
     except OSError as error:
-        raise InputError(f"cannot listen on {place} ({error.strerror}); choose another --port or --host") from None
+        reason = error.strerror.partition(" (")[0]  # Python repeats the address behind it
+        raise InputError(f"cannot listen on {place} ({reason}); choose another --port or --host") from None
     models = {}
     for name, label in zip(options.model, labels(options.model), strict=True):
         print(f"loading {name}", flush=True)

@@ -111,8 +111,7 @@ def prepare(
     work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, place, show_progress)
     work.run(mine, workers or os.cpu_count() or 1)
     notes = {index: note for index in range(len(units)) if (note := _read_note(out, index))}  # and the other nodes'
-    kept = _kept(notes, token_limit, len(units))
-    if kept is None:
+    if (kept := _kept(notes, token_limit, len(units))) is None:
         print(f"{out}: {len(notes)} of {len(units)} units are finished; the other nodes' are still to come")
         return None
     return _finish(out, identity, [notes[index] for index in kept], describe_val)

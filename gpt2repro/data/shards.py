@@ -224,7 +224,7 @@ def load_manifest(directory: str | Path) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         problem = f"{'.'.join(map(str, first['loc']))[:80]}: {first['msg'].removeprefix('Value error, ')}"
-        raise InputError(f"{path} is damaged: {problem}; prepare the data again") from None
+        raise InputError(f"{path} is damaged: {problem.lstrip(': ')}; prepare the data again") from None
     manifest.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return manifest
 
@@ -486,8 +486,8 @@ def _foreign_shape(path: Path) -> tuple[np.dtype, int, int]:
     if path.suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise InputError(f"{path} can't be read as .npy: {error}") from None
+        except Exception as error:  # a damaged header can make numpy raise anything
+            raise InputError(f"{path} can't be read as .npy: {' '.join(str(error).split())[:200]}") from None
         if array.ndim != 1 or array.dtype not in (np.dtype("<u2"), np.dtype("<u4"), np.dtype("<i4")):
             raise InputError(
                 f"{path} holds {array.dtype} of shape {array.shape}; token shards are 1-D uint16 or uint32"

@@ -133,8 +133,7 @@ def may_pass(error: BaseException | None) -> bool:
     """Whether trying again may help: time-outs, broken connections, 429 and 5xx; not a missing file or permission."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
+    if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
         return status in PASSING_STATUS or status >= 500
     if isinstance(error, LocalEntryNotFoundError):  # no reply, and no copy here
         return may_pass(error.__cause__)
@@ -210,8 +209,8 @@ def _unpack(raw, path: str):
     import fsspec.utils
     from fsspec.compression import compr
 
-    method = fsspec.utils.infer_compression(path.lower())
-    if method is None:  # fsspec knows the methods whose packages are installed
+    # fsspec knows the methods whose packages are installed.
+    if (method := fsspec.utils.infer_compression(path.lower())) is None:
         raise InputError(f"{path} can't be unpacked here; unpack it first, or pip install zstandard")
     return compr[method](raw, mode="rb")
 

@@ -141,7 +141,10 @@ def load_tokenizer(source: str | Path):
         refuse_pipes(Path(source))
     try:
         # Without trust_remote_code=False transformers asks a question on stdin if a checkpoint carries model code.
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise ValueError(f"its model_max_length is {str(tokenizer.model_max_length)[:80]!r}, expected a number")
+        return tokenizer
     except Exception as error:  # a damaged file can make the libraries raise anything
         raise InputError(f"no tokenizer could be loaded from {source}: {first_line(error)}") from error
 

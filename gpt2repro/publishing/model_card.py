@@ -292,8 +292,8 @@ def _hub_sources(facts: Facts) -> list[str]:
 
 def _hardware(facts: Facts) -> str:
     environment = facts.environment
-    device = environment.get("processor") or environment.get("device")  # a CPU by its name, where the run noted it
-    if not device:
+    # A CPU by its name, where the run noted it.
+    if not (device := environment.get("processor") or environment.get("device")):
         return ""
     precision = {"no": "fp32"}.get(environment.get("precision"), environment.get("precision"))
     device = "CPU" if device == "cpu" else device

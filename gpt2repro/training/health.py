@@ -125,12 +125,11 @@ class HealthMonitor:
 
     def load_state(self, state: dict, *, rewinding: bool = False) -> None:
         """Load a checkpoint's state; with `rewinding` the monitor keeps its own count of rewinds."""
-        rewinds = self.rewinds
         for name in ("losses", "grad_norms"):
             setattr(self, name, deque(state[name], maxlen=self.window))
         for name in COUNTS:
-            setattr(self, name, state[name])
-        self.rewinds = rewinds if rewinding else self.rewinds
+            if not (rewinding and name == "rewinds"):
+                setattr(self, name, state[name])
         self._set_limits()
 
     def _reason(self, record: dict) -> str | None:

@@ -1,7 +1,6 @@
 """A picture of one or more runs: loss, learning rate, tokens per second. Reads metrics.jsonl; knows no training."""
 
 import itertools
-import math
 from pathlib import Path
 
 from gpt2repro.files import atomic_file
@@ -9,6 +8,9 @@ from gpt2repro.options import InputError
 from gpt2repro.training.metrics_log import read_metrics
 
 MOST_POINTS = 4000  # of a curve: three for every pixel of the picture's width
+
+
+LARGEST = 1e100  # matplotlib cannot divide an axis that is longer
 
 
 def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
@@ -90,7 +92,8 @@ def draw_evaluations(axes, evaluations: list[dict], metric: str, label: str, sty
 
 def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
     """(steps, values) of the records that have a finite number under `name`."""
-    points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float)) and math.isfinite(r[name])]
+    numbers = (r for r in records if isinstance(r.get(name), (int, float)) and abs(r[name]) < LARGEST)  # no NaN is
+    points = [(r["step"], r[name]) for r in numbers if abs(r["step"]) < LARGEST]
     return [step for step, _ in points], [value for _, value in points]
 
 

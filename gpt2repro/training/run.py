@@ -195,8 +195,7 @@ class Run:
                 before = self.state.source | {"position": step["positions"][0]}
                 step |= self.source.mean_losses(before, nats)
             self.log.log({name: value for name, value in step.items() if name != "positions"})
-        verdict = self.monitor.judge(steps)
-        if verdict is not None:
+        if (verdict := self.monitor.judge(steps)) is not None:
             self.log.log(verdict.record())
             self._console.say(f"{verdict.action}: {bad_steps(verdict)}")
         last = steps[-1]

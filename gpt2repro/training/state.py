@@ -146,8 +146,7 @@ def cooled_down(config):
 
     The parent run is only read. Raises: InputError where there is no checkpoint, or its learning rate was not stable.
     """
-    checkpoint = find_checkpoint(config.cooldown_from)
-    if checkpoint is None:
+    if (checkpoint := find_checkpoint(config.cooldown_from)) is None:
         raise InputError(f"cooldown_from={config.cooldown_from}: no checkpoint there")
     step, run = read_state(checkpoint)["step"], find_run(checkpoint)
     if run is not None and run.resolve() == config.run_dir.resolve():
@@ -182,8 +181,7 @@ def find_resume(run_dir: Path, resume: str, *, fetch: Callable[[str, Path], Path
         curve = Path(place) / "training/metrics.jsonl"
         if is_main and own is None and curve.is_file():  # the log then begins at step 0
             shutil.copy(curve, run_dir / "metrics.jsonl")
-    found = find_checkpoint(place, all_ranks=True)
-    if found is None:
+    if (found := find_checkpoint(place, all_ranks=True)) is None:
         raise InputError(f"resume={resume}: no checkpoint there")
     elsewhere = own is not None and found.resolve().parent != own.resolve().parent
     return own if elsewhere and read_state(own)["step"] >= read_state(found)["step"] else found
