@@ -28,7 +28,7 @@ from gpt2repro.data.mixture import RECIPE_ORDER_VERSION, Recipe, is_recipe, read
 from gpt2repro.data.ordering import Permutation, derive_seed, next_positions
 from gpt2repro.data.streaming import open_stream
 from gpt2repro.data.tokenization import fingerprint, gpt2_tokenizer, load_tokenizer
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, first_line
 
 SHARD_ORDER_VERSION = 1  # raise it when the same (data, seed, position) would give another window
 
@@ -281,7 +281,7 @@ def download_shards(repository: str) -> Path:
                 f"the dataset {repository} holds no token shards (no {shards.MANIFEST}); "
                 f"--data stream:{repository} reads text"
             ) from error
-        raise InputError(f"cannot get the dataset {repository} from the Hub: {str(error).splitlines()[0]}") from error
+        raise InputError(f"cannot get the dataset {repository} from the Hub: {first_line(error)}") from error
 
 
 def check_vocabulary(data_vocab_size: int, vocab_size: int | None) -> None:
