@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate(options: Options, argv: list[str]) -> int:
-    check_outputs(options.out, options.predictions)
+    named = [task.partition("=")[2] for task in options.task]
+    check_outputs(options.out, options.predictions, read=[options.data, *named])
     from gpt2repro.evaluation.losses import max_length_of  # after the options: a typing error should not wait for torch
     from gpt2repro.evaluation.multiple_choice import score
     from gpt2repro.evaluation.tasks import parse_specs

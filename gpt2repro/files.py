@@ -82,10 +82,16 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def check_outputs(*paths: Path | None) -> None:
-    """Check, before the work, that a result can be written to each path. Raises: InputError if not."""
+def check_outputs(*paths: Path | None, read: Iterable[str | None] = ()) -> None:
+    """Check, before the work, that a result can be written to each path. Raises: InputError if not.
+
+    `read` are the names of what the work reads; those that are files here are not written over.
+    """
     given = [Path(os.path.abspath(path)) for path in paths if path is not None]
+    sources = [Path(name) for name in read if name is not None and os.path.isfile(name)]
     for path in given:
+        if path.exists() and any(path.samefile(source) for source in sources):
+            raise InputError(f"{path} is what is read, so no result is written to it; choose another place")
         if given.count(path) > 1:
             raise InputError(f"two results would be written to {path}; choose another place for one of them")
         is_new = not os.path.lexists(path)

@@ -275,3 +275,26 @@ def test_place_that_cannot_be_written_is_refused_before_the_work(flags, message,
     assert run_main(eval_hellaswag.main, started) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        ("eval_hellaswag", ["--data", "{data}", "--out", "{data}"]),
+        ("eval_hellaswag", ["--data", "{data}", "--predictions", "{link}"]),
+        ("eval_hellaswag", ["--task", "piqa={data}", "hellaswag", "--out", "{data}"]),
+        ("perplexity", ["--data", "{data}", "--out", "{link}"]),
+    ],
+)
+def test_what_is_read_is_not_written_over(program, flags, checkpoint, tmp_path, capsys):
+    import eval_hellaswag
+    from gpt2repro.commands import perplexity
+
+    data, link = tmp_path / "rows.jsonl", tmp_path / "link.jsonl"
+    data.write_bytes(file_of("piqa").read_bytes())
+    link.symlink_to(data)
+    flags = [flag.replace("{data}", str(data)).replace("{link}", str(link)) for flag in flags]
+    main = {"eval_hellaswag": eval_hellaswag.main, "perplexity": perplexity.main}[program]
+    assert run_main(main, ["--model", str(checkpoint), "--device", "cpu", *flags]) == 2
+    assert "is what is read" in capsys.readouterr().err
+    assert data.read_bytes() == file_of("piqa").read_bytes()

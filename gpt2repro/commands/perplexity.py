@@ -66,7 +66,7 @@ class Options(ModelOptions):
 
 def main(argv: list[str]) -> int:
     options = parse_options(Options, argv, prog="gpt2repro perplexity", description=__doc__)
-    check_outputs(options.out)
+    check_outputs(options.out, read=[options.data])
     texts = read_texts(options)  # before a model is loaded
 
     from tqdm import tqdm
