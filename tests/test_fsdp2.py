@@ -49,9 +49,9 @@ def expect_one_piece(case: dict, found: dict) -> None:
     assert found["losses"] == pytest.approx(found["whole_losses"], abs=loose)
     assert found["norms"] == pytest.approx(found["whole_norms"], rel=loose)
     assert found["evaluated"] == pytest.approx(found["whole_evaluated"], rel=loose)
-    assert found["averaged"] == pytest.approx(found["whole_averaged"], rel=loose)
-    assert found["averaged"] != pytest.approx(found["evaluated"], rel=1e-4)
     if not case.get("lora"):
+        assert found["averaged"] == pytest.approx(found["whole_averaged"], rel=loose)
+        assert found["averaged"] != pytest.approx(found["evaluated"], rel=1e-4)
         assert found["average_saved"] < (5e-3 if case.get("bf16") else 5e-4)
     assert found["weights"] < (5e-3 if case.get("bf16") else 5e-4)  # of four steps at a learning rate of 1e-3
     if not case.get("bf16"):
