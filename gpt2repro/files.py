@@ -90,7 +90,7 @@ def check_outputs(*paths: Path | None, read: Iterable[str | None] = ()) -> None:
     given = [Path(os.path.abspath(path)) for path in paths if path is not None]
     sources = [Path(name) for name in read if name is not None and os.path.isfile(name)]
     for path in given:
-        if path.exists() and any(path.samefile(source) for source in sources):
+        if os.path.exists(path) and any(path.samefile(source) for source in sources):
             raise InputError(f"{path} is what is read, so no result is written to it; choose another place")
         if given.count(path) > 1:
             raise InputError(f"two results would be written to {path}; choose another place for one of them")

@@ -658,7 +658,8 @@ def test_what_waits_already_is_not_queued_again(hub, run):
     uploader.close(timeout=0)
 
 
-def test_a_checkpoint_that_is_damaged_while_the_hub_is_down_is_not_sent(hub, run):
+def test_a_checkpoint_that_is_damaged_while_the_hub_is_down_is_not_sent(hub, run, monkeypatch):
+    monkeypatch.setattr("gpt2repro.publishing.hub.FIRST_WAIT_SECONDS", 600.0)  # the next attempt is that of close()
     hub.fail(r"POST .*/commit/", status=503, times=10_000)
     uploader = uploader_of(run)
     run.save(1, on_written=uploader.checkpoint)
