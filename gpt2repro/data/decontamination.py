@@ -1,0 +1,224 @@
+"""Documents that hold a benchmark's text: found by 13-grams of words while a corpus is tokenised.
+
+    texts of the benchmarks' examples ── 13-grams ──▶ sorted 64-bit hashes ─┐
+    documents of the corpus ──────────── 13-grams ──▶ 64-bit hashes ────────┴─▶ pairs (document, example)
+
+A word is a run of letters and digits in lower case. What stands between words never counts: spaces, line ends,
+punctuation, underscores. An example is found in every document that holds 13 of its words in a row, wherever
+they stand in it, in any case, with any punctuation and any white space between the words.
+
+Not found: an example of fewer than 13 words (counted as `too_short`); a copy that has a word more, less or other at
+least every 13 words, such as a paraphrase, a translation, or one with a tag like <b> in it; words that are divided or
+joined otherwise ("don't" is the two words of "don t", "dont" is one); a letter and its accent written as one character
+here and as two there; languages without spaces between their words.
+
+GPT-3's rule is "a lowercase, whitespace delimited word with no punctuation" (arXiv 2005.14165, appendix C). There
+"don't" is the one word "dont". There, too, only 200 characters around a hit are removed, and 13-grams that more than
+ten documents share are ignored; here the whole document counts, and the report says how many documents share a hit.
+
+A hit is two equal 64-bit hashes. By chance 10^10 words and 10^6 13-grams make one with a probability of 0.0005.
+Knows no task, no file of text and no token. Runs in the tokenising processes, as numpy over the characters of a batch.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from gpt2repro.data.shards import MANIFEST
+from gpt2repro.files import read_json
+from gpt2repro.options import InputError
+
+WORDS = 13  # Source: GPT-3's paper, appendix C; lm-evaluation-harness' decontamination uses the same length
+BLOCK_CHARACTERS = 2**16  # are hashed at a time, so the arrays stay in the processor's cache
+BETWEEN_WORDS = re.compile(r"[\W_]")  # exactly the characters that are not isalnum()
+
+# The hash's base, odd so that it has an inverse modulo 2^64, and the high bits that select an entry of the first pass.
+BASE, INVERSE = (np.uint64(number % 2**64) for number in (0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 2**64)))
+FIRST_PASS_BITS = 25
+
+
+class Decontamination:
+    """The 13-grams of benchmarks, sorted by hash. Pickling copies it to a spawned process.
+
+    examples: task -> its examples, each as the texts that it may appear as.
+    drop: leave documents with a hit out; else they are only counted.
+    """
+
+    def __init__(self, examples: dict[str, list[list[str]]], *, drop: bool):
+        self.drop, self.tasks, self._examples, parts = drop, {}, [], []
+        for task, texts in examples.items():
+            hashes, owners = _hashes_of(texts)
+            facts = {"examples": len(texts), "too_short": len(texts) - len(np.unique(owners))}
+            self.tasks[task] = {**facts, "ngrams": len(np.unique(hashes)), "fingerprint": fingerprint(texts)}
+            parts.append((hashes, owners + len(self._examples)))
+            self._examples += [(task, index) for index in range(len(texts))]
+        hashes, owners = map(np.concatenate, zip(*parts, strict=True))
+        order = np.argsort(hashes, kind="stable")
+        self._hashes, self._owners = hashes[order], owners[order]
+        known = np.zeros(2**FIRST_PASS_BITS, bool)  # is there a hash that begins with these bits?
+        known[self._hashes >> (64 - FIRST_PASS_BITS)] = True
+        self._known = np.packbits(known, bitorder="little")
+
+    @property
+    def settings(self) -> dict:
+        """What decides which documents are dropped or counted, for the data set's identity."""
+        names = {task: facts["fingerprint"] for task, facts in self.tasks.items()}
+        return {"decontaminate": names, "decontaminate_action": "drop" if self.drop else "report"}
+
+    def check(self, texts: list[str], ends: list[bool]) -> tuple[list[str], list[bool], dict]:
+        """(texts, ends, found) of whole documents, without those that are dropped; `found` is for `merged`.
+
+        texts: pieces of documents; `ends` says which of them end one.
+        """
+        hits = self._hits(texts, ends)
+        hit = {document for document, _, _ in hits}
+        counts = Counter(documents=sum(ends), documents_hit=len(hit))
+        counts.update(task for _, task in dict.fromkeys((document, task) for document, task, _ in hits))
+        counts.update(f"{task} {index}" for _, task, index in hits)
+        ngrams = {f"{task} {index}": ngram for (_, task, index), ngram in reversed(hits.items())}  # the first one stays
+        if self.drop and hit:
+            kept = [i for i, document in enumerate(np.cumsum([0, *ends])[:-1].tolist()) if document not in hit]
+            texts, ends = [texts[i] for i in kept], [ends[i] for i in kept]
+        return texts, ends, {"counts": counts, "ngrams": ngrams}
+
+    def report(self, parts: Iterable[dict]) -> dict:
+        """The manifest's entry, of what `check` found in all parts of the corpus.
+
+        Of each example with a hit it says in how many documents, and the 13-gram of the first one.
+        """
+        counts, ngrams = merged(parts).values()
+        report = {name: counts[name] for name in ("documents", "documents_hit")}
+        report["tasks"] = {}
+        for task, facts in self.tasks.items():
+            names = {str(index): f"{task} {index}" for index in range(facts["examples"])}
+            hits = {
+                index: {"documents": counts[name], "ngram": ngrams[name]}
+                for index, name in names.items()
+                if name in ngrams
+            }
+            report["tasks"][task] = {**facts, "documents_hit": counts[task], "examples_hit": len(hits), "hits": hits}
+        return report
+
+    def _hits(self, texts: list[str], ends: list[bool]) -> dict[tuple[int, str, int], str]:
+        """{(number of the document, task, example): the first 13-gram that they share}, in the order of the text."""
+        text = "\n".join(texts)
+        hashes, starts, stops = _ngrams(text)
+        begins = hashes >> (64 - FIRST_PASS_BITS)
+        few = np.flatnonzero(self._known[begins >> 3] >> (begins & 7).astype(np.uint8) & 1)
+        few = few[np.argsort(hashes[few])]  # the index is searched from its front to its end, which caches like
+        first, last = (np.searchsorted(self._hashes, hashes[few], side) for side in ("left", "right"))
+        begin, end = (np.cumsum([0, *ends])[_text_at(texts, places[few])] for places in (starts, stops))
+        hits = {}
+        for i in sorted(np.flatnonzero((first < last) & (begin == end)).tolist(), key=few.__getitem__):
+            words = BETWEEN_WORDS.split(text[starts[few[i]] : stops[few[i]]].lower())
+            for owner in self._owners[first[i] : last[i]].tolist():
+                hits.setdefault((int(begin[i]), *self._examples[owner]), " ".join(filter(None, words)))
+        return hits
+
+
+def merged(parts: Iterable[dict]) -> dict:
+    """What `check` found in several parts, in their order, as one."""
+    counts, ngrams = Counter(), {}
+    for part in parts:
+        counts.update(part["counts"])
+        ngrams = {**part["ngrams"], **ngrams}
+    return {"counts": counts, "ngrams": ngrams}
+
+
+def fingerprint(examples: list[list[str]]) -> str:
+    """A hash of the texts of a task's examples, in their order."""
+    return hashlib.blake2b(json.dumps(examples).encode(), digest_size=8).hexdigest()
+
+
+def contaminated_examples(path: Path, task: str, examples: list[list[str]]) -> set[int]:
+    """The indices of a task's examples that a data set's manifest, or a file with its report, lists as hit.
+
+    Raises: InputError for a file without a report about this task, and for a report about other examples.
+    """
+    path = path / MANIFEST if path.is_dir() else path
+    try:
+        found = read_json(path)["decontamination"]["tasks"][task]
+        indices, theirs, known = set(map(int, found["hits"])), found["fingerprint"], int(found["examples"])
+    except (LookupError, TypeError, ValueError, OverflowError):
+        raise InputError(
+            f"{path} has no report about {task}; prepare the data with prepare_fineweb.py --decontaminate {task}"
+        ) from None
+    if theirs != fingerprint(examples):
+        raise InputError(
+            f"{path} is about other examples of {task} ({known:,}; here are {len(examples):,}); name the file or the "
+            "split that it was made with"
+        )
+    return indices
+
+
+def _hashes_of(examples: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes, numbers of the examples): every 13-gram of every example once."""
+    texts = [text for texts in examples for text in texts]
+    hashes, starts, stops = _ngrams("\n".join(texts))
+    first, last = _text_at(texts, starts), _text_at(texts, stops)
+    owners = np.repeat(np.arange(len(examples)), [len(own) for own in examples])[first]
+    hashes, owners = hashes[first == last], owners[first == last]
+    order = np.lexsort((owners, hashes))
+    hashes, owners = hashes[order], owners[order]
+    new = np.ones(len(hashes), bool)
+    new[1:] = (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1])
+    return hashes[new], owners[new]
+
+
+def _text_at(texts: list[str], places: np.ndarray) -> np.ndarray:
+    """The index of the text at each place of "\\n".join(texts); the end of a text belongs to it."""
+    return np.searchsorted(np.cumsum([len(text) + 1 for text in texts]), places, side="right")
+
+
+def _ngrams(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(hashes, starts, stops) of every 13 words in a row; they stand in text[start:stop]."""
+    parts, place = [], 0
+    while place < len(text) or not parts:
+        cut = BETWEEN_WORDS.search(text, place + BLOCK_CHARACTERS)
+        end = cut.end() if cut else len(text)
+        codes = np.frombuffer(text[place:end].encode("utf-32-le", "surrogatepass"), "<u4")
+        values = _character_values().take(codes)
+        borders = np.flatnonzero(np.diff(values != 0, prepend=False, append=False))
+        starts, stops = borders[::2], borders[1::2]
+        parts.append((_sequence_hashes(values, starts, stops), starts + place, stops + place))
+        place = end
+    words, starts, stops = map(np.concatenate, zip(*parts, strict=True))
+    first = np.arange(len(words) - WORDS + 1)
+    return _sequence_hashes(words, first, first + WORDS), starts[: len(first)], stops[WORDS - 1 :]
+
+
+def _sequence_hashes(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """A hash of each values[start:stop] that is not empty: the same for the same values, wherever they stand.
+
+    sum over i of values[i] * BASE^(i - start) modulo 2^64, as a difference of two prefix sums, with its bits mixed.
+    """
+    powers, inverses = _powers(1 << len(values).bit_length())
+    terms = values * powers[: len(values)]
+    sums = np.cumsum(terms)
+    return _mixed((sums[stops - 1] - sums[starts] + terms[starts]) * inverses[starts])
+
+
+@functools.lru_cache(maxsize=4)
+def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """BASE^i and BASE^-i modulo 2^64 for i from 1 to `count`."""
+    return np.cumprod(np.full(count, BASE)), np.cumprod(np.full(count, INVERSE))
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """A bijection of the 64-bit numbers that keeps 0 and looks random. Source: splitmix64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift)) * np.uint64(factor)
+    return x ^ (x >> 31)
+
+
+@functools.cache
+def _character_values() -> np.ndarray:
+    """(1,114,112,) uint64: a number for each letter and digit, the same for both cases; 0 for what is between words."""
+    letters = (ord(c.lower()[0]) if c.isalnum() else 0 for c in map(chr, range(0x110000)))
+    return _mixed(np.fromiter(letters, np.uint64, 0x110000))
