@@ -159,7 +159,7 @@ def prepare_part(options: Options):
             sizes = f"{split['tokens']:>15,} tokens {split['documents']:>11,} documents {split['bytes']:>15,} bytes"
             print(f"  {name:5} {sizes}")
         for name, found in manifest.get("decontamination", {}).get("tasks", {}).items():
-            examples = f"{found['examples_hit']:,} of {found['examples']:,} examples ({found['too_short']:,} too short)"
+            examples = f"{len(found['hits']):,} of {found['examples']:,} examples ({found['too_short']:,} too short)"
             print(f"  {name}: {examples} in {found['documents_hit']:,} training documents")
     return manifest
 

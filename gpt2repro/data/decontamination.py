@@ -24,8 +24,7 @@ import functools
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections import ChainMap, Counter
 from pathlib import Path
 
 import numpy as np
@@ -51,19 +50,27 @@ class Decontamination:
     """
 
     def __init__(self, examples: dict[str, list[list[str]]], *, drop: bool):
-        self.drop, self.tasks, self._examples, parts = drop, {}, [], []
-        for task, texts in examples.items():
-            hashes, owners = _hashes_of(texts)
-            facts = {"examples": len(texts), "too_short": len(texts) - len(np.unique(owners))}
-            self.tasks[task] = {**facts, "ngrams": len(np.unique(hashes)), "fingerprint": fingerprint(texts)}
-            parts.append((hashes, owners + len(self._examples)))
-            self._examples += [(task, index) for index in range(len(texts))]
-        hashes, owners = map(np.concatenate, zip(*parts, strict=True))
-        order = np.argsort(hashes, kind="stable")
-        self._hashes, self._owners = hashes[order], owners[order]
+        self.drop, self.tasks = drop, {}
+        self._examples = [(task, index) for task, own in examples.items() for index in range(len(own))]
+        all_texts = [texts for own in examples.values() for texts in own]
+        texts = [text for texts in all_texts for text in texts]
+        hashes, starts, stops = _ngrams("\n".join(texts))
+        first, last = _text_at(texts, starts), _text_at(texts, stops)
+        owners = np.repeat(np.arange(len(all_texts)), list(map(len, all_texts)))[first]
+        hashes, owners = hashes[first == last], owners[first == last]
+        order = np.lexsort((owners, hashes))
+        hashes, owners = hashes[order], owners[order]
+        new = (np.diff(hashes, prepend=~hashes[:1]) != 0) | (np.diff(owners, prepend=owners[:1]) != 0)
+        self._hashes, self._owners = hashes, owners = hashes[new], owners[new]
         known = np.zeros(2**FIRST_PASS_BITS, bool)  # is there a hash that begins with these bits?
-        known[self._hashes >> (64 - FIRST_PASS_BITS)] = True
+        known[hashes >> (64 - FIRST_PASS_BITS)] = True
         self._known = np.packbits(known, bitorder="little")
+        start = 0
+        for task, own in examples.items():
+            mine = (start <= owners) & (owners < start + len(own))
+            start += len(own)
+            facts = {"examples": len(own), "too_short": len(own) - len(np.unique(owners[mine]))}
+            self.tasks[task] = {**facts, "ngrams": len(np.unique(hashes[mine])), "fingerprint": fingerprint(own)}
 
     @property
     def settings(self) -> dict:
@@ -87,23 +94,17 @@ class Decontamination:
             texts, ends = [texts[i] for i in kept], [ends[i] for i in kept]
         return texts, ends, {"counts": counts, "ngrams": ngrams}
 
-    def report(self, parts: Iterable[dict]) -> dict:
+    def report(self, parts: list[dict]) -> dict:
         """The manifest's entry, of what `check` found in all parts of the corpus.
 
         Of each example with a hit it says in how many documents, and the 13-gram of the first one.
         """
         counts, ngrams = merged(parts).values()
-        report = {name: counts[name] for name in ("documents", "documents_hit")}
-        report["tasks"] = {}
-        for task, facts in self.tasks.items():
-            names = {str(index): f"{task} {index}" for index in range(facts["examples"])}
-            hits = {
-                index: {"documents": counts[name], "ngram": ngrams[name]}
-                for index, name in names.items()
-                if name in ngrams
-            }
-            report["tasks"][task] = {**facts, "documents_hit": counts[task], "examples_hit": len(hits), "hits": hits}
-        return report
+        tasks = {task: {**facts, "documents_hit": counts[task], "hits": {}} for task, facts in self.tasks.items()}
+        for name in sorted(ngrams):
+            task, index = name.split()
+            tasks[task]["hits"][index] = {"documents": counts[name], "ngram": ngrams[name]}
+        return {"documents": counts["documents"], "documents_hit": counts["documents_hit"], "tasks": tasks}
 
     def _hits(self, texts: list[str], ends: list[bool]) -> dict[tuple[int, str, int], str]:
         """{(number of the document, task, example): the first 13-gram that they share}, in the order of the text."""
@@ -122,13 +123,10 @@ class Decontamination:
         return hits
 
 
-def merged(parts: Iterable[dict]) -> dict:
+def merged(parts: list[dict]) -> dict:
     """What `check` found in several parts, in their order, as one."""
-    counts, ngrams = Counter(), {}
-    for part in parts:
-        counts.update(part["counts"])
-        ngrams = {**part["ngrams"], **ngrams}
-    return {"counts": counts, "ngrams": ngrams}
+    counts = sum((Counter(part["counts"]) for part in parts), Counter())
+    return {"counts": counts, "ngrams": dict(ChainMap(*(part["ngrams"] for part in parts)))}
 
 
 def fingerprint(examples: list[list[str]]) -> str:
@@ -155,20 +153,6 @@ def contaminated_examples(path: Path, task: str, examples: list[list[str]]) -> s
             "split that it was made with"
         )
     return indices
-
-
-def _hashes_of(examples: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes, numbers of the examples): every 13-gram of every example once."""
-    texts = [text for texts in examples for text in texts]
-    hashes, starts, stops = _ngrams("\n".join(texts))
-    first, last = _text_at(texts, starts), _text_at(texts, stops)
-    owners = np.repeat(np.arange(len(examples)), [len(own) for own in examples])[first]
-    hashes, owners = hashes[first == last], owners[first == last]
-    order = np.lexsort((owners, hashes))
-    hashes, owners = hashes[order], owners[order]
-    new = np.ones(len(hashes), bool)
-    new[1:] = (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1])
-    return hashes[new], owners[new]
 
 
 def _text_at(texts: list[str], places: np.ndarray) -> np.ndarray:

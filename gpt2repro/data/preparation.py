@@ -310,7 +310,7 @@ def _finish(out: Path, identity: dict, notes: list[dict], describe_val, decontam
     """Write the manifest from the notes, and remove the files of other units."""
     splits, report = {}, {}
     if decontamination is not None:
-        report = {"decontamination": decontamination.report(note["found"] for note in notes)}
+        report = {"decontamination": decontamination.report([note["found"] for note in notes])}
     for split in shards.SPLITS:
         records = [note["splits"][split] for note in notes if split in note["splits"]]
         sums = {key: sum(record[key] for record in records) for key in ("tokens", "documents", "bytes")}

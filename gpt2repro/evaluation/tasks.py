@@ -22,10 +22,9 @@ def parse_specs(specs: list[str]) -> list[tuple[Task, str | None]]:
     for name in names:
         if name not in TASKS:
             near = difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.5)
-            raise InputError(
-                f"there is no task {name!r}; known are {', '.join(TASKS)}, each alone or as NAME=FILE"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+            hint = f"; did you mean {near[0]}?" if near else ""
+            known = ", ".join(TASKS)
+            raise InputError(f"there is no task {name!r}; known are {known}, each alone or as NAME=FILE{hint}")
         if names.count(name) > 1:
             raise InputError(f"the task {name} is given twice; its numbers would have the same names")
     return [(TASKS[name], data) for name, data in named]
