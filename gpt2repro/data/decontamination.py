@@ -16,7 +16,8 @@ GPT-3's rule is "a lowercase, whitespace delimited word with no punctuation" (ar
 "don't" is the one word "dont". There, too, only 200 characters around a hit are removed, and 13-grams that more than
 ten documents share are ignored; here the whole document counts, and the report says how many documents share a hit.
 
-A hit is two equal 64-bit hashes. By chance 10^10 words and 10^6 13-grams make one with a probability of 0.0005.
+A hit is two equal 64-bit hashes: by chance, 10^10 words and 10^6 13-grams make one with a probability of 0.0005. Equal
+are also words whose first 64 letters are, and letters beyond ASCII whose code points are a multiple of 128 apart.
 Knows no task, no file of text and no token. Runs in the tokenising processes, as numpy over the characters of a batch.
 """
 
@@ -37,9 +38,9 @@ WORDS = 13  # Source: GPT-3's paper, appendix C; lm-evaluation-harness' decontam
 BLOCK_CHARACTERS = 2**16  # are hashed at a time, so the arrays stay in the processor's cache
 BETWEEN_WORDS = re.compile(r"[\W_]")  # exactly the characters that are not isalnum()
 
-# The hash's base, odd so that it has an inverse modulo 2^64, and the high bits that select an entry of the first pass.
-BASE, INVERSE = (np.uint64(number % 2**64) for number in (0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 2**64)))
-FIRST_PASS_BITS = 25
+MOST_LETTERS = 64  # longer words are told apart by their first letters
+POWERS = [np.uint64(pow(0x9E3779B97F4A7C15, i, 2**64)) for i in range(WORDS)]
+FIRST_PASS_BITS = 24  # the high bits of a hash that are looked up first, in 2 MiB
 
 
 class Decontamination:
@@ -112,14 +113,17 @@ class Decontamination:
         hashes, starts, stops = _ngrams(text)
         begins = hashes >> (64 - FIRST_PASS_BITS)
         few = np.flatnonzero(self._known[begins >> 3] >> (begins & 7).astype(np.uint8) & 1)
-        few = few[np.argsort(hashes[few])]  # the index is searched from its front to its end, which caches like
-        first, last = (np.searchsorted(self._hashes, hashes[few], side) for side in ("left", "right"))
-        begin, end = (np.cumsum([0, *ends])[_text_at(texts, places[few])] for places in (starts, stops))
+        few = few[np.argsort(hashes[few])]  # so the index is searched from its front to its end, which caches like
+        at = np.searchsorted(self._hashes[:-1], hashes[few])
+        few = np.sort(few[self._hashes[at] == hashes[few]])
+        hashes, starts, stops = hashes[few], starts[few], stops[few]
+        first, last = (np.searchsorted(self._hashes, hashes, side) for side in ("left", "right"))
+        document, other = (np.cumsum([0, *ends])[_text_at(texts, places)] for places in (starts, stops))
         hits = {}
-        for i in sorted(np.flatnonzero((first < last) & (begin == end)).tolist(), key=few.__getitem__):
-            words = BETWEEN_WORDS.split(text[starts[few[i]] : stops[few[i]]].lower())
+        for i in np.flatnonzero(document == other).tolist():
+            ngram = " ".join(filter(None, BETWEEN_WORDS.split(text[starts[i] : stops[i]].lower())))
             for owner in self._owners[first[i] : last[i]].tolist():
-                hits.setdefault((int(begin[i]), *self._examples[owner]), " ".join(filter(None, words)))
+                hits.setdefault((int(document[i]), *self._examples[owner]), ngram)
         return hits
 
 
@@ -161,48 +165,51 @@ def _text_at(texts: list[str], places: np.ndarray) -> np.ndarray:
 
 
 def _ngrams(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(hashes, starts, stops) of every 13 words in a row; they stand in text[start:stop]."""
+    """(hashes, starts, stops) of every 13 words in a row; they are text[start:stop]."""
     parts, place = [], 0
     while place < len(text) or not parts:
         cut = BETWEEN_WORDS.search(text, place + BLOCK_CHARACTERS)
         end = cut.end() if cut else len(text)
-        codes = np.frombuffer(text[place:end].encode("utf-32-le", "surrogatepass"), "<u4")
-        values = _character_values().take(codes)
-        borders = np.flatnonzero(np.diff(values != 0, prepend=False, append=False))
+        codes = np.frombuffer((text[place:end] + "\0" * 7).encode("utf-32-le", "surrogatepass"), "<u4")
+        letters = _letters().take(codes)
+        borders = np.flatnonzero(np.diff(letters != 0, prepend=False))
         starts, stops = borders[::2], borders[1::2]
-        parts.append((_sequence_hashes(values, starts, stops), starts + place, stops + place))
+        parts.append((_word_hashes(letters, starts, stops - starts), starts + place, stops + place))
         place = end
     words, starts, stops = map(np.concatenate, zip(*parts, strict=True))
-    first = np.arange(len(words) - WORDS + 1)
-    return _sequence_hashes(words, first, first + WORDS), starts[: len(first)], stops[WORDS - 1 :]
+    count = max(len(words) - WORDS + 1, 0)
+    # sum over i of words[i] * BASE^i modulo 2^64, for 13 = 8 + 4 + 1 words
+    two = words[:-1] + words[1:] * POWERS[1]
+    four = two[:-2] + two[2:] * POWERS[2]
+    eight = four[:-4] + four[4:] * POWERS[4]
+    hashes = eight[:count] + four[8 : 8 + count] * POWERS[8] + words[12:] * POWERS[12]
+    return hashes, starts[:count], stops[WORDS - 1 :]
 
 
-def _sequence_hashes(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """A hash of each values[start:stop] that is not empty: the same for the same values, wherever they stand.
-
-    sum over i of values[i] * BASE^(i - start) modulo 2^64, as a difference of two prefix sums, with its bits mixed.
-    """
-    powers, inverses = _powers(1 << len(values).bit_length())
-    terms = values * powers[: len(values)]
-    sums = np.cumsum(terms)
-    return _mixed((sums[stops - 1] - sums[starts] + terms[starts]) * inverses[starts])
-
-
-@functools.lru_cache(maxsize=4)
-def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """BASE^i and BASE^-i modulo 2^64 for i from 1 to `count`."""
-    return np.cumprod(np.full(count, BASE)), np.cumprod(np.full(count, INVERSE))
+def _word_hashes(letters: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A hash of each word, of its first MOST_LETTERS letters."""
+    eights = np.ndarray(len(letters) - 7, "<u8", letters, strides=(1,))  # the eight letters from each place on
+    masks = np.array([2 ** (8 * count) - 1 for count in range(9)], np.uint64)
+    hashes = eights[starts] & masks[np.minimum(lengths, 8)]
+    for place in range(8, min(MOST_LETTERS, lengths.max(initial=0)), 8):
+        longer = np.flatnonzero(lengths > place)
+        more = eights[starts[longer] + place] & masks[np.minimum(lengths[longer] - place, 8)]
+        hashes[longer] = _mixed(hashes[longer]) + more
+    return _mixed(hashes)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """A bijection of the 64-bit numbers that keeps 0 and looks random. Source: splitmix64."""
+    """A bijection of the 64-bit numbers that looks random. Source: splitmix64."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> shift)) * np.uint64(factor)
     return x ^ (x >> 31)
 
 
 @functools.cache
-def _character_values() -> np.ndarray:
-    """(1,114,112,) uint64: a number for each letter and digit, the same for both cases; 0 for what is between words."""
-    letters = (ord(c.lower()[0]) if c.isalnum() else 0 for c in map(chr, range(0x110000)))
-    return _mixed(np.fromiter(letters, np.uint64, 0x110000))
+def _letters() -> np.ndarray:
+    """(1,114,112,) uint8: of each code point a number for its lower-case letter or its digit; 0: stands between words.
+
+    Letters beyond ASCII whose code points are 128 apart share a number, so that a number is a byte.
+    """
+    lower = (ord(c.lower()[0]) if c.isalnum() else 0 for c in map(chr, range(0x110000)))
+    return np.fromiter((code if code < 128 else 128 + code % 128 for code in lower), np.uint8, 0x110000)
