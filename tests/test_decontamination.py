@@ -150,6 +150,15 @@ def test_a_document_in_pieces_is_one_document():
     assert check["ngrams"] == {"task 0": " ".join(EXAMPLE.split()[:13])}
 
 
+def test_the_words_of_the_first_document_are_reported_and_the_documents_of_all_parts_counted():
+    index = Decontamination({"task": [["other"], [EXAMPLE]]}, drop=False)
+    later = EXAMPLE.partition(" ")[2]
+    parts = [index.check(texts, [True] * len(texts))[2] for texts in ([later, EXAMPLE], [EXAMPLE, "clean"], ["clean"])]
+    report = index.report([decontamination.merged(parts[:2]), json.loads(json.dumps(parts[2]))])
+    assert (report["documents"], report["documents_hit"]) == (5, 3)
+    assert report["tasks"]["task"]["hits"] == {"1": {"documents": 3, "ngram": later}}
+
+
 # --- preparation
 
 rng = random.Random(3)
