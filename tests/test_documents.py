@@ -19,6 +19,7 @@ from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 from gpt2repro.commands import prepare_text
 from gpt2repro.data.documents import document_positions
 from gpt2repro.data.sources import open_data
+from gpt2repro.data.tokenization import load_tokenizer
 from gpt2repro.models import ARCHITECTURE, build_model
 from gpt2repro.options import parse_options, run_main
 from gpt2repro.publishing.model_card import card_files
@@ -213,6 +214,12 @@ def test_no_batch_compiles_again(train, how):
     assert made[0] == made[1] > 0
 
 
-def test_what_cannot_tell_documents_apart_is_refused(train, capsys):
+def test_what_cannot_tell_documents_apart_is_refused(train, corpora, tmp_path, capsys):
     assert train(attn_implementation="flash_attention_2") == 2
     assert "documents=mask and flash_attention_2" in capsys.readouterr().err
+    (tmp_path / "train.bin").write_bytes(bytes(2000))  # nanoGPT's, and a tokenizer that ends no document
+    tokenizer = load_tokenizer(corpora / "web/tokenizer")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    assert train(str(tmp_path), tokenizer=tmp_path / "endless") == 2
+    assert "documents=mask needs a tokenizer with an end-of-text token" in capsys.readouterr().err
