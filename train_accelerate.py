@@ -97,6 +97,8 @@ class TrainConfig:
     "Tokens per optimizer step over all processes; gradient accumulation follows from it."
     seq_len: AtLeastOne = 1024
     "Tokens per sequence; at most n_positions."
+    documents: Literal["cross", "mask"] = "cross"
+    "mask: the documents of a sequence do not see each other; cross: they do, as in GPT-2's training."
     micro_batch_size: AtLeastOne | None = None
     "Sequences per process and forward pass; none: what the card's memory holds, 16 on a CPU. No part of the result."
 
@@ -249,6 +251,10 @@ class TrainConfig:
                 self.schedule == "wsd" and (self.cooldown_steps or 0) > self.max_steps and self.cooldown_from is None,
                 f"cooldown_steps={self.cooldown_steps} is more than max_steps={self.max_steps}",
             ),
+            (
+                self.documents == "mask" and self.attn_implementation == "flash_attention_2",
+                "documents=mask and flash_attention_2: transformers has it for one sequence per pass only; take sdpa",
+            ),
             (self.min_lr > self.lr, f"min_lr={self.min_lr} is above lr={self.lr}"),
             (
                 self.batch_tokens % per_pass,
@@ -295,6 +301,7 @@ def train(config: TrainConfig) -> int:
     """One run, from its first step or from its newest checkpoint to `max_steps`. Returns the exit code."""
     import torch
 
+    from gpt2repro.data.documents import document_positions
     from gpt2repro.data.sources import open_data
     from gpt2repro.models import build_model, compile_model, load_for_comparison
     from gpt2repro.publishing.hub import Uploader, fetch_checkpoint
@@ -333,7 +340,8 @@ def train(config: TrainConfig) -> int:
         model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP: `fixed` exchanges the gradients
     model, optimizer = accelerator.prepare(model, optimizer)  # nothing else: the module's first lines say why
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
-    forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens, "loss_per_row": bool(source.sources)}
+    eot_id = source.tokenizer.eos_token_id if config.documents == "mask" else None
+    forward_options = {"use_cache": False, "output_logits": False, "loss_chunk_tokens": config.loss_chunk_tokens}
     forward_options |= {"residual_dtype": torch.bfloat16} if config.bf16_residual else {}
 
     with (
@@ -366,8 +374,7 @@ def train(config: TrainConfig) -> int:
             # This rank's rows of the global batch, inputs and shifted targets, (rows, T) each. The batch is a pure
             # function of (data, seed, position), so `source` is all that a resumed run has to know about its data.
             start = state.source["position"]
-            batch = stop.next_of(batches)
-            if batch is None:  # a signal came while the data kept the run waiting
+            if (batch := stop.next_of(batches)) is None:  # a signal came while the data kept the run waiting
                 break
             x, y, state.source = batch
             x, y = (part.to(device, non_blocking=device.type == "cuda") for part in (x, y))  # `prefetch` pinned them
@@ -388,10 +395,10 @@ def train(config: TrainConfig) -> int:
                     # the step: micro-batches weigh alike. The average over the ranks is DDP's and FSDP's part.
                     row_losses = model(
                         input_ids=x[rows],
+                        position_ids=document_positions(x[rows], eot_id),  # None: documents see each other
                         shift_labels=y[rows],
-                        use_cache=False,  # no keys and values are kept: nothing is decoded
-                        output_logits=False,
                         num_items_in_batch=divisor,
+                        loss_per_row=bool(source.sources),
                         **forward_options,
                     ).loss
                     accelerator.backward(micro_loss := row_losses.sum())  # a recipe's losses come row by row, (B,)

@@ -42,6 +42,7 @@ BENCHMARKS = {  # task -> (Hub id, title)
 }
 METRICS = {  # key in the evaluation's record -> (metric type on the Hub, name in the card, task)
     "val_loss": ("loss", "validation loss (nats per token)", None),
+    "val_loss_masked": ("loss", "validation loss, documents that do not see each other (nats per token)", None),
     "perplexity": ("perplexity", "perplexity (per token)", None),
     "bits_per_byte": ("bits_per_byte", "bits per byte", None),
     "val_loss_ema": ("loss", "validation loss of the averaged weights (branch ema)", None),

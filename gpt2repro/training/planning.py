@@ -72,6 +72,7 @@ class Layout:
     loss_chunk_tokens: int | None = None
     compiled: bool = False
     averaged: bool = False
+    masked: bool = False
     fixed_batch_tokens: int | None = None  # tokens per step of a run with reduction=fixed
 
     @classmethod
@@ -85,6 +86,7 @@ class Layout:
             micro_batch_size=config.micro_batch_size or 1,
             optimizer=config.optimizer,
             averaged=config.ema_decay is not None,
+            masked=config.documents == "mask" and config.attn_implementation == "sdpa",
             gradient_checkpointing=config.gradient_checkpointing,
             loss_chunk_tokens=config.loss_chunk_tokens,
             compiled=auto if config.compile == "auto" else config.compile != "off",
@@ -121,6 +123,11 @@ class Layout:
         # Recomputing, a process holds every block's input and the tensors of the one block that it recomputes.
         recomputed = self.n_layer * stream + block
         parts["activations"] = stream + (recomputed if self.gradient_checkpointing else self.n_layer * block)
+        if self.masked:
+            # (B, 1, T, T), a byte each; every layer makes a copy as wide as its queries and keeps it for its backward
+            # pass. A model that is compiled as one graph keeps one copy for all layers.
+            copies = 1 if self.gradient_checkpointing else self.n_layer
+            parts["attention masks (at most)"] = tokens * self.seq_len * (1 + copies * (2 if half else width))
         logits = min(tokens, self.loss_chunk_tokens or tokens) * self.vocab_size
         parts["logits"] = logits * (COMPILED_LOGIT_BYTES if self.compiled else LOGIT_BYTES)[self.precision]
         parts["context, workspaces (estimate)"] = RESERVE_BYTES

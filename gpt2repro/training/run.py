@@ -94,6 +94,10 @@ class Run:
                 "optimizer": config.optimizer,
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
+            if config.documents == "mask":
+                self.identity["documents"] = config.documents
+                if self.source.tokenizer.eos_token_id is None:
+                    raise InputError("documents=mask needs a tokenizer with an end-of-text token; name it: --tokenizer")
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
             self.average = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
             if config.reduction == "fixed":  # what else decides the bits; the number of processes does not

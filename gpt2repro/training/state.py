@@ -39,6 +39,7 @@ class Identity(TypedDict):
     batch_tokens: int
     optimizer: str
     architecture: dict[str, Any]
+    documents: NotRequired[str]  # "mask"; absent for "cross"
     reduction: NotRequired[dict[str, Any]]  # what decides the bits of `--reduction fixed`, absent for `fast`
     machines: NotRequired[Annotated[list[str], Field(min_length=1)]]  # that made them, one after the other; no bar
 
@@ -114,13 +115,14 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path, positio
 
     Free to change on resume: processes, micro_batch_size, precision, workers, trackers, intervals; max_steps, lr and
     the rest of the schedule change lr(step) from here on. Not free: the data and its order (data, seed, seq_len,
-    batch_tokens: they say which windows each step sees), the architecture and the kind of optimizer state; with a
-    fixed reduction, all that decides the last bits but the machine. A recipe may change for positions that lie ahead of
-    `position`.
+    batch_tokens: they say which windows each step sees), whether documents see each other, the architecture and the
+    kind of optimizer state; with a fixed reduction, all that decides the last bits but the machine. A recipe may change
+    for positions that lie ahead of `position`.
     """
     saved, now = scrub(saved), scrub(now)  # a checkpoint is written without home directories
     pairs = {name: (saved[name], now[name]) for name in ("batch_tokens", "optimizer")}
     has_recipe = "recipe" in (saved["data"].get("kind"), now["data"].get("kind"))
+    pairs["documents"] = tuple(identity.get("documents", "cross") for identity in (saved, now))
     pairs["reduction"] = tuple("fixed" if "reduction" in identity else "fast" for identity in (saved, now))
     for part in ("architecture", "data", *(["reduction"] if pairs["reduction"] == ("fixed", "fixed") else [])):
         old, new = saved[part], now[part]
