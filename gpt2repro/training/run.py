@@ -27,7 +27,7 @@ from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.data.mixture import same_recipe
 from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.sources import merge_states, prefetch
-from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name
+from gpt2repro.files import atomic_file, read_json_if_whole, sha256_of, step_in_name
 from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, say, to_yaml
 from gpt2repro.redaction import scrub
@@ -69,7 +69,7 @@ class Run:
         self.plain_model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.uploader = None
         self.exit_code: int | None = None
-        self._hurried = False
+        self._hurried, self._saved = False, None  # the last checkpoint's step and place in the data
         self._fetch, self._compiled = fetch, compiled
         self._at_exit = contextlib.ExitStack()
 
@@ -223,6 +223,7 @@ class Run:
     def save(self, val_loss: float = math.inf) -> None:
         """Start writing a checkpoint of this step, which becomes `best` if `val_loss` is the lowest so far."""
         state, scaler = self.state, self.accelerator.scaler
+        self._saved = state.step, state.source
         # NaN compares false, so a diverged model never becomes `best`.
         if val_loss < (state.best["val_loss"] if state.best else math.inf):
             state.best = Best(step=state.step, val_loss=val_loss)
@@ -275,7 +276,8 @@ class Run:
         config, state, done = self.config, self.state, self.state.step == self.config.max_steps
         if verdict is None and not done:
             self._hurried = True
-            self.save()
+            if self._saved != (state.step, state.source):
+                self.save()
         elif verdict is None:
             self.writer.point("final", state.step)
         self.writer.close()
@@ -343,7 +345,7 @@ class Run:
         if not same_recipe(state.recipes[-1]["data"], data):
             state.recipes.append(HeldRecipe(step=state.step, position=state.source["position"], data=data))
             state.best = state.best if self.config.val_data is not None else None
-        state.identity = self.identity
+        state.identity["data"] = data
 
     def _log_recipe(self) -> None:
         """Log a recipe that begins here, at the first step that it gives: a resume from here logs it again."""
@@ -359,7 +361,8 @@ class Run:
                 listed = yaml.safe_dump(scrub(self.state.recipes), sort_keys=False, allow_unicode=True)
                 text += "# Recipes that the run has had, each from a step and a position (in windows) on:\n"
                 text += "".join(f"# {line}\n" for line in listed.splitlines())
-            (self.config.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+            with atomic_file(self.config.run_dir / "config.yaml") as file:  # half of it would still be valid YAML
+                file.write(text)
 
     def _written(self, checkpoint: Path) -> None:
         """Draw, upload and log a written checkpoint, in the thread that wrote it: the loop does not wait."""
