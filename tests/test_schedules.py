@@ -81,7 +81,12 @@ def test_finished_models_branch_off_one_stable_phase(tmp_path, capsys):
     assert train(parent, schedule="wsd", max_steps=24, cooldown_steps=8) == 0
     before = fingerprints(parent)
     branch = {"cooldown_from": parent / "checkpoints/step_000008", "cooldown_steps": 6}
+    capsys.readouterr()
+    assert run_main(train_accelerate.main, [*tiny_run.flags(data, tmp_path / "child", **branch), "--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert "6 steps, 768 tokens" in planned and "2 kept" in planned  # not those of the parent: steps 12 and 14
     assert train(tmp_path / "child", **branch) == 0
+    assert "has lost" not in capsys.readouterr().err, "the steps before are in the parent's log"
     assert fingerprints(parent) == before, "the parent is only read"
 
     child = records(tmp_path / "child")

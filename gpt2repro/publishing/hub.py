@@ -432,9 +432,11 @@ class Uploader:
         old: set[str] = set()
         for branch in sorted(ours.keys() - {newest}):
             if heads.get(branch) == ours.pop(branch):
-                files = {path: digest for path, digest in stored(branch).items() if path.startswith((TRAINER_STATE, EMA))}
-                old |= set(files.values())
-                folders = sorted({f"{path.split('/')[0]}/" for path in files})
+                extra = {
+                    path: sha256 for path, sha256 in stored(branch).items() if path.startswith((TRAINER_STATE, EMA))
+                }
+                old |= {*extra.values()}
+                folders = sorted({f"{path.split('/')[0]}/" for path in extra})
                 removed = [CommitOperationDelete(folder, is_folder=True) for folder in folders]
                 removed.append(CommitOperationDelete(CHECKSUMS))
                 message = f"Weights only: the optimizer's state is in {newest}"

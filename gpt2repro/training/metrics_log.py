@@ -45,12 +45,12 @@ def finished_run(run_dir: str | Path) -> tuple[dict, list[dict]]:
     return config, evaluations
 
 
-def cut_metrics(path: Path, last_step: int | None) -> list[tuple[int, int]]:
+def cut_metrics(path: Path, last_step: int | None, begins: int = 0) -> list[tuple[int, int]]:
     """Keep the records up to and including `last_step` (None: none). Atomic; never the whole file in memory.
 
-    Returns the steps (first, last) of the training that the log has lost.
+    Returns the steps (first, last) of the training that the log has lost, of those after the step where it `begins`.
     """
-    lost, expected = [], 1
+    lost, expected = [], begins + 1
     if path.exists():
         with atomic_file(path) as out:
             for line, record in whole_lines(path) if last_step is not None else ():

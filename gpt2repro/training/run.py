@@ -135,6 +135,7 @@ class Run:
                 run_ids=self.state.run_ids,
                 resume_step=self.state.step if checkpoint is not None else None,
                 is_main=is_main,
+                begins=(self.state.parent or {}).get("step", 0),
             )
             opened.callback(self.log.close)
             if is_main:
