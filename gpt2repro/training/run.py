@@ -200,7 +200,10 @@ class Run:
             self.log.log(verdict.record())
             self._console.say(f"{verdict.action}: {bad_steps(verdict)}")
         last = steps[-1]
-        self.state.seconds += last["step_seconds"] * len(steps)
+        seconds = last["step_seconds"] * len(steps)
+        self.state.seconds += seconds
+        if self.state.device_seconds is not None:
+            self.state.device_seconds += seconds * self.accelerator.num_processes
         self._console.progress(last["step"], last["loss"], last["tokens_per_second"])
         self.log.status("running", last["step"])
         return verdict
@@ -232,7 +235,7 @@ class Run:
         state.scaler = scaler.state_dict() if scaler is not None else None
         state.health = self.monitor.state()
         state.environment = environment(self.accelerator)
-        optional = ("digests", "parent", "recipes")
+        optional = ("digests", "parent", "recipes", "device_seconds")
         content = state.model_dump(exclude={name for name in optional if not getattr(state, name)})
         content["source"] = merge_states(from_all_ranks(state.source))  # a stream's ranks each know their own lanes
         average = {}
@@ -312,6 +315,9 @@ class Run:
     def _restore(self, checkpoint: Path, *, rewinding: bool = False) -> None:
         """Restore everything that `checkpoint` holds, and discard the checkpoints of later steps."""
         self.state = load_run_state(checkpoint, self.identity)
+        state, processes = self.state, self.accelerator.num_processes
+        if state.device_seconds is None and (before := state.environment.get("processes", processes)) != processes:
+            state.device_seconds = state.seconds * before
         if "machines" in self.identity:
             (here,) = self.identity["machines"]
             machines = self.state.identity.setdefault("machines", [here])

@@ -80,6 +80,7 @@ class RunState(BaseModel):
     best: Best | None = None
     run_ids: dict[str, str] | None = None  # the trackers' names of this run
     seconds: float = 0.0  # of training steps
+    device_seconds: float | None = None  # their sum over all processes, where the number of processes has changed
     scaler: dict[str, Any] | None = None  # fp16's loss scale
     health: Health | None = None  # None before the first step
     identity: Identity
