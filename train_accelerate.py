@@ -335,7 +335,6 @@ def train(config: TrainConfig) -> int:
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
     speed = {"batch_tokens": config.batch_tokens, "flops_per_token": flops, "device_peak": peak}
-    meter = Meter(accelerator, **speed, same=config.reduction == "fixed")
     if config.reduction == "fixed":
         model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP: `fixed` exchanges the gradients
     model, optimizer = accelerator.prepare(model, optimizer)  # nothing else: the module's first lines say why
@@ -357,6 +356,7 @@ def train(config: TrainConfig) -> int:
             where = {"run_dir": config.run_dir, "private": not config.hub_public}
             run.uploader = Uploader(config.push_to_hub, **where, comparable=load_for_comparison)
         batches, verdict, failed, evaluated = run.batches(), None, False, {}
+        meter = Meter(accelerator, **speed, same=config.reduction == "fixed")  # from here on time counts
         model.train()  # dropout is on; every evaluation turns it off and on again
 
         # An untrained model should score ln(V): the cheapest test of data, labels and initialisation there is.
@@ -448,11 +448,10 @@ def train(config: TrainConfig) -> int:
                 if saving:
                     run.save(evaluated.get("val_loss", math.inf))
 
-        # The end of the run, or of this process' part in it. First the steps since the last reading are judged. A
-        # rewind is left to the next start, which makes the bad steps again.
-        if not failed:
-            verdict = run.record(meter.read())
-            failed = verdict is not None and verdict.action == "stop"
+        # The end of the run, or of this process' part in it. First the steps since the last reading are judged: bad
+        # weights are never saved, so a signal that comes before the next reading still finds the run rewound.
+        if not failed and (verdict := run.record(meter.read())) is not None:
+            failed = verdict.action == "stop" or (verdict.action == "rewind" and not run.rewind(verdict))
         run.finish(verdict if failed else None, stop)
     accelerator.end_training()
     return run.exit_code

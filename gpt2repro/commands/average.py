@@ -92,8 +92,8 @@ def mean(checkpoints: list[Path]) -> dict:
 def losses(run: Path, models: dict[str, Path], device: str | None) -> dict[str, dict]:
     """Validation loss of each model on the run's own validation split, measured as the run does; {} without one."""
     from gpt2repro.data.sources import open_data
-    from gpt2repro.evaluation.losses import token_byte_lengths, validation_loss
     from gpt2repro.models import load_model, pick_device
+    from gpt2repro.training.evaluator import bytes_of_tokens, validation_losses
 
     config = SimpleNamespace(**yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     try:
@@ -101,10 +101,11 @@ def losses(run: Path, models: dict[str, Path], device: str | None) -> dict[str, 
     except InputError as error:
         print(f"not compared: {error}")
         return {}
-    how = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-    how["token_bytes"] = token_byte_lengths(source.tokenizer)
-    chosen = pick_device(device)
-    return {
-        name: validation_loss(load_model(str(path), device=chosen, dtype=None)[0], source.validation, **how)
-        for name, path in models.items()
-    }
+    found, token_bytes, chosen = {}, bytes_of_tokens(source), pick_device(device)
+    for name, path in models.items():
+        model, _ = load_model(str(path), device=chosen, dtype=None)
+        found[name] = validation_losses(model, config, source, token_bytes)
+        if "val_loss" not in found[name]:
+            print("not compared: the data has no validation split")
+            return {}
+    return found

@@ -71,6 +71,7 @@ class Facts:
     machines: list = field(default_factory=list)  # that made them
     manifest: dict = field(default_factory=dict)  # the data set's manifest.json, where it is at hand
     seconds: float | None = None  # of training steps
+    device_seconds: float | None = None  # where the number of processes has changed
     evaluation: dict = field(default_factory=dict)  # this step's record in metrics.jsonl
     losses: dict = field(default_factory=dict)  # loss/NAME of a recipe's sources, each the last until this step
     recipes: list = field(default_factory=list)  # that the run has had until this step
@@ -183,6 +184,7 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     facts.average = read_json_if_whole(directory / "average.json") or {}
     facts.evaluation = (facts.average.get("validation") or {}).get("mean", {})  # of `gpt2repro average`
     facts.step, facts.seconds = header.get("step", facts.average.get("step")), state.get("seconds")
+    facts.device_seconds = state.get("device_seconds")
     facts.environment = state.get("environment") or {}
     identity = state.get("identity") or {}
     facts.data, facts.reduction = identity.get("data") or {}, identity.get("reduction") or {}

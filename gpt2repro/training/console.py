@@ -89,8 +89,9 @@ def closing(config, source) -> str:
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         untrained = first["step"] == 0 and config.init_from is None
-        before = f" ({'untrained' if untrained else 'before'}: {first['val_loss']:.4f})" if first["step"] == 0 else ""
-        lines.append(f"validation loss  {last['val_loss']:.4f} nats per token{before}")
+        numbers = ["no number" if r["val_loss"] is None else f"{r['val_loss']:.4f}" for r in (first, last)]
+        before = f" ({'untrained' if untrained else 'before'}: {numbers[0]})" if first["step"] == 0 else ""
+        lines.append(f"validation loss  {numbers[1]} nats per token{before}")
         if last["bits_per_byte"] is not None:
             lines.append(f"bits per byte    {last['bits_per_byte']:.3f}{compressed_size(source.manifest)}")
     samples = config.run_dir / "samples" / f"step_{config.max_steps:06d}.md"

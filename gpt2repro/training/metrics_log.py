@@ -3,6 +3,7 @@
 Knows no metric by name but `step`, `loss` and `val_loss`.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,12 +45,12 @@ def finished_run(run_dir: str | Path) -> tuple[dict, list[dict]]:
     return config, evaluations
 
 
-def cut_metrics(path: Path, last_step: int | None) -> list[tuple[int, int]]:
+def cut_metrics(path: Path, last_step: int | None, begins: int = 0) -> list[tuple[int, int]]:
     """Keep the records up to and including `last_step` (None: none). Atomic; never the whole file in memory.
 
-    Returns the steps (first, last) of the training that the log has lost.
+    Returns the steps (first, last) of the training that the log has lost, of those after the step where it `begins`.
     """
-    lost, expected = [], 1
+    lost, expected = [], begins + 1
     if path.exists():
         with atomic_file(path) as out:
             for line, record in whole_lines(path) if last_step is not None else ():
@@ -69,11 +70,12 @@ def cut_metrics(path: Path, last_step: int | None) -> list[tuple[int, int]]:
 def whole_lines(path: Path, every: int = 1) -> Iterator[tuple[str, dict]]:
     """(line, record) of every line that was written whole; a process killed while writing leaves half of the last.
 
-    With `every` only those whose number is a multiple of it, and all evaluations.
+    With `every` all evaluations, and of the other lines the first of so many.
     """
+    number = itertools.count()
     with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
-        for number, line in enumerate(lines):
-            if number % every and '"val_loss"' not in line:
+        for line in lines:
+            if '"val_loss"' not in line and next(number) % every:
                 continue
             try:
                 record = json.loads(line)

@@ -205,7 +205,7 @@ class Plan:
             f"parameters   {n_params:,}",
             f"batch        {config.batch_tokens:,} tokens = {layout.micro_batch_size} sequences x "
             f"{config.seq_len} tokens x {processes} processes x {passes} forward passes",
-            f"length       {config.max_steps:,} steps, {self.tokens:,} tokens, {epochs}, "
+            f"length       {self.tokens // config.batch_tokens:,} steps, {self.tokens:,} tokens, {epochs}, "
             f"{self.tokens / n_params:,.1f} tokens per parameter",
             *(f"{'recipe' if number == 0 else '':12} {line}" for number, line in enumerate(self.timetable)),
             f"work         {self.flops_per_token / 1e6:,.1f} MFLOP per token, "
@@ -271,7 +271,8 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
         rows = config.batch_tokens // config.seq_len
         size = choose_micro_batch(layout, gpu_memory_gib if on_gpu else None, rows)
         layout = replace(layout, micro_batch_size=size)
-    tokens = config.max_steps * config.batch_tokens
+    steps = config.max_steps if config.cooldown_from is None else config.cooldown_steps  # a branch makes its own only
+    tokens = steps * config.batch_tokens
     multiplied = n_params - sizes["n_positions"] * layout.n_embd  # the positions are looked up
     work = flops_per_token(multiplied, layout.n_layer, layout.n_embd, config.seq_len)
 
@@ -291,7 +292,8 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     if layout.averaged:
         checkpoint["averages"] = checkpoint["model"]
     each = sum(checkpoint.values())
-    saves = sorted({*range(config.save_steps, config.max_steps + 1, config.save_steps), config.max_steps})
+    every = range(config.save_steps, config.max_steps, config.save_steps)
+    saves = [*every[(config.max_steps - steps) // config.save_steps :], config.max_steps]
     kept = len(kept_steps(saves, config.keep_last, config.milestone_steps, pointed={saves[0], saves[-1]}))
     run_dir = Path(config.run_dir)
     free = shutil.disk_usage(next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())).free

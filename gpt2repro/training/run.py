@@ -27,7 +27,7 @@ from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.data.mixture import same_recipe
 from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.sources import merge_states, prefetch
-from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name
+from gpt2repro.files import atomic_file, read_json_if_whole, sha256_of, step_in_name
 from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, say, to_yaml
 from gpt2repro.redaction import scrub
@@ -69,7 +69,7 @@ class Run:
         self.plain_model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.uploader = None
         self.exit_code: int | None = None
-        self._hurried = False
+        self._hurried, self._saved = False, None  # the last checkpoint's step and place in the data
         self._fetch, self._compiled = fetch, compiled
         self._at_exit = contextlib.ExitStack()
 
@@ -139,6 +139,7 @@ class Run:
                 run_ids=self.state.run_ids,
                 resume_step=self.state.step if checkpoint is not None else None,
                 is_main=is_main,
+                begins=(self.state.parent or {}).get("step", 0),
             )
             opened.callback(self.log.close)
             if is_main:
@@ -203,7 +204,10 @@ class Run:
             self.log.log(verdict.record())
             self._console.say(f"{verdict.action}: {bad_steps(verdict)}")
         last = steps[-1]
-        self.state.seconds += last["step_seconds"] * len(steps)
+        seconds = last["step_seconds"] * len(steps)
+        self.state.seconds += seconds
+        if self.state.device_seconds is not None:
+            self.state.device_seconds += seconds * self.accelerator.num_processes
         self._console.progress(last["step"], last["loss"], last["tokens_per_second"])
         self.log.status("running", last["step"])
         return verdict
@@ -227,6 +231,7 @@ class Run:
     def save(self, val_loss: float = math.inf) -> None:
         """Start writing a checkpoint of this step, which becomes `best` if `val_loss` is the lowest so far."""
         state, scaler = self.state, self.accelerator.scaler
+        self._saved = state.step, state.source
         # NaN compares false, so a diverged model never becomes `best`.
         if val_loss < (state.best["val_loss"] if state.best else math.inf):
             state.best = Best(step=state.step, val_loss=val_loss)
@@ -234,7 +239,7 @@ class Run:
         state.scaler = scaler.state_dict() if scaler is not None else None
         state.health = self.monitor.state()
         state.environment = environment(self.accelerator)
-        optional = ("digests", "parent", "recipes")
+        optional = ("digests", "parent", "recipes", "device_seconds")
         content = state.model_dump(exclude={name for name in optional if not getattr(state, name)})
         content["source"] = merge_states(from_all_ranks(state.source))  # a stream's ranks each know their own lanes
         average = {}
@@ -279,7 +284,8 @@ class Run:
         config, state, done = self.config, self.state, self.state.step == self.config.max_steps
         if verdict is None and not done:
             self._hurried = True
-            self.save()
+            if self._saved != (state.step, state.source):
+                self.save()
         elif verdict is None:
             self.writer.point("final", state.step)
         self.writer.close()
@@ -313,6 +319,9 @@ class Run:
     def _restore(self, checkpoint: Path, *, rewinding: bool = False) -> None:
         """Restore everything that `checkpoint` holds, and discard the checkpoints of later steps."""
         self.state = load_run_state(checkpoint, self.identity)
+        state, processes = self.state, self.accelerator.num_processes
+        if state.device_seconds is None and (before := state.environment.get("processes", processes)) != processes:
+            state.device_seconds = state.seconds * before
         if "machines" in self.identity:
             (here,) = self.identity["machines"]
             machines = self.state.identity.setdefault("machines", [here])
@@ -347,7 +356,7 @@ class Run:
         if not same_recipe(state.recipes[-1]["data"], data):
             state.recipes.append(HeldRecipe(step=state.step, position=state.source["position"], data=data))
             state.best = state.best if self.config.val_data is not None else None
-        state.identity = self.identity
+        state.identity["data"] = data
 
     def _log_recipe(self) -> None:
         """Log a recipe that begins here, at the first step that it gives: a resume from here logs it again."""
@@ -363,7 +372,8 @@ class Run:
                 listed = yaml.safe_dump(scrub(self.state.recipes), sort_keys=False, allow_unicode=True)
                 text += "# Recipes that the run has had, each from a step and a position (in windows) on:\n"
                 text += "".join(f"# {line}\n" for line in listed.splitlines())
-            (self.config.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+            with atomic_file(self.config.run_dir / "config.yaml") as file:  # half of it would still be valid YAML
+                file.write(text)
 
     def _written(self, checkpoint: Path) -> None:
         """Draw, upload and log a written checkpoint, in the thread that wrote it: the loop does not wait."""

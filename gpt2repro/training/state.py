@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import NotRequired, TypedDict  # pydantic wants this one before Python 3.12
 
-from gpt2repro.checkpoint.layout import find_run
+from gpt2repro.checkpoint.layout import STEP_NAME, find_run
 from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 from gpt2repro.data.mixture import changed_past
 from gpt2repro.files import step_in_name
@@ -81,6 +81,7 @@ class RunState(BaseModel):
     best: Best | None = None
     run_ids: dict[str, str] | None = None  # the trackers' names of this run
     seconds: float = 0.0  # of training steps
+    device_seconds: float | None = None  # their sum over all processes, where the number of processes has changed
     scaler: dict[str, Any] | None = None  # fp16's loss scale
     health: Health | None = None  # None before the first step
     identity: Identity
@@ -146,8 +147,16 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path, positio
 def cooled_down(config):
     """The TrainConfig of a run that branches off `cooldown_from`: from its step on, linearly down to `min_lr`.
 
-    The parent run is only read. Raises: InputError where there is no checkpoint, or its learning rate was not stable.
+    The parent run is only read, and no more once the branch has a checkpoint of its own: it may have gone on, or away.
+
+    Raises: InputError where there is no checkpoint, its learning rate was not stable, or `run_dir` is another branch.
     """
+    own = find_checkpoint(config.run_dir)
+    if own is not None and (begun := read_state(own).get("parent")):
+        named = STEP_NAME.fullmatch(Path(config.cooldown_from).name)
+        if named and int(named[1]) != begun["step"]:
+            raise InputError(f"{config.run_dir} holds the branch of step {begun['step']}; choose another --run_dir")
+        return replace(config, schedule="wsd", max_steps=begun["step"] + config.cooldown_steps, resume="auto")
     if (checkpoint := find_checkpoint(config.cooldown_from)) is None:
         raise InputError(f"cooldown_from={config.cooldown_from}: no checkpoint there")
     step, run = read_state(checkpoint)["step"], find_run(checkpoint)
