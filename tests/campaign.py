@@ -392,11 +392,14 @@ def a_bare_model(chance, base, at) -> Case:
 def a_foreign_data_set(chance, base, at) -> Case:
     shutil.copytree(base.root / "foreign", at / "data")
     path = chance.choice(sorted((at / "data").iterdir()))
+    size = path.stat().st_size
     what = damage_file(chance, path)
+    sure = path.is_file() and path.stat().st_size != size  # its header says how long it is
     if path.exists() and chance.random() < 0.3:
         what += f"; renamed to {path.rename(at / 'data' / chance.choice(NAMES)).name}"
+        sure = False
     argv = base.train(at / "data", at / "run", tokenizer=base.shards / "tokenizer")
-    return Case(TRAIN, argv, damage=what)
+    return Case(TRAIN, argv, must_refuse=sure, damage=what)
 
 
 def a_data_set(chance, base, at) -> Case:

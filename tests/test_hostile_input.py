@@ -305,6 +305,8 @@ FOREIGN = {
     "huge header": b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31 - 1) + b"{" * 100, "magic only": b"\x93NUMPY",
     "open bracket": npy(np.zeros(9, dtype=np.uint16)).replace(b"(9,)", b"(9,("),
     "lying shape": npy(np.zeros(9, dtype=np.uint16)).replace(b"(9,)", b"(9999999,)"),
+    "a byte too many": npy(np.zeros(5000, dtype=np.uint16)).replace(b"\0" * 99, b"\0" * 100, 1),
+    "a smaller shape": npy(np.zeros(5000, dtype=np.uint16)).replace(b"(5000,)", b"(4000,)"),
 }  # fmt: skip
 
 
@@ -321,14 +323,14 @@ def test_a_broken_shard_is_refused(name, split, shards, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*FOREIGN, *(f"bin: {name}" for name in ("empty", "one byte", "text"))])
-def test_a_broken_foreign_shard_is_refused(name, tmp_path):
+def test_a_broken_foreign_shard_is_refused(name, shards, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     content = SHARDS[name.removeprefix("bin: ")] if name.startswith("bin: ") else FOREIGN[name]
     for split in ("train", "val"):
         file = f"{split}.bin" if name.startswith("bin: ") else f"edufineweb_{split}_000000.npy"
         (data / file).write_bytes(content)
-    arguments = tiny_run.flags(data, tmp_path / "run", max_steps=1)
+    arguments = tiny_run.flags(data, tmp_path / "run", max_steps=1, tokenizer=shards / "tokenizer")
     if name == "bin: text":
         arguments += ["--vocab_size", "300"]  # without a header the bytes are tokens: only the vocabulary can tell
     refused("train_accelerate", arguments, keep=data)
