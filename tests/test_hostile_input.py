@@ -160,6 +160,7 @@ OPTION_CASES = [
     ["--bf16_residual", "--precision", "fp32"],
     ["--hellaswag", "no/such/file.jsonl"], ["--val_data", "no/such/dir"], ["--activation_function", "relu"],
     ["--lr", ""], ["--data"], ["--micro_batch_size", 3], ["--max_steps", "1e3"], ["--sample_tokens", -1],
+    ["--collective_timeout_minutes", "1e13"],
 ]  # fmt: skip
 
 
