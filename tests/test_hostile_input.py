@@ -185,6 +185,7 @@ PRESETS = {
     "tab": b"n_layer:\t1\n\t- x", "unclosed": b"{n_layer: [1, 2", "list": b"- 1\n- 2\n", "scalar": b"42\n",
     "binary": bytes(range(256)), "not utf-8": b"run_dir: \xff\xfe\xfa\n", "unknown key": b"n_layers: 3\n",
     "nested": b"n_layer: {a: {b: 1}}\n", "object": b"n_layer: !!python/object/apply:os.system ['true']\n",
+    "no timestamp": b"project: !!timestamp x\n", "no boolean": b"project: !!bool banana\n",
     "tuple key": b"? [a, b]\n: 1\n", "number key": b"7: 1\n", "date": b"n_layer: 2020-01-01\n",
     "null": b"n_layer: null\n",
     "two documents": b"n_layer: 1\n---\nn_layer: 2\n", "resume inside": b"resume: never\n",
