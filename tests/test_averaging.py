@@ -132,3 +132,8 @@ def test_the_mean_of_the_last_checkpoints_is_a_model_with_tokenizer_and_provenan
 
     assert run_main(average.main, [str(run), "--last", "30", "--out", str(tmp_path / "more")]) == 2
     assert "has 12 checkpoints, not 30" in capsys.readouterr().err and not (tmp_path / "more").exists()
+
+    shutil.copytree(run, tmp_path / "damaged", symlinks=True)
+    (tmp_path / "damaged/config.yaml").write_text("seq_len: [")
+    assert run_main(average.main, [str(tmp_path / "damaged"), "--last", "2", "--out", str(tmp_path / "more")]) == 2
+    assert "config.yaml is not a readable YAML file" in capsys.readouterr().err and not (tmp_path / "more").exists()

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import yaml
-
 from gpt2repro.checkpoint.layout import list_steps
 from gpt2repro.checkpoint.reader import verify_checkpoint
 from gpt2repro.options import AtLeastOne, InputError, Problems, parse_options, taken
@@ -94,8 +92,9 @@ def losses(run: Path, models: dict[str, Path], device: str | None) -> dict[str, 
     from gpt2repro.data.sources import open_data
     from gpt2repro.evaluation.losses import token_byte_lengths, validation_loss
     from gpt2repro.models import load_model, pick_device
+    from gpt2repro.training.metrics_log import options_of
 
-    config = SimpleNamespace(**yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    config = SimpleNamespace(**options_of(run, "seed", "batch_tokens", "seq_len", "micro_batch_size"))
     try:
         source = open_data(config, sequences=config.batch_tokens // config.seq_len)
     except InputError as error:
