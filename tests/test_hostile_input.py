@@ -721,6 +721,7 @@ WRONG_KINDS = [
     ("samples", Path.touch), ("checkpoints", Path.touch), (".lock", Path.mkdir), ("config.yaml", Path.mkdir),
     ("metrics.jsonl", Path.mkdir), ("status.json", Path.mkdir), ("loss.png", Path.mkdir), ("metrics.jsonl", os.mkfifo),
     ("checkpoints/latest", Path.mkdir), ("checkpoints/best", Path.mkdir),
+    ("checkpoints/step_000001", Path.touch), ("checkpoints/step_000001", os.mkfifo),
 ]  # fmt: skip
 
 
