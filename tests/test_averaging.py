@@ -134,6 +134,8 @@ def test_the_mean_of_the_last_checkpoints_is_a_model_with_tokenizer_and_provenan
     assert "has 12 checkpoints, not 30" in capsys.readouterr().err and not (tmp_path / "more").exists()
 
     shutil.copytree(run, tmp_path / "damaged", symlinks=True)
-    (tmp_path / "damaged/config.yaml").write_text("seq_len: [")
-    assert run_main(average.main, [str(tmp_path / "damaged"), "--last", "2", "--out", str(tmp_path / "more")]) == 2
-    assert "config.yaml is not a readable YAML file" in capsys.readouterr().err and not (tmp_path / "more").exists()
+    cut = (run / "config.yaml").read_text().replace("tokenizer:", "# tokenizer:")
+    for content, sentence in (("seq_len: [", "is not a readable YAML file"), (cut, "is damaged")):
+        (tmp_path / "damaged/config.yaml").write_text(content)
+        assert run_main(average.main, [str(tmp_path / "damaged"), "--last", "2", "--out", str(tmp_path / "more")]) == 2
+        assert f"config.yaml {sentence}" in capsys.readouterr().err and not (tmp_path / "more").exists()

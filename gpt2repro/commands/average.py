@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 from gpt2repro.checkpoint.layout import list_steps
 from gpt2repro.checkpoint.reader import verify_checkpoint
-from gpt2repro.options import AtLeastOne, InputError, Problems, parse_options, taken
+from gpt2repro.options import AtLeastOne, InputError, Problems, first_line, parse_options, taken
 
 
 @dataclass(kw_only=True)
@@ -100,6 +100,8 @@ def losses(run: Path, models: dict[str, Path], device: str | None) -> dict[str, 
     except InputError as error:
         print(f"not compared: {error}")
         return {}
+    except (AttributeError, TypeError) as error:  # an option that is missing, or of another type
+        raise InputError(f"{run / 'config.yaml'} is damaged: {first_line(error)}") from error
     how = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
     how["token_bytes"] = token_byte_lengths(source.tokenizer)
     chosen = pick_device(device)
