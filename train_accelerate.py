@@ -161,7 +161,7 @@ class TrainConfig:
     "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes (on GPUs with deterministic)."
     deterministic: bool = False
     "Only deterministic kernels: bit-identical repeats on a GPU, slower."
-    collective_timeout_minutes: Positive | None = None
+    collective_timeout_minutes: Annotated[float, Field(gt=0, le=10**6)] | None = None
     "Minutes after which a frozen rank ends the run; none: torch's own, 10 for NCCL and 30 for gloo."
 
     # --- when the numbers go bad

@@ -8,10 +8,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 from gpt2repro.files import atomic_file, step_in_name
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, read_yaml
 
 
 def read_metrics(run_dir: str | Path, *, at_most: int | None = None) -> tuple[list[dict], list[dict]]:
@@ -34,15 +32,22 @@ def finished_run(run_dir: str | Path) -> tuple[dict, list[dict]]:
 
     Raises: InputError for a directory that is no run, or a run that has not evaluated its last step.
     """
-    run_dir = Path(run_dir)
-    try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{run_dir} is no run: it has no config.yaml") from None
+    config = options_of(run_dir, "seed", "max_steps")
     _, evaluations = read_metrics(run_dir, at_most=1)
-    if not any(r["step"] >= config["max_steps"] and r["val_loss"] is not None for r in evaluations[-1:]):
+    if not any(r["step"] >= config["max_steps"] and isinstance(r["val_loss"], float) for r in evaluations[-1:]):
         raise InputError(f"{run_dir} has not evaluated its last step, {config['max_steps']}; finish the run first")
     return config, evaluations
+
+
+def options_of(run_dir: str | Path, *numbers: str) -> dict:
+    """What a run's config.yaml says. Raises: InputError for none, or one that is damaged or lacks one of `numbers`."""
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{run_dir} is no run: it has no config.yaml")
+    options = read_yaml(str(path), "the file")
+    if wrong := next((name for name in numbers if type(options.get(name)) is not int), None):
+        raise InputError(f"{path} is damaged: {wrong} is {options.get(wrong)!r}, expected a whole number")
+    return options
 
 
 def cut_metrics(path: Path, last_step: int | None, begins: int = 0) -> list[tuple[int, int]]:

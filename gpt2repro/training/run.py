@@ -396,7 +396,8 @@ class Run:
 def lock_run(run_dir: Path) -> FileLock:
     """A lock that ends with its process. Raises: InputError where another process already trains this run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    kinds = dict.fromkeys(("checkpoints", "samples"), Path.is_dir)
+    steps = (f"checkpoints/{path.name}" for path in (run_dir / "checkpoints").glob("step_*"))
+    kinds = dict.fromkeys(("checkpoints", "samples", *steps), Path.is_dir)
     kinds |= dict.fromkeys((".lock", "config.yaml", "metrics.jsonl", "status.json", "loss.png"), Path.is_file)
     kinds |= {f"checkpoints/{name}": lambda path: path.is_symlink() or path.is_file() for name in POINTERS}
     for name, fits in kinds.items():

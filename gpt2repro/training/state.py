@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import NotRequired, TypedDict  # pydantic wants this one before Python 3.12
 
@@ -19,6 +18,7 @@ from gpt2repro.data.mixture import changed_past
 from gpt2repro.files import step_in_name
 from gpt2repro.options import InputError
 from gpt2repro.redaction import scrub
+from gpt2repro.training.metrics_log import options_of
 from gpt2repro.training.schedules import stable_until
 
 Count = Annotated[int, Field(ge=0)]
@@ -162,7 +162,7 @@ def cooled_down(config):
     step, run = read_state(checkpoint)["step"], find_run(checkpoint)
     if run is not None and run.resolve() == config.run_dir.resolve():
         raise InputError(f"cooldown_from={config.cooldown_from} lies in run_dir={config.run_dir}; name a new --run_dir")
-    options = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run is not None else {}
+    options = options_of(run, "max_steps", "warmup_steps") if run is not None else {}
     parent = {"schedule": "cosine", "cooldown_steps": None, **options}
     end = stable_until(parent["max_steps"], parent["cooldown_steps"]) if run is not None else step
     if run is not None and not (parent["schedule"] == "wsd" and parent["warmup_steps"] <= step <= end):
