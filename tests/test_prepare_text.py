@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import logging
 import lzma
 import random
 
@@ -194,8 +195,9 @@ def test_manifest_names_what_made_it(python_docs_data):
 
 
 @pytest.mark.parametrize("source", ["data", "run", "checkpoint"])
-def test_the_tokenizer_of_a_model_or_data_set_is_taken_as_it_is(tmp_path, source):
+def test_the_tokenizer_of_a_model_or_data_set_is_taken_as_it_is(tmp_path, source, caplog, monkeypatch):
     """A character that it does not know is not learned but refused."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     (tmp_path / "a.txt").write_text(PROSE * 20)
     (tmp_path / "b.txt").write_text("It was the worst of times.\n" * 20)
     prepare_text(tmp_path / "data", "--input", tmp_path / "a.txt", "--tokenizer", "char")
@@ -208,6 +210,7 @@ def test_the_tokenizer_of_a_model_or_data_set_is_taken_as_it_is(tmp_path, source
     first = verify_dataset(tmp_path / "data")
     assert manifest["tokenizer"]["sha256"] == first["tokenizer"]["sha256"]
     assert decoded(tmp_path / "more", "train").startswith("It was the worst of times.")
+    assert not caplog.messages  # transformers does not know our type, and need not for a tokenizer
     (tmp_path / "b.txt").write_text("Ça alors!\n" * 20)
     with pytest.raises(InputError, match="'Ç'"):
         prepare_text(tmp_path / "refused", "--input", tmp_path / "b.txt", "--tokenizer", place)

@@ -141,7 +141,9 @@ def card_files(
     counts = [f"{facts.evaluation[key]:,} {unit}" for key, unit in units.items() if facts.evaluation.get(key)]
     options = yaml.safe_dump(facts.options, sort_keys=False, allow_unicode=True).strip() if facts.options else ""
     has_picture = run_dir is not None and _is_file(run_dir / "loss.png")
-    prompts = [prompt for prompt in facts.options.get("sample_prompts") or [] if prompt]
+    own_words = [line.split() for line in facts.samples.splitlines() if line.startswith("    ") and line.strip()]
+    fitting = " ".join(own_words[0][:4])[:40] if own_words else "Once upon a time"
+    prompts = [prompt for prompt in facts.options.get("sample_prompts") or [] if prompt] or [fitting]
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("card.md")),
@@ -151,7 +153,7 @@ def card_files(
         init_from=init_from,
         parameters=f"{_count_parameters(weights):,}" if weights.is_file() else "",
         step=None if facts.step is None else f"{facts.step:,}",
-        prompt=json.dumps(prompts[0] if prompts else "Once upon a time", ensure_ascii=False),
+        prompt=json.dumps(prompts[0], ensure_ascii=False),
         results=results,
         counts=" and ".join(counts),
         has_picture=has_picture,

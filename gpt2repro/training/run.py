@@ -98,6 +98,8 @@ class Run:
                 self.identity["documents"] = config.documents
                 if self.source.tokenizer.eos_token_id is None:
                     raise InputError("documents=mask needs a tokenizer with an end-of-text token; name it: --tokenizer")
+            for name, size in self.identity["architecture"].items() if config.init_from is not None else ():
+                setattr(config, name, size)  # config.yaml, the trackers and the card state the given model's sizes
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
             self.average = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
             if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
