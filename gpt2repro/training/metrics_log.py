@@ -1,9 +1,10 @@
 """metrics.jsonl, read and cut: one JSON object a line; a killed process leaves at worst half of its last line.
 
-Knows no metric by name but `step`, `loss` and `val_loss`.
+Knows no metric by name but `step`, `loss`, `val_loss` and `val_rises`.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def finished_run(run_dir: str | Path) -> tuple[dict, list[dict]]:
     except OSError:
         raise InputError(f"{run_dir} is no run: it has no config.yaml") from None
     _, evaluations = read_metrics(run_dir, at_most=1)
-    if not any(r["step"] >= config["max_steps"] and r["val_loss"] is not None for r in evaluations[-1:]):
+    last = evaluations[-1] if evaluations else {"step": -1, "val_loss": None}
+    early = last.get("val_rises", 0) >= (config.get("stop_when_val_rises") or math.inf)
+    if last["val_loss"] is None or not (early or last["step"] >= config["max_steps"]):
         raise InputError(f"{run_dir} has not evaluated its last step, {config['max_steps']}; finish the run first")
     return config, evaluations
 

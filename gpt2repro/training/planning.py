@@ -284,7 +284,8 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     if layout.averaged:
         checkpoint["averages"] = checkpoint["model"]
     each = sum(checkpoint.values())
-    saves = sorted({*range(config.save_steps, config.max_steps + 1, config.save_steps), config.max_steps})
+    every = [config.save_steps, *([config.eval_steps] if config.stop_when_val_rises else [])]
+    saves = sorted({*(step for gap in every for step in range(gap, config.max_steps, gap)), config.max_steps})
     kept = len(kept_steps(saves, config.keep_last, config.milestone_steps, pointed={saves[0], saves[-1]}))
     run_dir = Path(config.run_dir)
     free = shutil.disk_usage(next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())).free
