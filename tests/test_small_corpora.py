@@ -5,7 +5,6 @@ import math
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny_run
 
@@ -158,10 +157,11 @@ def test_a_run_that_ended_early_goes_on_with_more_patience_or_none(stopped, over
 
 
 def test_without_validation_data_it_is_refused_before_the_first_step(tmp_path, capsys):
-    (tmp_path / "data").mkdir()
-    np.arange(4000, dtype="<u2").tofile(tmp_path / "data" / "train.bin")
-    options = {"vocab_size": 50257, "sample_tokens": 0, "n_embd": 2, "n_head": 1}
-    assert train(tmp_path / "data", tmp_path / "run", stop_when_val_rises=1, **options) == 2
+    data = tiny_run.write_tiny_shards(tmp_path / "data", repeats=3)
+    manifest = json.loads((data / "manifest.json").read_text())
+    del manifest["splits"]["val"]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    assert train(data, tmp_path / "run", stop_when_val_rises=1) == 2
     assert "stop_when_val_rises needs a validation split" in capsys.readouterr().err
     assert verify_resume.records(tmp_path / "run") == []
 
