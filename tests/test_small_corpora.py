@@ -168,7 +168,7 @@ def test_without_validation_data_it_is_refused_before_the_first_step(tmp_path, c
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_recut_and_stopped_early_it_is_the_same_run_killed_and_on_one_and_two_processes(overfitted, book, tmp_path):
+def test_recut_and_stopped_early_it_is_the_same_run_killed_and_on_one_and_two_processes(book, tmp_path):
     options = OVERFITS | {"recut_windows": [], "stop_when_val_rises": 3, "reduction": "fixed", "resid_pdrop": 0.1}
     flags = tiny_run.flags(book, tmp_path, **options)
     del flags[flags.index("--run_dir") : flags.index("--run_dir") + 2]
