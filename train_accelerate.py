@@ -99,6 +99,8 @@ class TrainConfig:
     "Tokens per sequence; at most n_positions."
     documents: Literal["cross", "mask"] = "cross"
     "mask: the documents of a sequence do not see each other; cross: they do, as in GPT-2's training."
+    recut_windows: bool = False
+    "Cut each epoch into sequences at other tokens than the epoch before; for token shards and recipes."
     micro_batch_size: AtLeastOne | None = None
     "Sequences per process and forward pass; none: what the card's memory holds, 16 on a CPU. No part of the result."
 
@@ -187,6 +189,8 @@ class TrainConfig:
     "Only the first so many examples of HellaSwag and of eval_tasks; none: all."
     eval_tasks: list[str] = field(default_factory=list)
     "Tasks to score at every evaluation: NAME or NAME=FILE; hellaswag, arc_easy, piqa, winogrande, lambada."
+    stop_when_val_rises: AtLeastOne | None = None
+    "End the run after so many evaluations in a row with a val_loss above that of `best`; each is saved; none: off."
     sample_prompts: list[str] = field(default_factory=lambda: [""])
     "Prompts to continue at every evaluation; an empty one starts a new document."
     sample_tokens: NotNegative = 64
@@ -266,6 +270,10 @@ class TrainConfig:
                 f"bf16_residual needs precision bf16, not {self.precision}",
             ),
             (self.zero_init and not fresh, "zero_init is for random weights, not for init_from; leave one of them out"),
+            (
+                self.recut_windows and self.data.startswith("stream:"),
+                "recut_windows is for token shards: a stream shuffles its documents, so each epoch has other windows",
+            ),
             (self.resume == "hub:", "resume=hub: needs a repository: hub:user/name[@revision]"),
         ]
         return [sentence for is_wrong, sentence in checks if is_wrong]
@@ -364,7 +372,7 @@ def train(config: TrainConfig) -> int:
             with meter.pause():
                 evaluated = run.evaluate()
 
-        while run.state.step < config.max_steps and not stop.agreed():
+        while not run.is_over() and not stop.agreed():
             state = run.state  # what changes from step to step, and what a checkpoint keeps
 
             # The learning rate is a pure function of the step: nothing to save, nothing to step once per process.
@@ -428,9 +436,9 @@ def train(config: TrainConfig) -> int:
             )
 
             # Log. The numbers of many steps come from the device in one transfer; bad ones are found before any save.
-            is_last = state.step == config.max_steps  # always evaluated and saved, whatever the intervals
-            saving = state.step % config.save_steps == 0 or is_last
-            evaluating = state.step % config.eval_steps == 0 or saving  # unevaluated, it could not become `best`
+            due, is_last = state.step % config.eval_steps == 0, state.step == config.max_steps
+            saving = is_last or state.step % config.save_steps == 0 or (due and config.stop_when_val_rises is not None)
+            evaluating = due or saving  # unevaluated, a checkpoint could not become `best`
             if state.step % config.log_steps == 0 or evaluating:
                 verdict = run.record(meter.read())
                 if verdict is not None and verdict.action == "rewind" and run.rewind(verdict):

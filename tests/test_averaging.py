@@ -140,6 +140,7 @@ def test_the_mean_of_the_last_checkpoints_is_a_model_with_tokenizer_and_provenan
         assert run_main(average.main, [str(tmp_path / "damaged"), "--last", "2", "--out", str(tmp_path / "more")]) == 2
         assert f"config.yaml {sentence}" in capsys.readouterr().err and not (tmp_path / "more").exists()
 
+
 @pytest.mark.parametrize("kind", ["recipe", "no validation split"])
 def test_a_mean_is_compared_as_the_run_was_and_not_at_all_without_validation_data(kind, tmp_path, capsys):
     data = tiny_run.write_tiny_shards(tmp_path / "data")

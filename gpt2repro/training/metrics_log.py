@@ -1,10 +1,11 @@
 """metrics.jsonl, read and cut: one JSON object a line; a killed process leaves at worst half of its last line.
 
-Knows no metric by name but `step`, `loss` and `val_loss`.
+Knows no metric by name but `step`, `loss`, `val_loss` and `val_rises`.
 """
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def finished_run(run_dir: str | Path) -> tuple[dict, list[dict]]:
     """
     config = options_of(run_dir, "seed", "max_steps")
     _, evaluations = read_metrics(run_dir, at_most=1)
-    if not any(r["step"] >= config["max_steps"] and isinstance(r["val_loss"], float) for r in evaluations[-1:]):
+    last = evaluations[-1] if evaluations else {"step": -1, "val_loss": None}
+    early = last.get("val_rises", 0) >= (config.get("stop_when_val_rises") or math.inf)
+    if not isinstance(last["val_loss"], float) or not (early or last["step"] >= config["max_steps"]):
         raise InputError(f"{run_dir} has not evaluated its last step, {config['max_steps']}; finish the run first")
     return config, evaluations
 

@@ -292,8 +292,11 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     if layout.averaged:
         checkpoint["averages"] = checkpoint["model"]
     each = sum(checkpoint.values())
-    every = range(config.save_steps, config.max_steps, config.save_steps)
-    saves = [*every[(config.max_steps - steps) // config.save_steps :], config.max_steps]
+    begins, gaps = config.max_steps - steps, [config.save_steps]
+    if config.stop_when_val_rises is not None:
+        gaps.append(config.eval_steps)
+    due = {step for gap in gaps for step in range(gap, config.max_steps, gap) if step > begins}
+    saves = sorted({*due, config.max_steps})
     kept = len(kept_steps(saves, config.keep_last, config.milestone_steps, pointed={saves[0], saves[-1]}))
     run_dir = Path(config.run_dir)
     free = shutil.disk_usage(next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())).free

@@ -30,6 +30,7 @@ class Best(TypedDict):
 
     step: Count
     val_loss: float
+    rises: NotRequired[Count]  # with stop_when_val_rises: evaluations in a row, up to now, with a higher loss
 
 
 class Identity(TypedDict):
@@ -132,7 +133,7 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path, positio
             names = [name for name in names if name != "source"]  # local files may lie elsewhere: their sha256 decides
         if part == "data" and has_recipe:
             # The rest is compared below, up to `position`. Shards that become a recipe had another kind of order.
-            names = ["seed", "seq_len", *(["order"] if old.get("kind") == new.get("kind") else [])]
+            names = ["seed", "seq_len", "recut_windows", *(["order"] if old.get("kind") == new.get("kind") else [])]
         pairs |= {f"{part}: {name}": (old.get(name), new.get(name)) for name in names}
     changed = [f"{name} was {before} and is now {after}" for name, (before, after) in pairs.items() if before != after]
     if has_recipe and not changed:
