@@ -88,11 +88,12 @@ def check_outputs(*paths: Path | None, read: Iterable[str | Path | None] = ()) -
     `read` are the names of what the work reads; those that are files here are not written over.
     """
     given = [Path(os.path.abspath(path)) for path in paths if path is not None]
+    places = [os.stat(path)[1:3] if os.path.exists(path) else os.path.realpath(path) for path in given]
     sources = [Path(name) for name in read if name is not None and os.path.isfile(name)]
-    for path in given:
+    for path, place in zip(given, places, strict=True):
         if os.path.exists(path) and any(path.samefile(source) for source in sources):
             raise InputError(f"{path} is what is read, so no result is written to it; choose another place")
-        if given.count(path) > 1:
+        if places.count(place) > 1:  # also behind a link
             raise InputError(f"two results would be written to {path}; choose another place for one of them")
         is_new = not os.path.lexists(path)
         write_output(path, "", mode="a")

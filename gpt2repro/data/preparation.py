@@ -181,8 +181,12 @@ def tokenizer_of_plan(out: str | Path, source: dict, settings: dict):
 
 def split_of(text: str, val_fraction: float) -> str:
     """The split of the document that begins with this piece; only the text decides, so copies stay together."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+    return "val" if hash_of(text) < val_fraction * 2**64 else "train"
+
+
+def hash_of(text: str) -> int:
+    """A number below 2^64."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 class _Work:
