@@ -426,10 +426,11 @@ def train(config: TrainConfig) -> int:
             evaluating = state.step % config.eval_steps == 0 or saving  # unevaluated, it could not become `best`
             if state.step % config.log_steps == 0 or evaluating:
                 verdict = run.record(meter.read())
-                if verdict is not None and verdict.action == "rewind" and run.rewind(verdict):
-                    batches.close()  # they were read ahead on the way that is given up
-                    batches = run.batches()
-                    continue
+                with meter.pause():
+                    if verdict is not None and verdict.action == "rewind" and run.rewind(verdict):
+                        batches.close()  # they were read ahead on the way that is given up
+                        batches = run.batches()
+                        continue
                 if verdict is not None and verdict.action != "skip":
                     failed = True
                     break
