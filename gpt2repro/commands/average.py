@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import yaml
-
 from gpt2repro.checkpoint.layout import list_steps
 from gpt2repro.checkpoint.reader import verify_checkpoint
-from gpt2repro.options import AtLeastOne, InputError, Problems, parse_options, taken
+from gpt2repro.options import AtLeastOne, InputError, Problems, parse_options, read_yaml, taken
 
 
 @dataclass(kw_only=True)
@@ -95,8 +93,8 @@ def losses(run: Path, models: dict[str, Path], device: str | None) -> dict[str, 
     from gpt2repro.models import load_model, pick_device
     from gpt2repro.training.evaluator import bytes_of_tokens, validation_losses
 
-    config = SimpleNamespace(**yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     try:
+        config = SimpleNamespace(**read_yaml(str(run / "config.yaml"), "the file"))
         source = open_data(config, sequences=config.batch_tokens // config.seq_len)
     except InputError as error:
         print(f"not compared: {error}")

@@ -8,10 +8,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 from gpt2repro.files import atomic_file, step_in_name
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, read_yaml
 
 
 def read_metrics(run_dir: str | Path, *, at_most: int | None = None) -> tuple[list[dict], list[dict]]:
@@ -35,10 +33,11 @@ def finished_run(run_dir: str | Path) -> tuple[dict, list[dict]]:
     Raises: InputError for a directory that is no run, or a run that has not evaluated its last step.
     """
     run_dir = Path(run_dir)
-    try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{run_dir} is no run: it has no config.yaml") from None
+    if not (run_dir / "config.yaml").is_file():
+        raise InputError(f"{run_dir} is no run: it has no config.yaml")
+    config = read_yaml(str(run_dir / "config.yaml"), "the file")
+    if not all(type(config.get(name)) is int for name in ("max_steps", "seed")):
+        raise InputError(f"{run_dir}/config.yaml is not a run's: it has no max_steps and seed")
     _, evaluations = read_metrics(run_dir, at_most=1)
     if not any(r["step"] >= config["max_steps"] and r["val_loss"] is not None for r in evaluations[-1:]):
         raise InputError(f"{run_dir} has not evaluated its last step, {config['max_steps']}; finish the run first")
