@@ -97,9 +97,11 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     strangers = [argument for argument in rest if argument.startswith("-") and argument != "--"]
     values = [argument for argument in rest if not argument.startswith("-")]
     problems += [f"unknown option {name}{_nearest(name, fields, '--')}" for name in strangers]
+    if strangers:  # the words after an unknown option are most likely its values
+        values = values[: rest.index(strangers[0])] or values[-1:]
     if values and positional:
         given[positional] = values
-    elif values and not strangers:  # after an unknown option the word is most likely the option's value
+    elif values and not strangers:
         problems.append(f"unexpected argument {' '.join(map(repr, values))} (options are written --name value)")
 
     raw: dict[str, tuple[Any, str]] = {}  # field -> value as written, and where it was written
@@ -281,8 +283,11 @@ def read_yaml(name: str, flag: str = "--config") -> dict:
             text = file.read(LARGEST_YAML_BYTES + 1).decode("utf-8")
         if len(text) > LARGEST_YAML_BYTES:
             raise ValueError(f"it has more than {LARGEST_YAML_BYTES} bytes")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("anchors and aliases are not allowed, since a few of them can fill the memory")
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("anchors and aliases are not allowed, since a few of them can fill the memory")
+            if tag := getattr(event, "tag", None):  # its constructor may raise anything
+                raise ValueError(f"the tag {tag} is not read; write the value itself")
         content = yaml.load(text, _StrictLoader)
     except FileNotFoundError:
         presets = f", and the packaged presets are {', '.join(preset_names()) or 'none'}" if is_config else ""

@@ -133,6 +133,13 @@ def test_the_mean_of_the_last_checkpoints_is_a_model_with_tokenizer_and_provenan
     assert run_main(average.main, [str(run), "--last", "30", "--out", str(tmp_path / "more")]) == 2
     assert "has 12 checkpoints, not 30" in capsys.readouterr().err and not (tmp_path / "more").exists()
 
+    shutil.copytree(run, tmp_path / "damaged", symlinks=True)
+    cut = (run / "config.yaml").read_text().replace("tokenizer:", "# tokenizer:")
+    for content, sentence in (("seq_len: [", "is not a readable YAML file"), (cut, "is damaged")):
+        (tmp_path / "damaged/config.yaml").write_text(content)
+        assert run_main(average.main, [str(tmp_path / "damaged"), "--last", "2", "--out", str(tmp_path / "more")]) == 2
+        assert f"config.yaml {sentence}" in capsys.readouterr().err and not (tmp_path / "more").exists()
+
 
 @pytest.mark.parametrize("kind", ["recipe", "no validation split"])
 def test_a_mean_is_compared_as_the_run_was_and_not_at_all_without_validation_data(kind, tmp_path, capsys):

@@ -381,6 +381,8 @@ def test_the_card_is_valid_for_the_librarys_own_parser_and_says_what_the_run_kno
         "batch_tokens: 4096",
         "![loss, learning rate and tokens per second](loss.png)",
         "once 3",
+        'generate("once 3", max_new_tokens=50)',  # no prompts were set: the model's own words fit its text
+        'branches named by their step (`revision="step-3"`)',
         "trust_remote_code=True)\n",
         "## Limitations",
         "| HellaSwag | accuracy normalised by tokens, build-nanogpt's protocol | 0.2955 ± 0.0046 |",
@@ -447,6 +449,7 @@ def test_a_bare_directory_gets_a_card_that_claims_nothing(tmp_path, model):
     assert (
         "2 layers, 4 heads, width 32" in card.text and "## Training" not in card.text and "## Results" not in card.text
     )
+    assert 'generate("Once upon a time"' in card.text and "step-" not in card.text
 
 
 def test_the_push_command_sends_a_whole_run_with_its_native_twin(hub, run, capsys):

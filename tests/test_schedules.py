@@ -127,3 +127,5 @@ def test_finished_models_branch_off_one_stable_phase(tmp_path, capsys):
     assert train(parent, **branch) == 2
     assert "name a new --run_dir" in capsys.readouterr().err
     assert fingerprints(parent) == before
+    (parent / "config.yaml").write_text("max_steps: many")
+    assert train(tmp_path / "damaged", **branch) == 2 and "max_steps is 'many'" in capsys.readouterr().err

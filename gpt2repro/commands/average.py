@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 from gpt2repro.checkpoint.layout import list_steps
 from gpt2repro.checkpoint.reader import verify_checkpoint
-from gpt2repro.options import AtLeastOne, InputError, Problems, parse_options, read_yaml, taken
+from gpt2repro.options import AtLeastOne, InputError, Problems, first_line, parse_options, taken
 
 
 @dataclass(kw_only=True)
@@ -92,13 +92,17 @@ def losses(run: Path, models: dict[str, Path], device: str | None) -> dict[str, 
     from gpt2repro.data.sources import open_data
     from gpt2repro.models import load_model, pick_device
     from gpt2repro.training.evaluator import bytes_of_tokens, validation_losses
+    from gpt2repro.training.metrics_log import options_of
 
     try:
-        config = SimpleNamespace(**read_yaml(str(run / "config.yaml"), "the file"))
+        options = options_of(run, "seed", "batch_tokens", "seq_len", "micro_batch_size")
+        config = SimpleNamespace(**{"documents": "cross", "recut_windows": False, **options})  # older runs have neither
         source = open_data(config, sequences=config.batch_tokens // config.seq_len)
     except InputError as error:
         print(f"not compared: {error}")
         return {}
+    except (AttributeError, TypeError) as error:  # an option that is missing, or of another type
+        raise InputError(f"{run / 'config.yaml'} is damaged: {first_line(error)}") from error
     found, token_bytes, chosen = {}, bytes_of_tokens(source), pick_device(device)
     for name, path in models.items():
         model, _ = load_model(str(path), device=chosen, dtype=None)

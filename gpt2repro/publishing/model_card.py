@@ -42,6 +42,7 @@ BENCHMARKS = {  # task -> (Hub id, title)
 }
 METRICS = {  # key in the evaluation's record -> (metric type on the Hub, name in the card, task)
     "val_loss": ("loss", "validation loss (nats per token)", None),
+    "val_loss_masked": ("loss", "validation loss, documents that do not see each other (nats per token)", None),
     "perplexity": ("perplexity", "perplexity (per token)", None),
     "bits_per_byte": ("bits_per_byte", "bits per byte", None),
     "val_loss_ema": ("loss", "validation loss of the averaged weights (branch ema)", None),
@@ -140,7 +141,9 @@ def card_files(
     counts = [f"{facts.evaluation[key]:,} {unit}" for key, unit in units.items() if facts.evaluation.get(key)]
     options = yaml.safe_dump(facts.options, sort_keys=False, allow_unicode=True).strip() if facts.options else ""
     has_picture = run_dir is not None and _is_file(run_dir / "loss.png")
-    prompts = [prompt for prompt in facts.options.get("sample_prompts") or [] if prompt]
+    own_words = [line.split() for line in facts.samples.splitlines() if line.startswith("    ") and line.strip()]
+    fitting = " ".join(own_words[0][:4])[:40] if own_words else "Once upon a time"
+    prompts = [prompt for prompt in facts.options.get("sample_prompts") or [] if prompt] or [fitting]
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("card.md")),
@@ -150,7 +153,7 @@ def card_files(
         init_from=init_from,
         parameters=f"{_count_parameters(weights):,}" if weights.is_file() else "",
         step=None if facts.step is None else f"{facts.step:,}",
-        prompt=json.dumps(prompts[0] if prompts else "Once upon a time", ensure_ascii=False),
+        prompt=json.dumps(prompts[0], ensure_ascii=False),
         results=results,
         counts=" and ".join(counts),
         has_picture=has_picture,

@@ -36,7 +36,7 @@ class Evaluator:
 
     def measure_average(self) -> dict:
         """The losses alone, as `val_loss_ema` and so on, while the model holds the averaged weights."""
-        names = ("val_loss", "perplexity", "bits_per_byte")
+        names = ("val_loss", "val_loss_masked", "perplexity", "bits_per_byte")
         found = validation_losses(self.model, self.config, self.source, self._token_bytes)
         return {f"{name}_ema": value for name, value in found.items() if name in names}
 
@@ -75,12 +75,22 @@ def bytes_of_tokens(source) -> torch.Tensor | None:
 
 
 def validation_losses(model, config, source, token_bytes: torch.Tensor | None) -> dict:
-    """The losses; those of a recipe's sources as val_loss/NAME, and of their mixture unless there is `val_data`.
+    """The losses with documents that see each other and, in a run that masks them, val_loss_masked beside them.
 
     {} where the data has no validation split.
     """
+    record = _losses(model, config, source, token_bytes, None)
+    if config.documents == "mask":
+        masked = _losses(model, config, source, token_bytes, source.tokenizer.eos_token_id)
+        names = (name for name in masked if name.startswith("val_loss"))
+        record |= {name.replace("val_loss", "val_loss_masked"): masked[name] for name in names}
+    return record
+
+
+def _losses(model, config, source, token_bytes: torch.Tensor | None, eot_id: int | None) -> dict:
+    """The losses; those of a recipe's sources as val_loss/NAME, and of their mixture unless there is `val_data`."""
     how = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-    how["token_bytes"] = token_bytes
+    how |= {"token_bytes": token_bytes, "eot_id": eot_id}
     splits = {name: part.validation for name, part in source.sources.items() if part.validation is not None}
     found = {name: validation_loss(model, split, **how) for name, split in splits.items()}
     if source.validation is not None:

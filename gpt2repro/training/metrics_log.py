@@ -1,10 +1,11 @@
 """metrics.jsonl, read and cut: one JSON object a line; a killed process leaves at worst half of its last line.
 
-Knows no metric by name but `step`, `loss` and `val_loss`.
+Knows no metric by name but `step`, `loss`, `val_loss` and `val_rises`.
 """
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,16 +33,24 @@ def finished_run(run_dir: str | Path) -> tuple[dict, list[dict]]:
 
     Raises: InputError for a directory that is no run, or a run that has not evaluated its last step.
     """
-    run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise InputError(f"{run_dir} is no run: it has no config.yaml")
-    config = read_yaml(str(run_dir / "config.yaml"), "the file")
-    if not all(type(config.get(name)) is int for name in ("max_steps", "seed")):
-        raise InputError(f"{run_dir}/config.yaml is not a run's: it has no max_steps and seed")
+    config = options_of(run_dir, "seed", "max_steps")
     _, evaluations = read_metrics(run_dir, at_most=1)
-    if not any(r["step"] >= config["max_steps"] and r["val_loss"] is not None for r in evaluations[-1:]):
+    last = evaluations[-1] if evaluations else {"step": -1, "val_loss": None}
+    early = last.get("val_rises", 0) >= (config.get("stop_when_val_rises") or math.inf)
+    if not isinstance(last["val_loss"], float) or not (early or last["step"] >= config["max_steps"]):
         raise InputError(f"{run_dir} has not evaluated its last step, {config['max_steps']}; finish the run first")
     return config, evaluations
+
+
+def options_of(run_dir: str | Path, *numbers: str) -> dict:
+    """What a run's config.yaml says. Raises: InputError for none, or one that is damaged or lacks one of `numbers`."""
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{run_dir} is no run: it has no config.yaml")
+    options = read_yaml(str(path), "the file")
+    if wrong := next((name for name in numbers if type(options.get(name)) is not int), None):
+        raise InputError(f"{path} is damaged: {wrong} is {options.get(wrong)!r}, expected a whole number")
+    return options
 
 
 def cut_metrics(path: Path, last_step: int | None, begins: int = 0) -> list[tuple[int, int]]:

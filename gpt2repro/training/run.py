@@ -94,6 +94,12 @@ class Run:
                 "optimizer": config.optimizer,
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
+            if config.documents == "mask":
+                self.identity["documents"] = config.documents
+                if self.source.tokenizer.eos_token_id is None:
+                    raise InputError("documents=mask needs a tokenizer with an end-of-text token; name it: --tokenizer")
+            for name, size in self.identity["architecture"].items() if config.init_from is not None else ():
+                setattr(config, name, size)  # config.yaml, the trackers and the card state the given model's sizes
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
             self.average = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
             if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
@@ -208,10 +214,23 @@ class Run:
         self.log.status("running", last["step"])
         return verdict
 
+    def is_over(self) -> bool:
+        """Whether no step is left: `max_steps` are done, or `stop_when_val_rises` says so. The same on all ranks."""
+        patience, best = self.config.stop_when_val_rises, self.state.best or {}
+        return self.state.step >= self.config.max_steps or best.get("rises", 0) >= (patience or math.inf)
+
     def evaluate(self) -> dict:
         """Measure the model as it is now; log, compare with the reference, keep samples. Every rank calls it."""
-        step = self.state.step
+        step, best = self.state.step, self.state.best
         record = {"step": step, **self.evaluator.measure()}
+        if self.config.stop_when_val_rises and "val_loss" not in record:
+            raise InputError(
+                "stop_when_val_rises needs a validation split, and the data has none; prepare it with a larger "
+                "--val_fraction, or name another one's with --val_data"
+            )
+        if self.config.stop_when_val_rises and best is not None:
+            best["rises"] = 0 if record["val_loss"] <= best["val_loss"] else best.get("rises", 0) + 1  # NaN is a rise
+            record["val_rises"] = best["rises"]
         if self.average is not None:
             with self.average.in_place():
                 record |= self.evaluator.measure_average()
@@ -277,7 +296,7 @@ class Run:
         `verdict` is given where bad numbers ended the run. A signal ends the wait for uploads; the next start or
         `gpt2repro push` sends the rest.
         """
-        config, state, done = self.config, self.state, self.state.step == self.config.max_steps
+        config, state, done = self.config, self.state, self.is_over()
         if verdict is None and not done:
             self._hurried = True
             if self._saved != (state.step, state.source):
@@ -305,7 +324,12 @@ class Run:
         else:
             if self.accelerator.is_main_process:
                 self._draw()
-            self._end(EXIT_DONE, "done", "; ".join(missing), shown=console.closing(config, self.source))
+            shown = console.closing(config, self.source, state.step)
+            if state.step < config.max_steps:
+                why = "val_loss was above its lowest, {val_loss:.4f} after step {step}, in {rises} evaluations in a row"
+                early = f"ended after step {state.step}: {why.format(**state.best)}; `best` is the lowest"
+                missing, shown = [early, *missing], f"\n{early}{shown}"
+            self._end(EXIT_DONE, "done", "; ".join(missing), shown=shown)
 
     def _end(self, code: int, state: str, message: str, *, shown: str | None = None, file=None) -> None:
         self.exit_code = code
@@ -340,6 +364,8 @@ class Run:
         self.writer.discard_after(self.state.step)
         if self.state.best is not None:
             self.writer.point("best", self.state.best["step"])
+            if self.config.stop_when_val_rises is None:  # were it given again later, the count would be an old one
+                self.state.best.pop("rises", None)
         if rewinding:
             self._note_recipe()
 
@@ -394,7 +420,8 @@ class Run:
 def lock_run(run_dir: Path) -> FileLock:
     """A lock that ends with its process. Raises: InputError where another process already trains this run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    kinds = dict.fromkeys(("checkpoints", "samples"), Path.is_dir)
+    steps = (f"checkpoints/{path.name}" for path in (run_dir / "checkpoints").glob("step_*"))
+    kinds = dict.fromkeys(("checkpoints", "samples", *steps), Path.is_dir)
     kinds |= dict.fromkeys((".lock", "config.yaml", "metrics.jsonl", "status.json", "loss.png"), Path.is_file)
     kinds |= {f"checkpoints/{name}": lambda path: path.is_symlink() or path.is_file() for name in POINTERS}
     for name, fits in kinds.items():
