@@ -94,9 +94,9 @@ def losses(run: Path, models: dict[str, Path], device: str | None) -> dict[str, 
     from gpt2repro.training.evaluator import bytes_of_tokens, validation_losses
     from gpt2repro.training.metrics_log import options_of
 
+    options = options_of(run, "seed", "batch_tokens", "seq_len", "micro_batch_size")
+    config = SimpleNamespace(**{"documents": "cross", "recut_windows": False, **options})  # older runs have neither
     try:
-        options = options_of(run, "seed", "batch_tokens", "seq_len", "micro_batch_size")
-        config = SimpleNamespace(**{"documents": "cross", "recut_windows": False, **options})  # older runs have neither
         source = open_data(config, sequences=config.batch_tokens // config.seq_len)
     except InputError as error:
         print(f"not compared: {error}")
