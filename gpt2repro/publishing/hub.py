@@ -41,7 +41,8 @@ from gpt2repro.redaction import scrub
 
 CHECKSUMS, TRAINER_STATE, STATE = "checksums.json", "trainer_state", "trainer_state/state.json"
 STEP_BRANCH = re.compile(r"step-(\d+)")
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+# The Hub's own rule, to be met before the work: huggingface_hub.utils.validate_repo_id
+REPO_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9]([\w.-]{0,94}\w)?/[A-Za-z0-9]([\w.-]{0,94}\w)?(?<!\.git)", re.ASCII)
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 300.0  # between attempts: doubled each time, with jitter
 FETCH_ATTEMPTS = 5  # enough for a broken connection; a user waits, so a Hub that is down is reported soon
