@@ -82,7 +82,7 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def check_outputs(*paths: Path | None, read: Iterable[str | None] = ()) -> None:
+def check_outputs(*paths: Path | None, read: Iterable[str | Path | None] = ()) -> None:
     """Check, before the work, that a result can be written to each path. Raises: InputError if not.
 
     `read` are the names of what the work reads; those that are files here are not written over.

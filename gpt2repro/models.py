@@ -102,7 +102,7 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
     from gpt2repro.files import read_json
 
     source = resolve_model(name, any_architecture=True)
-    logging.disable_progress_bar()  # a second of weights needs no bar
+    logging.disable_progress_bar()  # in `_ours` as well: a second of weights needs no bar
     how = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}  # nothing is ever unpickled
     how["attn_implementation"] = None  # transformers' choice: a config.json could name a kernel to be fetched and run
     try:
@@ -129,12 +129,7 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
         raise InputError(
             f"the weights of {name} are incomplete: {len(absent)} tensors are missing, such as {absent[0]}"
         )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers warns that it does not know the type of a model it need not know here
-    try:
-        tokenizer = load_tokenizer(source)
-    finally:
-        logging.set_verbosity(verbosity)
+    tokenizer = load_tokenizer(source)
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(
             f"{name}: the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}; "
@@ -182,9 +177,11 @@ def load_for_comparison(name: str | Path):
 def _ours(source: str, said: str, **how):
     """The model at `source` in fp32. Raises: InputError that begins as `said`, where it cannot be loaded."""
     import torch
+    from transformers.utils import logging
 
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
+    logging.disable_progress_bar()
     try:  # nothing is ever unpickled
         return GPT2ReproForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **how)
     except Exception as error:

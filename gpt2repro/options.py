@@ -97,9 +97,11 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     strangers = [argument for argument in rest if argument.startswith("-") and argument != "--"]
     values = [argument for argument in rest if not argument.startswith("-")]
     problems += [f"unknown option {name}{_nearest(name, fields, '--')}" for name in strangers]
+    if strangers:  # the words after an unknown option are most likely its values
+        values = values[: rest.index(strangers[0])] or values[-1:]
     if values and positional:
         given[positional] = values
-    elif values and not strangers:  # after an unknown option the word is most likely the option's value
+    elif values and not strangers:
         problems.append(f"unexpected argument {' '.join(map(repr, values))} (options are written --name value)")
 
     raw: dict[str, tuple[Any, str]] = {}  # field -> value as written, and where it was written

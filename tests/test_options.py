@@ -139,6 +139,22 @@ def test_positionals_may_stand_anywhere_and_required_fields_are_required():
     assert "unexpected argument 'stray'" in refusal("stray")
 
 
+@pytest.mark.parametrize("words", ["runs/a --olny y", "--olny y runs/a", "runs/a --olny x y", "runs/a --zzz=3"])
+def test_the_word_after_an_unknown_option_is_not_taken_for_another_argument(words):
+    """`conformance RUN --olny trl` named the typing mistake, and besides "expected one model, found 2"."""
+
+    @dataclass
+    class One:
+        model: list[str] = field(metadata={"positional": True})
+        only: str | None = None
+
+        def problems(self):
+            return [f"found {self.model}"] if self.model != ["runs/a"] else []
+
+    assert refusal(*words.split(), cls=One).startswith("unknown option --")
+    assert "unknown option --olny; did you mean --only?" in refusal("a", "--olny", "y", "--only", cls=One)
+
+
 def test_resolved_yaml_reads_back_as_the_same_options(config):
     options = parse(*"--clip none --out a/b --betas 0.8 0.9 --lr 6e-5 --data 007 --trackers".split(), "--force")
     text = to_yaml(options)

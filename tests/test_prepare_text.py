@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import logging
 import lzma
 import random
 
@@ -112,6 +113,21 @@ def test_many_files_are_split_by_document_and_few_by_position(tmp_path):
     assert few["splits"]["train"]["documents"] == few["splits"]["val"]["documents"] == 10
 
 
+@pytest.mark.parametrize("count", range(2, 9))
+def test_of_few_documents_at_least_one_is_for_validation(tmp_path, capsys, count):
+    """The one of the lowest hash, where the hash of none lies below the fraction."""
+    texts = [f"{count} {number} {PROSE}" for number in range(count)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, ""]))
+    arguments = ["--input", tmp_path / "a.jsonl", "--tokenizer", "char", "--val_fraction", 0.02]
+    manifest = prepare_text(tmp_path / "out", *arguments)
+    hashed = {int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16): text for text in texts}
+    few = [text for number, text in sorted(hashed.items()) if number < 0.02 * 2**64] or [hashed[min(hashed)]]
+    assert decoded(tmp_path / "out", "val") == "".join(f"{text}<|endoftext|>" for text in texts if text in few)
+    assert manifest["splits"]["train"]["documents"] == count + 1 - len(few)
+    prepare_text(tmp_path / "out", *arguments)
+    assert "is already prepared; nothing to do" in capsys.readouterr().out
+
+
 def test_running_again_does_nothing_and_other_settings_are_refused(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(PROSE * 50)
     arguments = ["--input", tmp_path / "a.txt", "--vocab_size", 300]
@@ -194,8 +210,9 @@ def test_manifest_names_what_made_it(python_docs_data):
 
 
 @pytest.mark.parametrize("source", ["data", "run", "checkpoint"])
-def test_the_tokenizer_of_a_model_or_data_set_is_taken_as_it_is(tmp_path, source):
+def test_the_tokenizer_of_a_model_or_data_set_is_taken_as_it_is(tmp_path, source, caplog, monkeypatch):
     """A character that it does not know is not learned but refused."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     (tmp_path / "a.txt").write_text(PROSE * 20)
     (tmp_path / "b.txt").write_text("It was the worst of times.\n" * 20)
     prepare_text(tmp_path / "data", "--input", tmp_path / "a.txt", "--tokenizer", "char")
@@ -208,6 +225,7 @@ def test_the_tokenizer_of_a_model_or_data_set_is_taken_as_it_is(tmp_path, source
     first = verify_dataset(tmp_path / "data")
     assert manifest["tokenizer"]["sha256"] == first["tokenizer"]["sha256"]
     assert decoded(tmp_path / "more", "train").startswith("It was the worst of times.")
+    assert not caplog.messages  # transformers does not know our type, and need not for a tokenizer
     (tmp_path / "b.txt").write_text("Ça alors!\n" * 20)
     with pytest.raises(InputError, match="'Ç'"):
         prepare_text(tmp_path / "refused", "--input", tmp_path / "b.txt", "--tokenizer", place)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate import Accelerator
 
 import train_accelerate
 from gpt2repro.checkpoint.layout import resolve_pointer
@@ -15,7 +17,7 @@ from gpt2repro.data.sources import open_source
 from gpt2repro.data.tokenization import load_tokenizer
 from gpt2repro.models import build_model
 from gpt2repro.options import run_main
-from gpt2repro.training.machine import keep_sums_exact
+from gpt2repro.training.machine import environment, keep_sums_exact
 from gpt2repro.training.run import lock_run
 
 SETTINGS = {
@@ -154,11 +156,30 @@ def test_dropout_is_a_function_of_seed_and_step(corpus, tmp_path):
     assert losses(tmp_path / "a") == expected
 
 
-def test_fine_tuning_starts_from_the_given_weights(finished, corpus, tmp_path):
-    assert train(tmp_path, corpus, init_from=finished, lr=1e-4, min_lr=1e-5, max_steps=2) == 0
+def test_fine_tuning_starts_from_the_given_weights(finished, corpus, tmp_path, capfd):
+    """The sizes of the given model are those that config.yaml, and with it the model card, states."""
+    others = {"init_from": finished, "n_layer": 12, "n_embd": 768, "n_positions": 1024}
+    assert train(tmp_path, corpus, **others, lr=1e-4, min_lr=1e-5, max_steps=2) == 0
+    assert "Loading weights" not in capfd.readouterr().err
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert [config[name] for name in ("n_layer", "n_embd", "n_positions", "vocab_size")] == [2, 32, 32, 300]
+    assert train(tmp_path, corpus, config=tmp_path / "config.yaml", max_steps=3) == 0
     start = next(r["val_loss"] for r in records(tmp_path) if "val_loss" in r)
     end = [r["val_loss"] for r in records(finished) if "val_loss" in r][-1]
     assert start == pytest.approx(end, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("started", "said"),
+    [
+        ("/opt/v/bin/python3.11 /opt/v/bin/gpt2repro train --lr 1e-3", "gpt2repro train --lr 1e-3"),
+        ("/opt/v/bin/python -u -m gpt2repro train", "python -u -m gpt2repro train"),
+        ("python", "python"),
+    ],
+)
+def test_the_command_that_is_kept_has_no_places_of_this_machine(monkeypatch, fresh_accelerate, started, said):
+    monkeypatch.setattr(sys, "orig_argv", started.split())
+    assert environment(Accelerator(cpu=True))["command"] == said
 
 
 def test_loss_options_do_not_change_the_result(finished, corpus, tmp_path):

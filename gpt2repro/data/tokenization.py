@@ -134,11 +134,14 @@ def load_tokenizer(source: str | Path):
     Raises: InputError if there is none, or it is damaged.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
     source = Path(source) / TOKENIZER if (Path(source) / TOKENIZER).is_dir() else source
     name, _, revision = (str(source), "", "") if Path(source).exists() else str(source).partition("@")
     if Path(source).is_dir():
         refuse_pipes(Path(source))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers warns that it does not know the type of a model it need not know here
     try:
         # Without trust_remote_code=False transformers asks a question on stdin if a checkpoint carries model code.
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
@@ -147,6 +150,8 @@ def load_tokenizer(source: str | Path):
         return tokenizer
     except Exception as error:  # a damaged file can make the libraries raise anything
         raise InputError(f"no tokenizer could be loaded from {source}: {first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def fingerprint(tokenizer) -> str:
@@ -243,7 +248,7 @@ class Encoder:
         texts = [well_formed(text) for text in texts]
         end = np.array([self.eot_id], self.dtype)
         parts = [part for ids, last in zip(self._encode(texts), ends, strict=True) for part in (ids, end[:last])]
-        tokens = np.concatenate(parts, dtype=self.dtype, casting="unsafe")
+        tokens = np.concatenate([end[:0], *parts], dtype=self.dtype, casting="unsafe")
         return tokens, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
     def _prepare(self) -> None:

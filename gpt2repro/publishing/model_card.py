@@ -42,6 +42,7 @@ BENCHMARKS = {  # task -> (Hub id, title)
 }
 METRICS = {  # key in the evaluation's record -> (metric type on the Hub, name in the card, task)
     "val_loss": ("loss", "validation loss (nats per token)", None),
+    "val_loss_masked": ("loss", "validation loss, documents that do not see each other (nats per token)", None),
     "perplexity": ("perplexity", "perplexity (per token)", None),
     "bits_per_byte": ("bits_per_byte", "bits per byte", None),
     "val_loss_ema": ("loss", "validation loss of the averaged weights (branch ema)", None),
@@ -70,6 +71,7 @@ class Facts:
     machines: list = field(default_factory=list)  # that made them
     manifest: dict = field(default_factory=dict)  # the data set's manifest.json, where it is at hand
     seconds: float | None = None  # of training steps
+    device_seconds: float | None = None  # where the number of processes has changed
     evaluation: dict = field(default_factory=dict)  # this step's record in metrics.jsonl
     losses: dict = field(default_factory=dict)  # loss/NAME of a recipe's sources, each the last until this step
     recipes: list = field(default_factory=list)  # that the run has had until this step
@@ -139,7 +141,9 @@ def card_files(
     counts = [f"{facts.evaluation[key]:,} {unit}" for key, unit in units.items() if facts.evaluation.get(key)]
     options = yaml.safe_dump(facts.options, sort_keys=False, allow_unicode=True).strip() if facts.options else ""
     has_picture = run_dir is not None and _is_file(run_dir / "loss.png")
-    prompts = [prompt for prompt in facts.options.get("sample_prompts") or [] if prompt]
+    own_words = [line.split() for line in facts.samples.splitlines() if line.startswith("    ") and line.strip()]
+    fitting = " ".join(own_words[0][:4])[:40] if own_words else "Once upon a time"
+    prompts = [prompt for prompt in facts.options.get("sample_prompts") or [] if prompt] or [fitting]
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("card.md")),
@@ -149,7 +153,7 @@ def card_files(
         init_from=init_from,
         parameters=f"{_count_parameters(weights):,}" if weights.is_file() else "",
         step=None if facts.step is None else f"{facts.step:,}",
-        prompt=json.dumps(prompts[0] if prompts else "Once upon a time", ensure_ascii=False),
+        prompt=json.dumps(prompts[0], ensure_ascii=False),
         results=results,
         counts=" and ".join(counts),
         has_picture=has_picture,
@@ -182,6 +186,7 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     facts.average = read_json_if_whole(directory / "average.json") or {}
     facts.evaluation = (facts.average.get("validation") or {}).get("mean", {})  # of `gpt2repro average`
     facts.step, facts.seconds = header.get("step", facts.average.get("step")), state.get("seconds")
+    facts.device_seconds = state.get("device_seconds")
     facts.environment = state.get("environment") or {}
     identity = state.get("identity") or {}
     facts.data, facts.reduction = identity.get("data") or {}, identity.get("reduction") or {}

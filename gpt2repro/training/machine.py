@@ -103,8 +103,11 @@ def origin_of_bits(device: torch.device) -> str:
 
 def environment(accelerator) -> dict:
     """Where and how a run runs, for the model card."""
+    program, *words = sys.orig_argv
+    if words and Path(words[0]).stem == "gpt2repro":  # the installed command is a script that Python is given
+        program, *words = words
     return {
-        "command": shlex.join(scrub(sys.orig_argv)),  # before quotes stand inside a secret
+        "command": shlex.join(scrub([Path(program).name, *words])),  # before quotes stand inside a secret
         "device": device_name(accelerator.device),
         "processor": cpu_name() if accelerator.device.type == "cpu" else None,
         "processes": accelerator.num_processes,
