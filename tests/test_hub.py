@@ -247,6 +247,7 @@ def test_a_refusal_ends_the_attempts_and_says_what_to_do(hub, run, request_):
     [
         (None, REPO, "nobody is logged in"),
         ("hf_wrongwrongwrongwrong", REPO, "does not accept the token"),
+        ("hf_wröngwröngwröngwröng", REPO, "a character that no token has"),
         (TOKEN, "someone-else/model", "the token may not write to someone-else/model"),
         (TOKEN, "no-slash", "expected USER/NAME"),
     ],

@@ -161,6 +161,7 @@ def explain(error: BaseException, repo: str) -> str:
     known = {
         "LocalTokenNotFoundError": login,
         "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it to reach the Hub",
+        "UnicodeEncodeError": "the login's token has a character that no token has: log in again",
         401: f"{hub} does not accept the token (401): run `hf auth login` with one that may write to {repo}",
         402: refused,
         403: refused,
@@ -179,7 +180,7 @@ def explain(error: BaseException, repo: str) -> str:
 
 def is_final(error: BaseException) -> bool:
     """Whether another attempt is pointless: true for a refusal or our mistake, false for a fault of the network."""
-    names = ("InputError", "LocalTokenNotFoundError", "OfflineModeIsEnabled", "HFValidationError")
+    names = ("InputError", "LocalTokenNotFoundError", "OfflineModeIsEnabled", "HFValidationError", "UnicodeEncodeError")
     return type(error).__name__ in names or _status(error) in FINAL_STATUS
 
 
