@@ -733,6 +733,12 @@ def test_what_stands_in_the_way_of_a_run_is_named_before_it_begins(name, make, s
     assert str(path) in refused("train_accelerate", tiny_run.flags(shards, tmp_path / "run", max_steps=1))
 
 
+def test_a_run_that_has_made_more_steps_than_are_asked_for_is_refused(run_dir, shards, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run", symlinks=True)
+    said = refused("train_accelerate", tiny_run.flags(shards, tmp_path / "run", max_steps=1), keep=tmp_path / "run")
+    assert "has made 2 steps, more than max_steps=1" in said
+
+
 @pytest.mark.parametrize("place", ["file", "file/run", "x" * 300, "/dev/null", "/proc/run"])
 def test_a_place_where_no_run_can_be_is_named(place, shards, tmp_path):
     (tmp_path / "file").touch()

@@ -247,6 +247,7 @@ def test_a_refusal_ends_the_attempts_and_says_what_to_do(hub, run, request_):
     [
         (None, REPO, "nobody is logged in"),
         ("hf_wrongwrongwrongwrong", REPO, "does not accept the token"),
+        ("hf_wröngwröngwröngwröng", REPO, "a character that no token has"),
         (TOKEN, "someone-else/model", "the token may not write to someone-else/model"),
         (TOKEN, "no-slash", "expected USER/NAME"),
     ],
@@ -802,6 +803,20 @@ def test_whether_a_login_may_write_is_asked_before(hub, monkeypatch, tmp_path):
     hub.adopt_clients(monkeypatch, tmp_path / "home", token=None)
     name, complaint = our_hub.may_write(REPO)
     assert name == "" and "the Hub does not say who you are" in complaint and "\n" not in complaint
+
+
+@pytest.mark.parametrize(
+    "repo", ["user/a--b", "user/a..b", "user/x.", "user/x-", "user/x.git", "user-/x", "user/" + "x" * 97, "user/a b"]
+)
+def test_a_name_that_the_hub_would_refuse_is_refused_before_the_work(repo):
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    with pytest.raises(HFValidationError):
+        validate_repo_id(repo)
+    assert "is no repository's name" in our_hub.may_write(repo)[1]
+    for fine in ("user/gpt2-124M", "a/b", "user/x.y_z", "u.s-er/x.gitter"):
+        validate_repo_id(fine)
+        assert our_hub.REPO_ID.fullmatch(fine)
 
 
 def test_a_space_carries_the_demo_and_names_the_model(hub, run, capsys):

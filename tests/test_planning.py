@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -353,6 +354,17 @@ def test_the_plan_keeps_what_the_writer_keeps(ten_billion, tmp_path):
     """Newest, best, final and milestones, by the rule that prunes them; test_checkpoint.py looks at the files."""
     changes = {"max_steps": 1000, "save_steps": 100, "milestone_steps": 500, "keep_last": 2}
     assert plan_of("124M", ten_billion, tmp_path, **changes).kept_checkpoints == 4  # 100 (best), 500, 900, 1000
+
+
+def test_a_plan_of_more_steps_than_anybody_makes_is_made_at_once(ten_billion, tmp_path):
+    start = time.perf_counter()
+    found = plan_of("124M", ten_billion, tmp_path, max_steps=10**12, save_steps=1)
+    assert any("epochs of" in problem for problem in found.problems) and time.perf_counter() - start < 60
+
+
+def test_a_streams_missing_files_are_a_problem(tmp_path):
+    (problem,) = plan_of("124M", "stream:no/such/*.jsonl", tmp_path).problems
+    assert problem.startswith("stream:no/such/*.jsonl names no file here, and is no Hub dataset")
 
 
 def test_the_hub_is_asked_before_the_run(ten_billion, tmp_path):

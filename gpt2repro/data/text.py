@@ -368,17 +368,25 @@ class TextSource:
         return (document for document in documents if document)
 
 
+def files_or_id(spec: str) -> tuple[list[str], re.Match | None]:
+    """(the files here, None) or ([], the Hub's id), as a stream's name means it. Raises: InputError for neither."""
+    if files := [str(path) for path in sorted(local_files(spec))]:
+        return files, None
+    match = text_io.SPEC.fullmatch(spec)
+    if match is None or format_of(spec)[0] or PurePosixPath(spec).suffix in {".csv", *text_io.PACKED}:
+        raise InputError(f"stream:{spec} names no file here, and is no Hub dataset written as ID[:config][@revision]")
+    return [], match
+
+
 def resolve(spec: str, *, text_column: str = "text") -> TextSource:
     """`ID[:config][@revision]`, a path, a directory or a glob -> TextSource.
 
     Raises: InputError for what can never be read; errors of the network as they are, so that the caller can retry.
     """
-    if files := [str(path) for path in sorted(local_files(spec))]:
+    files, match = files_or_id(spec)
+    if match is None:
         groups = _groups(kind := _kind(files, spec), files, text_column, spec, None, None)
         return TextSource(spec, kind, files, groups, text_column, content=sha256_of_ends(files))
-    match = text_io.SPEC.fullmatch(spec)
-    if match is None or format_of(spec)[0] or PurePosixPath(spec).suffix in {".csv", *text_io.PACKED}:
-        raise InputError(f"stream:{spec} names no file here, and is no Hub dataset written as ID[:config][@revision]")
     name, config = match["id"], match["config"]
     _, commit, urls = text_io.resolve_hub(name, config, match["revision"])
     groups = _groups(kind := _kind(urls, name), urls, text_column, name, config, commit)

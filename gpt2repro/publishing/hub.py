@@ -41,7 +41,8 @@ from gpt2repro.redaction import scrub
 
 CHECKSUMS, TRAINER_STATE, STATE = "checksums.json", "trainer_state", "trainer_state/state.json"
 STEP_BRANCH = re.compile(r"step-(\d+)")
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+# The Hub's own rule, to be met before the work: huggingface_hub.utils.validate_repo_id
+REPO_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9]([\w.-]{0,94}\w)?/[A-Za-z0-9]([\w.-]{0,94}\w)?(?<!\.git)", re.ASCII)
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 2.0, 300.0  # between attempts: doubled each time, with jitter
 FETCH_ATTEMPTS = 5  # enough for a broken connection; a user waits, so a Hub that is down is reported soon
@@ -160,6 +161,7 @@ def explain(error: BaseException, repo: str) -> str:
     known = {
         "LocalTokenNotFoundError": login,
         "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it to reach the Hub",
+        "UnicodeEncodeError": "the login's token has a character that no token has: log in again",
         401: f"{hub} does not accept the token (401): run `hf auth login` with one that may write to {repo}",
         402: refused,
         403: refused,
@@ -178,7 +180,7 @@ def explain(error: BaseException, repo: str) -> str:
 
 def is_final(error: BaseException) -> bool:
     """Whether another attempt is pointless: true for a refusal or our mistake, false for a fault of the network."""
-    names = ("InputError", "LocalTokenNotFoundError", "OfflineModeIsEnabled", "HFValidationError")
+    names = ("InputError", "LocalTokenNotFoundError", "OfflineModeIsEnabled", "HFValidationError", "UnicodeEncodeError")
     return type(error).__name__ in names or _status(error) in FINAL_STATUS
 
 

@@ -17,6 +17,7 @@ from torch.utils.benchmark import Timer
 from gpt2repro.checkpoint.layout import from_all_ranks, kept_steps
 from gpt2repro.data.shards import open_split
 from gpt2repro.data.sources import is_recipe, open_source, shards_directory
+from gpt2repro.data.text import files_or_id
 from gpt2repro.models import architecture_of
 from gpt2repro.options import InputError
 from gpt2repro.training.meter import flops_per_token, peak_flops
@@ -48,6 +49,7 @@ MOST_TOKENS, SHARE_OF_CARD = 65_536, 0.9
 SEQUENCES_WITHOUT_CARD = 16
 # More passes over one corpus than this are a forgotten --max_steps, or another corpus than was meant.
 MOST_EPOCHS = 1000
+MOST_SAVES = 1_000_000  # that a plan counts
 # On a CPU a run that would take longer than this was meant for a GPU.
 MOST_CPU_HOURS = 24
 SMALL_RUN_FLOPS = 1e15  # below, no CPU needs a day, and none is measured
@@ -249,7 +251,12 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
             mixed.check_length(end)
         except InputError as error:
             problems.append(str(error))
-    elif not config.data.startswith("stream:"):
+    elif config.data.startswith("stream:"):
+        try:
+            files_or_id(config.data.removeprefix("stream:"))  # the Hub is not asked
+        except InputError as error:
+            problems.append(str(error))
+    else:
         try:
             split = open_split(shards_directory(config.data), "train")
             vocab_size = split.vocab_size
@@ -295,7 +302,7 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     begins, gaps = config.max_steps - steps, [config.save_steps]
     if config.stop_when_val_rises is not None:
         gaps.append(config.eval_steps)
-    due = {step for gap in gaps for step in range(gap, config.max_steps, gap) if step > begins}
+    due = {step for gap in gaps for step in range(gap, config.max_steps, gap)[-MOST_SAVES:] if step > begins}
     saves = sorted({*due, config.max_steps})
     kept = len(kept_steps(saves, config.keep_last, config.milestone_steps, pointed={saves[0], saves[-1]}))
     run_dir = Path(config.run_dir)

@@ -116,6 +116,11 @@ class Run:
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
                 self._restore(checkpoint)
+                if self.state.step > config.max_steps:
+                    raise InputError(
+                        f"{checkpoint} has made {self.state.step} steps, more than max_steps={config.max_steps}; raise "
+                        "--max_steps, or go back to an earlier checkpoint with --resume"
+                    )
                 self.source.check_digests(self.state.digests)
                 if config.cooldown_from is not None and self.state.parent is None:
                     digest = sha256_of(checkpoint / "checksums.json")
