@@ -41,7 +41,7 @@ def test_three_commands_fine_tune_on_ones_own_text(place, run_program):
     (place / "my" / "texts").mkdir(parents=True)
     (place / "my" / "texts" / "mine.txt").write_text("A carrot is orange, and a leek is green.\n" * 300)
     gpt2repro(run_program, place, "prepare-text", "--workers", "1")
-    gpt2repro(run_program, place, "train", "--max_steps", "20", "--batch_tokens", "2048", "--lr", "1e-3")
+    gpt2repro(run_program, place, "train", "--max_steps", "20")
     gpt2repro(run_program, place, "generate", "--temperature", "0", "--max_new_tokens", "12", input="A carrot is\n")
     records = [json.loads(line) for line in (place / "runs" / "finetune" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["val_loss"] for record in records if "val_loss" in record]
