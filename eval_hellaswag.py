@@ -26,6 +26,7 @@ from gpt2repro.models import ModelOptions
 from gpt2repro.options import AtLeastOne, InputError, Problems, parse_options, run_main
 
 SIZES = ("124M", "350M", "774M", "1558M")
+SUBSETS = ("clean", "dirty")  # examples without and with 13 words in a row in the training text
 
 
 @dataclass(kw_only=True)
@@ -38,6 +39,8 @@ class Options(ModelOptions):
     "Which examples; none: those that published numbers are about. Without labels there are predictions only."
     limit: AtLeastOne | None = None
     "Only the first so many examples of each task; none: all."
+    contamination: Path | None = None
+    "A data set, or its manifest.json, made with --decontaminate: also scores the clean and the dirty examples apart."
     out: Path | None = None
     "Write the accuracies, with what produced them, to this JSON file."
     predictions: Path | None = None
@@ -65,18 +68,22 @@ def main(argv: list[str]) -> int:
 
 def evaluate(options: Options, argv: list[str]) -> int:
     named = [task.partition("=")[2] for task in options.task]
-    check_outputs(options.out, options.predictions, read=[options.data, *named])
+    check_outputs(options.out, options.predictions, read=[options.data, options.contamination, *named])
+    from gpt2repro.data.decontamination import contaminated_examples
     from gpt2repro.evaluation.losses import max_length_of  # after the options: a typing error should not wait for torch
     from gpt2repro.evaluation.multiple_choice import score
     from gpt2repro.evaluation.tasks import parse_specs
 
-    tasks = []  # (task, where its examples lie, split, examples), all of them read before a model is loaded
+    tasks = []  # (task, where its examples lie, split, examples, dirty ones), all read before a model is loaded
     for task, data in parse_specs(options.task):
         data, split = data or options.data or task.dataset, options.split or task.split
-        examples = task.read(data, split=split, limit=options.limit)
+        examples, dirty = task.read(data, split=split), None
+        if options.contamination is not None:
+            dirty = contaminated_examples(options.contamination, task.name, task.texts(examples))
+        examples = examples[: options.limit]
         if options.predictions is None and all(example["label"] is None for example in examples):
             raise InputError(f"the split '{split}' has no labels, so there is no accuracy; give --predictions FILE")
-        tasks.append((task, data, split, examples))
+        tasks.append((task, data, split, examples, dirty))
 
     import torch
     from tqdm import tqdm
@@ -91,7 +98,7 @@ def evaluate(options: Options, argv: list[str]) -> int:
     model, tokenizer, device = options.load(device=device)
     bar = partial(tqdm, unit="batch", disable=rank > 0, file=sys.stderr)
     records, lines = [], []
-    for task, data, split, examples in tasks:
+    for task, data, split, examples, dirty in tasks:
         start = time.perf_counter()
         prepared = task.prepare(examples, tokenizer, max_length_of(model, tokenizer))
         scores = score(model, prepared, batch_tokens=options.batch_tokens, progress=partial(bar, desc=task.title))
@@ -99,6 +106,9 @@ def evaluate(options: Options, argv: list[str]) -> int:
         lines += [json.dumps({"task": task.name, **row} if len(tasks) > 1 else row) for row in rows]
         record = {"task": task.name, "data": data, "split": split, "examples": len(rows)}
         record |= {"results": task.summary(rows), "published": task.published, "near_ties": task.near_ties(rows)}
+        if dirty is not None:
+            parts = {name: [row for row in rows if (row["index"] in dirty) == (name == "dirty")] for name in SUBSETS}
+            record["contamination"] = {name: task.summary(part) if part else {} for name, part in parts.items()}
         record["protocols"] = {name: protocol.name for name, protocol in task.protocols.items()}
         record |= {"truncated": prepared.truncated, "seconds": round(time.perf_counter() - start, 2)}
         records.append(record)
@@ -125,14 +135,18 @@ def report(options: Options, task, record: dict) -> str:
     lines = [f"{task.title}, {about}"]
     if not results:
         lines.append(f"no labels, so no accuracies; predictions are in {options.predictions}")
+    columns = {"this model": results, **record.get("contamination", {})}
     for protocol, name in record["protocols"].items() if results else ():
-        lines += ["", name, f"{'':10}{'this model':>18}" + "".join(f"{'GPT-2 ' + size:>13}" for size in SIZES)]
+        head = "".join(f"{column:>18}" for column in columns)
+        lines += ["", name, f"{'':10}{head}" + "".join(f"{'GPT-2 ' + size:>13}" for size in SIZES)]
         for metric in task.metrics:
             key = task.metric_name(metric, protocol)
-            stderr = results.get(f"{key}_stderr")
-            shown = f"{results[key]:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
+            shown = "".join(f"{_with_error(column, key):>18}" for column in columns.values())
             published = (task.published.get(size, {}).get(protocol, {}).get(metric) for size in SIZES)
-            lines.append(f"{metric:10}{shown:>18}" + "".join(f"{x:13.4f}" if x else f"{'n/a':>13}" for x in published))
+            lines.append(f"{metric:10}{shown}" + "".join(f"{x:13.4f}" if x else f"{'n/a':>13}" for x in published))
+    if results and "contamination" in record:
+        counts = (columns[name].get(f"{task.name}_examples", 0) for name in SUBSETS)
+        lines += ["", "{:,} examples are clean, {:,} dirty, by {}".format(*counts, options.contamination)]
     if results and task.source:
         lines += ["", f"Published: {task.source}"]
     for protocol, count in record["truncated"].items():
@@ -144,6 +158,13 @@ def report(options: Options, task, record: dict) -> str:
             ind = "" if tie["ind"] is None else f" (ind {tie['ind']})"
             lines.append(f"  example {tie['index']}{ind}, {tie['protocol']} {tie['metric']}: by {tie['margin']:.1e}")
     return "\n".join(lines)
+
+
+def _with_error(results: dict, key: str) -> str:
+    if key not in results:
+        return "n/a"
+    stderr = results.get(f"{key}_stderr")
+    return f"{results[key]:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ ways make the data set that a single machine makes. As a Slurm array:
     sbatch --array=0-15 --cpus-per-task=32 --wrap \\
         'python prepare_fineweb.py --out /shared/fineweb --num_nodes 16 --node_index $SLURM_ARRAY_TASK_ID'
 
+`--decontaminate hellaswag,piqa=FILE` leaves out the training documents that hold 13 words in a row of a benchmark's
+example (`--decontaminate_action report`: keeps and counts them). The manifest and the card list the examples;
+`eval_hellaswag.py --contamination OUT` then scores the clean and the contaminated ones apart. What counts as the same
+words: `gpt2repro/data/decontamination.py`; docs/data.md has the rate of false alarms.
+
 `--executor datatrove` runs the same units as tasks of datatrove's local executor (its Slurm and Ray executors take the
 same `gpt2repro.data.datatrove_task.PreparePart`).
 
@@ -27,12 +32,13 @@ measures the tokens per second of a machine; 10B tokens take 10^10 divided by th
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from gpt2repro.data.decontamination import Decontamination
 from gpt2repro.data.preparation import check_place, prepare
 from gpt2repro.data.text import find_text
 from gpt2repro.data.tokenization import Encoder, gpt2_tokenizer, load_tokenizer
@@ -58,6 +64,10 @@ class Options:
     "Use gigatoken (pip install 'gpt2repro[fast-tokenizer]') where it gives tiktoken's ids; checked at the start."
     val: str = "first-shard"
     "The first shard is for validation, as in build-nanogpt; or a fraction of the documents, chosen by hash."
+    decontaminate: list[str] = field(default_factory=list)
+    "Compare the training documents with hellaswag, arc_easy, piqa, winogrande, lambada; NAME=FILE: examples in a file."
+    decontaminate_action: Literal["drop", "report"] = "drop"
+    "Leave a document with 13 words in a row of an example out, or only count it."
     tokens: AtLeastOne | None = None
     "Stop with the shard that reaches so many tokens; none: everything."
     shard_tokens: Annotated[int, Field(gt=0, lt=2**31)] = 100_000_000
@@ -84,6 +94,8 @@ class Options:
             yield "tokens needs one machine: which shards reach the limit is known in order only"
         if self.num_nodes > 1 and self.overwrite:
             yield "overwrite with num_nodes > 1 would remove what the other machines write; empty --out first"
+        if self.decontaminate_action == "report" and not self.decontaminate:
+            yield "decontaminate_action=report needs --decontaminate hellaswag, or another benchmark's name"
         if self.executor == "datatrove" and (self.num_nodes > 1 or self.tokens is not None or self.overwrite):
             yield "executor=datatrove splits the work itself; leave num_nodes, tokens and overwrite"
         if self.val != "first-shard":
@@ -114,6 +126,7 @@ def main(argv: list[str]) -> int:
 
 def prepare_part(options: Options):
     """Do this node's share of the work. Returns the manifest if all nodes are done, else None."""
+    decontamination = _decontamination(options) if options.decontaminate else None
     tokenizer = gpt2_tokenizer() if options.tokenizer == "gpt2" else load_tokenizer(options.tokenizer)
     copies = options.out / "source" if options.verify_source else None
     origin = {"config": options.subset, "revision": options.revision, "copies": copies}
@@ -136,6 +149,7 @@ def prepare_part(options: Options):
         val_fraction=0.0 if first_shard else float(options.val),
         workers=options.workers, encoder=Encoder(tokenizer, fast=options.fast_tokenizer), token_limit=options.tokens,
         node=(options.node_index, options.num_nodes), overwrite=options.overwrite, place=files.place,
+        decontamination=decontamination,
     )  # fmt: skip
     files.reading.tell()
     if manifest is not None:
@@ -144,7 +158,18 @@ def prepare_part(options: Options):
         for name, split in manifest["splits"].items():
             sizes = f"{split['tokens']:>15,} tokens {split['documents']:>11,} documents {split['bytes']:>15,} bytes"
             print(f"  {name:5} {sizes}")
+        for name, found in manifest.get("decontamination", {}).get("tasks", {}).items():
+            examples = f"{len(found['hits']):,} of {found['examples']:,} examples ({found['too_short']:,} too short)"
+            print(f"  {name}: {examples} in {found['documents_hit']:,} training documents")
     return manifest
+
+
+def _decontamination(options: Options) -> Decontamination:
+    from gpt2repro.evaluation.tasks import parse_specs  # imports torch
+
+    specs = ",".join(options.decontaminate).replace(",,", ",").strip(",").split(",")
+    examples = {task.name: task.texts(task.read(data)) for task, data in parse_specs(specs)}
+    return Decontamination(examples, drop=options.decontaminate_action == "drop")
 
 
 if __name__ == "__main__":

@@ -97,6 +97,10 @@ class TrainConfig:
     "Tokens per optimizer step over all processes; gradient accumulation follows from it."
     seq_len: AtLeastOne = 1024
     "Tokens per sequence; at most n_positions."
+    documents: Literal["cross", "mask"] = "cross"
+    "mask: the documents of a sequence do not see each other; cross: they do, as in GPT-2's training."
+    recut_windows: bool = False
+    "Cut each epoch into sequences at other tokens than the epoch before; for token shards and recipes."
     micro_batch_size: AtLeastOne | None = None
     "Sequences per process and forward pass; none: what the card's memory holds, 16 on a CPU. No part of the result."
 
@@ -159,7 +163,7 @@ class TrainConfig:
     "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes (on GPUs with deterministic)."
     deterministic: bool = False
     "Only deterministic kernels: bit-identical repeats on a GPU, slower."
-    collective_timeout_minutes: Positive | None = None
+    collective_timeout_minutes: Annotated[float, Field(gt=0, le=10**6)] | None = None
     "Minutes after which a frozen rank ends the run; none: torch's own, 10 for NCCL and 30 for gloo."
 
     # --- when the numbers go bad
@@ -185,6 +189,8 @@ class TrainConfig:
     "Only the first so many examples of HellaSwag and of eval_tasks; none: all."
     eval_tasks: list[str] = field(default_factory=list)
     "Tasks to score at every evaluation: NAME or NAME=FILE; hellaswag, arc_easy, piqa, winogrande, lambada."
+    stop_when_val_rises: AtLeastOne | None = None
+    "End the run after so many evaluations in a row with a val_loss above that of `best`; each is saved; none: off."
     sample_prompts: list[str] = field(default_factory=lambda: [""])
     "Prompts to continue at every evaluation; an empty one starts a new document."
     sample_tokens: NotNegative = 64
@@ -249,6 +255,10 @@ class TrainConfig:
                 self.schedule == "wsd" and (self.cooldown_steps or 0) > self.max_steps and self.cooldown_from is None,
                 f"cooldown_steps={self.cooldown_steps} is more than max_steps={self.max_steps}",
             ),
+            (
+                self.documents == "mask" and self.attn_implementation == "flash_attention_2",
+                "documents=mask and flash_attention_2: transformers has it for one sequence per pass only; take sdpa",
+            ),
             (self.min_lr > self.lr, f"min_lr={self.min_lr} is above lr={self.lr}"),
             (
                 self.batch_tokens % per_pass,
@@ -260,6 +270,10 @@ class TrainConfig:
                 f"bf16_residual needs precision bf16, not {self.precision}",
             ),
             (self.zero_init and not fresh, "zero_init is for random weights, not for init_from; leave one of them out"),
+            (
+                self.recut_windows and self.data.startswith("stream:"),
+                "recut_windows is for token shards: a stream shuffles its documents, so each epoch has other windows",
+            ),
             (self.resume == "hub:", "resume=hub: needs a repository: hub:user/name[@revision]"),
         ]
         return [sentence for is_wrong, sentence in checks if is_wrong]
@@ -295,6 +309,7 @@ def train(config: TrainConfig) -> int:
     """One run, from its first step or from its newest checkpoint to `max_steps`. Returns the exit code."""
     import torch
 
+    from gpt2repro.data.documents import document_positions
     from gpt2repro.data.sources import open_data
     from gpt2repro.models import build_model, compile_model, load_for_comparison
     from gpt2repro.publishing.hub import Uploader, fetch_checkpoint
@@ -328,12 +343,12 @@ def train(config: TrainConfig) -> int:
     # What one token costs and what the devices could do at most: together they are the MFU that the log shows.
     flops, peak = flops_per_token_of(model, config.seq_len), peak_flops(device_name(device))
     speed = {"batch_tokens": config.batch_tokens, "flops_per_token": flops, "device_peak": peak}
-    meter = Meter(accelerator, **speed, same=config.reduction == "fixed")
     if config.reduction == "fixed":
         model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP: `fixed` exchanges the gradients
     model, optimizer = accelerator.prepare(model, optimizer)  # nothing else: the module's first lines say why
     fixed = FixedReduction(model) if config.reduction == "fixed" else None
-    forward_options = {"loss_chunk_tokens": config.loss_chunk_tokens, "loss_per_row": bool(source.sources)}
+    eot_id = source.tokenizer.eos_token_id if config.documents == "mask" else None
+    forward_options = {"use_cache": False, "output_logits": False, "loss_chunk_tokens": config.loss_chunk_tokens}
     forward_options |= {"residual_dtype": torch.bfloat16} if config.bf16_residual else {}
 
     with (
@@ -349,6 +364,7 @@ def train(config: TrainConfig) -> int:
             where = {"run_dir": config.run_dir, "private": not config.hub_public}
             run.uploader = Uploader(config.push_to_hub, **where, comparable=load_for_comparison)
         batches, verdict, failed, evaluated = run.batches(), None, False, {}
+        meter = Meter(accelerator, **speed, same=config.reduction == "fixed")  # from here on time counts
         model.train()  # dropout is on; every evaluation turns it off and on again
 
         # An untrained model should score ln(V): the cheapest test of data, labels and initialisation there is.
@@ -356,7 +372,7 @@ def train(config: TrainConfig) -> int:
             with meter.pause():
                 evaluated = run.evaluate()
 
-        while run.state.step < config.max_steps and not stop.agreed():
+        while not run.is_over() and not stop.agreed():
             state = run.state  # what changes from step to step, and what a checkpoint keeps
 
             # The learning rate is a pure function of the step: nothing to save, nothing to step once per process.
@@ -366,8 +382,7 @@ def train(config: TrainConfig) -> int:
             # This rank's rows of the global batch, inputs and shifted targets, (rows, T) each. The batch is a pure
             # function of (data, seed, position), so `source` is all that a resumed run has to know about its data.
             start = state.source["position"]
-            batch = stop.next_of(batches)
-            if batch is None:  # a signal came while the data kept the run waiting
+            if (batch := stop.next_of(batches)) is None:  # a signal came while the data kept the run waiting
                 break
             x, y, state.source = batch
             x, y = (part.to(device, non_blocking=device.type == "cuda") for part in (x, y))  # `prefetch` pinned them
@@ -388,10 +403,10 @@ def train(config: TrainConfig) -> int:
                     # the step: micro-batches weigh alike. The average over the ranks is DDP's and FSDP's part.
                     row_losses = model(
                         input_ids=x[rows],
+                        position_ids=document_positions(x[rows], eot_id),  # None: documents see each other
                         shift_labels=y[rows],
-                        use_cache=False,  # no keys and values are kept: nothing is decoded
-                        output_logits=False,
                         num_items_in_batch=divisor,
+                        loss_per_row=bool(source.sources),
                         **forward_options,
                     ).loss
                     accelerator.backward(micro_loss := row_losses.sum())  # a recipe's losses come row by row, (B,)
@@ -421,9 +436,9 @@ def train(config: TrainConfig) -> int:
             )
 
             # Log. The numbers of many steps come from the device in one transfer; bad ones are found before any save.
-            is_last = state.step == config.max_steps  # always evaluated and saved, whatever the intervals
-            saving = state.step % config.save_steps == 0 or is_last
-            evaluating = state.step % config.eval_steps == 0 or saving  # unevaluated, it could not become `best`
+            due, is_last = state.step % config.eval_steps == 0, state.step == config.max_steps
+            saving = is_last or state.step % config.save_steps == 0 or (due and config.stop_when_val_rises is not None)
+            evaluating = due or saving  # unevaluated, a checkpoint could not become `best`
             if state.step % config.log_steps == 0 or evaluating:
                 verdict = run.record(meter.read())
                 if verdict is not None and verdict.action == "rewind" and run.rewind(verdict):
@@ -441,11 +456,10 @@ def train(config: TrainConfig) -> int:
                 if saving:
                     run.save(evaluated.get("val_loss", math.inf))
 
-        # The end of the run, or of this process' part in it. First the steps since the last reading are judged. A
-        # rewind is left to the next start, which makes the bad steps again.
-        if not failed:
-            verdict = run.record(meter.read())
-            failed = verdict is not None and verdict.action == "stop"
+        # The end of the run, or of this process' part in it. First the steps since the last reading are judged: bad
+        # weights are never saved, so a signal that comes before the next reading still finds the run rewound.
+        if not failed and (verdict := run.record(meter.read())) is not None:
+            failed = verdict.action == "stop" or (verdict.action == "rewind" and not run.rewind(verdict))
         run.finish(verdict if failed else None, stop)
     accelerator.end_training()
     return run.exit_code

@@ -82,17 +82,18 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def check_outputs(*paths: Path | None, read: Iterable[str | None] = ()) -> None:
+def check_outputs(*paths: Path | None, read: Iterable[str | Path | None] = ()) -> None:
     """Check, before the work, that a result can be written to each path. Raises: InputError if not.
 
     `read` are the names of what the work reads; those that are files here are not written over.
     """
     given = [Path(os.path.abspath(path)) for path in paths if path is not None]
+    places = [os.stat(path)[1:3] if os.path.exists(path) else os.path.realpath(path) for path in given]
     sources = [Path(name) for name in read if name is not None and os.path.isfile(name)]
-    for path in given:
+    for path, place in zip(given, places, strict=True):
         if os.path.exists(path) and any(path.samefile(source) for source in sources):
             raise InputError(f"{path} is what is read, so no result is written to it; choose another place")
-        if given.count(path) > 1:
+        if places.count(place) > 1:  # also behind a link
             raise InputError(f"two results would be written to {path}; choose another place for one of them")
         is_new = not os.path.lexists(path)
         write_output(path, "", mode="a")

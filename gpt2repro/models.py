@@ -136,6 +136,8 @@ def load_model(name: str, *, device: torch.device | str, dtype: torch.dtype | No
             "they do not belong together"
         )
     model = model.to(device).eval()
+    if config["model_type"] in OUR_LAYOUT and not all(weight.isfinite().all() for weight in model.parameters()):
+        raise InputError(f"the weights of {name} hold NaN or infinity, so it computes nothing; take another checkpoint")
     if model.device.type == "cuda" and hasattr(model, "pad_head"):
         model.pad_head()
     return model, tokenizer

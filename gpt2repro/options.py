@@ -289,8 +289,11 @@ def read_yaml(name: str, flag: str = "--config") -> dict:
             text = file.read(LARGEST_YAML_BYTES + 1).decode("utf-8")
         if len(text) > LARGEST_YAML_BYTES:
             raise ValueError(f"it has more than {LARGEST_YAML_BYTES} bytes")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("anchors and aliases are not allowed, since a few of them can fill the memory")
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("anchors and aliases are not allowed, since a few of them can fill the memory")
+            if tag := getattr(event, "tag", None):  # its constructor may raise anything
+                raise ValueError(f"the tag {tag} is not read; write the value itself")
         content = yaml.load(text, _StrictLoader)
     except FileNotFoundError:
         presets = f", and the packaged presets are {', '.join(preset_names()) or 'none'}" if is_config else ""

@@ -22,6 +22,7 @@ SECRET_TEXT = re.compile(
 ASSIGNED = re.compile(
     r"""((?:token|api_?key|passw(?:or)?d|secret)["']?(?:=|: ?)["']?)[^\s\[\]"'\\,}&;]{8,}""", re.IGNORECASE
 )
+SHORT = re.compile(r"(?=.*[A-Za-z])(?=.*\d).{4,7}")
 HIDDEN = "[hidden]"
 # Linux, macOS, root's, Windows (also with the backslashes doubled, as in JSON); the name must end there.
 HOMES = r"/home/[\w.@+-]+|/Users/[\w.@+-]+|/root|[A-Za-z]:\\+Users\\+[\w.@+-]+"
@@ -31,8 +32,10 @@ def scrub(value: Any, name: str = "") -> Any:
     """`value` without secrets, and with home directories written as `~`.
 
     A secret is recognised by its field's name, by its form, or as the value of an environment variable with such a
-    name. Dicts and lists are scrubbed item by item; other values than text and paths stay as they are. Scrubbing twice
-    changes nothing.
+    name. Such a value of 4 to 7 characters counts only where it has letters and digits and stands as a whole word. A
+    shorter one, and a plain word or number, stays: it also stands in texts, paths and options for other reasons, and
+    hiding it there would change what they say and show what the secret is. Dicts and lists are scrubbed item by item;
+    other values than text and paths stay as they are. Scrubbing twice changes nothing.
     """
     if isinstance(value, dict):
         return {key: scrub(item, str(key)) for key, item in value.items()}
@@ -48,6 +51,8 @@ def scrub(value: Any, name: str = "") -> Any:
         # By value, since W&B's older keys look like a commit's id (hexadecimal).
         if SECRET_NAME.search(variable) and len(secret) >= 8:
             value = value.replace(secret, HIDDEN)
+        elif SECRET_NAME.search(variable) and SHORT.fullmatch(secret):
+            value = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", HIDDEN, value)
     here = os.path.expanduser("~")  # this user's home may be anywhere, such as /data/me
     homes = f"{HOMES}|{re.escape(here)}" if len(Path(here).parts) > 1 else HOMES
     value = ASSIGNED.sub(rf"\1{HIDDEN}", SECRET_TEXT.sub(HIDDEN, value))

@@ -67,7 +67,7 @@ FIELDS = {
     TRAIN: "TrainConfig", PREPARE: "Options", EVAL: "Options",
     **{f"{COMMANDS}.{name}": "Options" for name in (
         "prepare_text", "generate", "plot", "push", "import_checkpoint", "export", "demo", "verify_resume",
-        "perplexity", "conformance",
+        "perplexity", "conformance", "average", "compare",
     )},
 }  # fmt: skip
 NAMES = ("interval.npy", "train.bin", "val.bin", "x_train_val_1.npy", "TRAIN.npy", "a\nval.npy", "val_\udce9.bin")
@@ -283,6 +283,8 @@ def simplest(base: Base, at: Path) -> dict[str, list]:
         f"{COMMANDS}.verify_resume": ["--kills", "1", "--work_dir", at / "work", "--", "--data", "no/such/data"],
         f"{COMMANDS}.perplexity": [*model, "--data", base.texts / "prose.txt"],
         f"{COMMANDS}.conformance": [base.run, "--only", "no-such-program"],
+        f"{COMMANDS}.average": [base.run, "--last", "1", "--device", "cpu", "--out", at / "out"],
+        f"{COMMANDS}.compare": [base.run, "--out", at / "out.json"],
     }
 
 
@@ -392,11 +394,14 @@ def a_bare_model(chance, base, at) -> Case:
 def a_foreign_data_set(chance, base, at) -> Case:
     shutil.copytree(base.root / "foreign", at / "data")
     path = chance.choice(sorted((at / "data").iterdir()))
+    size = path.stat().st_size
     what = damage_file(chance, path)
+    sure = path.is_file() and path.stat().st_size != size  # its header says how long it is
     if path.exists() and chance.random() < 0.3:
         what += f"; renamed to {path.rename(at / 'data' / chance.choice(NAMES)).name}"
+        sure = False
     argv = base.train(at / "data", at / "run", tokenizer=base.shards / "tokenizer")
-    return Case(TRAIN, argv, damage=what)
+    return Case(TRAIN, argv, must_refuse=sure, damage=what)
 
 
 def a_data_set(chance, base, at) -> Case:
@@ -434,7 +439,13 @@ def a_run(chance, base, at) -> Case:
     what = damage_file(chance, chance.choice([path for path in files if path.exists()]))
     if chance.random() < 0.5:
         return Case(TRAIN, base.train(base.shards, at / "run", max_steps=3), damage=what)
-    return Case(f"{COMMANDS}.plot", [at / "run", "--out", at / "x.png"], damage=what)
+    programs = {
+        f"{COMMANDS}.plot": [at / "run", "--out", at / "x.png"],
+        f"{COMMANDS}.average": [at / "run", "--last", "1", "--device", "cpu", "--out", at / "out"],
+        f"{COMMANDS}.compare": [at / "run"],
+    }
+    program = chance.choice(list(programs))
+    return Case(program, programs[program], damage=what)
 
 
 def a_trainer_state(chance, base, at) -> Case:

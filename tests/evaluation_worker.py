@@ -49,6 +49,7 @@ def evaluate(model, tokenizer, examples) -> dict:
     """What a run logs at an evaluation, and each example's scores. 1000 tokens and 3 rows per pass: uneven work."""
     split = Tokens(1000, len(tokenizer), text_bytes=4000)
     record = validation_loss(model, split, seq_len=32, batch_size=3, tokens=900)
+    record["masked"] = validation_loss(model, split, seq_len=32, batch_size=3, tokens=900, eot_id=5)["val_loss"]
     prepared = hellaswag.TASK.prepare(examples, tokenizer, 384)
     scores = score(model, prepared)
     record = record | hellaswag.TASK.summary(hellaswag.TASK.predictions(prepared, scores))

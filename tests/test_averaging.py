@@ -132,3 +132,33 @@ def test_the_mean_of_the_last_checkpoints_is_a_model_with_tokenizer_and_provenan
 
     assert run_main(average.main, [str(run), "--last", "30", "--out", str(tmp_path / "more")]) == 2
     assert "has 12 checkpoints, not 30" in capsys.readouterr().err and not (tmp_path / "more").exists()
+
+    shutil.copytree(run, tmp_path / "damaged", symlinks=True)
+    cut = (run / "config.yaml").read_text().replace("tokenizer:", "# tokenizer:")
+    for content, sentence in (("seq_len: [", "is not a readable YAML file"), (cut, "is damaged")):
+        (tmp_path / "damaged/config.yaml").write_text(content)
+        assert run_main(average.main, [str(tmp_path / "damaged"), "--last", "2", "--out", str(tmp_path / "more")]) == 2
+        assert f"config.yaml {sentence}" in capsys.readouterr().err and not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("kind", ["recipe", "no validation split"])
+def test_a_mean_is_compared_as_the_run_was_and_not_at_all_without_validation_data(kind, tmp_path, capsys):
+    data = tiny_run.write_tiny_shards(tmp_path / "data")
+    options = {"max_steps": 4, "save_steps": 2, "eval_steps": 4}
+    if kind == "recipe":
+        recipe = {"sources": {"words": {"data": str(data)}}, "phases": [{"from_tokens": 0, "weights": {"words": 1.0}}]}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    else:
+        (data / "val_000000.bin").unlink()
+        manifest = json.loads((data / "manifest.json").read_text())
+        del manifest["splits"]["val"]
+        (data / "manifest.json").write_text(json.dumps(manifest))
+    trained_on = tmp_path / "recipe.yaml" if kind == "recipe" else data
+    assert train(trained_on, tmp_path / "run", **options) == 0
+    assert run_main(average.main, [str(tmp_path / "run"), "--last", "2", "--out", str(tmp_path / "mean")]) == 0
+    compared = json.loads((tmp_path / "mean/average.json").read_text())["validation"]
+    if kind == "recipe":
+        expected = {name: value for name, value in evaluations(tmp_path / "run")[4].items() if name != "step"}
+        assert compared["step_000004"] == pytest.approx(expected) and compared["mean"].keys() == expected.keys()
+    else:
+        assert compared == {} and "the data has no validation split" in capsys.readouterr().out

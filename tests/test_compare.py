@@ -74,9 +74,19 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         ([fine, "--against", unfinished], "has not evaluated its last step, 10"),
         ([str(tmp_path), "--against", fine], "is no run"),
         (["--against", fine], "name finished runs"),
+        *(([damaged], "damaged-") for damaged in damaged_runs(tmp_path)),
     ):
         assert run_main(compare.main, arguments) == 2
         assert sentence in capsys.readouterr().err
+
+
+def damaged_runs(folder) -> list[str]:
+    """Runs whose config.yaml says nothing that could be compared."""
+    runs = []
+    for content in (b"\xff\xfe", b"[unclosed", b"- 1", b"seed: 1", b"{seed: x, max_steps: 10}", b"seed: !!timestamp x"):
+        runs.append(run_with(folder / f"damaged-{len(runs)}", 1, 4.0))
+        (folder / f"damaged-{len(runs) - 1}/config.yaml").write_bytes(content)
+    return runs
 
 
 def test_without_another_side_it_says_the_spread(tmp_path, capsys):

@@ -278,6 +278,10 @@ def test_rows_of_several_environments_are_collected_in_one_file(directory, run_p
     assert found[3:] == [("llama.cpp", form, "skipped") for form in ("own", "native")]
     assert rows[3]["detail"] == "takes the native form"  # says more than "not installed"
     assert done.stdout.count("transformers pipeline  ") == 2 and "2 ok, 0 failed, 2 skipped" in done.stdout
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**json.loads(out.read_text()), "weights": "those of another model"}))
+    assert run_program([*command[:-2], other, "--only", "llama.cpp"]).returncode == 0
+    assert {row["consumer"] for row in json.loads(other.read_text())["rows"]} == {"llama.cpp"}
     assert "unknown lama" in run_program([*command, "lama"]).stderr
     shutil.copy(out, directory)
     card = card_files(directory, repo="user/tiny")["README.md"].decode()

@@ -39,16 +39,16 @@ def test_an_evaluation_is_one_line():
 
 
 def test_the_summary_names_only_files_that_exist(tmp_path):
-    config = SimpleNamespace(run_dir=tmp_path, max_steps=4, init_from=None)
+    config = SimpleNamespace(run_dir=tmp_path, init_from=None)
     source = SimpleNamespace(manifest=None)
     lines = ['{"step": 0, "val_loss": 6.0, "bits_per_byte": 3.0}', '{"step": 4, "val_loss": 2.0, "bits_per_byte": 1.0}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    text = closing(config, source)
+    text = closing(config, source, 4)
     assert "2.0000 nats per token (untrained: 6.0000)" in text and "loss.png" not in text and "samples" not in text
     (tmp_path / "loss.png").touch()
-    assert "loss.png" in closing(config, source)
+    assert "loss.png" in closing(config, source, 4)
     config.init_from = "gpt2"
-    assert "(before: 6.0000)" in closing(config, source)  # a model that was given is not untrained
+    assert "(before: 6.0000)" in closing(config, source, 4)  # a model that was given is not untrained
 
 
 def test_xz_stands_beside_bits_per_byte_where_the_manifest_knows_it():

@@ -7,6 +7,7 @@ import pytest
 
 from gpt2repro.files import (
     atomic_file,
+    check_outputs,
     is_plain_name,
     read_json,
     read_json_if_whole,
@@ -29,6 +30,21 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with atomic_file(tmp_path / "b", "wb") as file:
         file.write(b"\x00\xff")
     assert (tmp_path / "b").read_bytes() == b"\x00\xff"
+
+
+@pytest.mark.parametrize("other", ["a", "x/../a", "linked/a", "link", "hard", "dangling"])
+def test_two_results_for_one_file_are_refused_whatever_it_is_called(tmp_path, other):
+    if other == "dangling":
+        (tmp_path / "dangling").symlink_to("a")
+    else:
+        (tmp_path / "a").write_text("kept")
+        (tmp_path / "linked").symlink_to(tmp_path)
+        (tmp_path / "link").symlink_to("a")
+        (tmp_path / "hard").hardlink_to(tmp_path / "a")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(InputError, match="two results would be written"):
+        check_outputs(tmp_path / "a", tmp_path / other)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_the_sha256_is_that_of_hashlib_over_several_blocks(tmp_path):

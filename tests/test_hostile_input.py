@@ -21,7 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tiny_run
+import torch
 
 from gpt2repro.data.shards import CHECKED
 from gpt2repro.options import run_main
@@ -160,6 +162,7 @@ OPTION_CASES = [
     ["--bf16_residual", "--precision", "fp32"],
     ["--hellaswag", "no/such/file.jsonl"], ["--val_data", "no/such/dir"], ["--activation_function", "relu"],
     ["--lr", ""], ["--data"], ["--micro_batch_size", 3], ["--max_steps", "1e3"], ["--sample_tokens", -1],
+    ["--collective_timeout_minutes", "1e13"],
 ]  # fmt: skip
 
 
@@ -182,6 +185,7 @@ PRESETS = {
     "tab": b"n_layer:\t1\n\t- x", "unclosed": b"{n_layer: [1, 2", "list": b"- 1\n- 2\n", "scalar": b"42\n",
     "binary": bytes(range(256)), "not utf-8": b"run_dir: \xff\xfe\xfa\n", "unknown key": b"n_layers: 3\n",
     "nested": b"n_layer: {a: {b: 1}}\n", "object": b"n_layer: !!python/object/apply:os.system ['true']\n",
+    "no timestamp": b"project: !!timestamp x\n", "no boolean": b"project: !!bool banana\n",
     "tuple key": b"? [a, b]\n: 1\n", "number key": b"7: 1\n", "date": b"n_layer: 2020-01-01\n",
     "null": b"n_layer: null\n",
     "two documents": b"n_layer: 1\n---\nn_layer: 2\n", "resume inside": b"resume: never\n",
@@ -305,6 +309,8 @@ FOREIGN = {
     "huge header": b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31 - 1) + b"{" * 100, "magic only": b"\x93NUMPY",
     "open bracket": npy(np.zeros(9, dtype=np.uint16)).replace(b"(9,)", b"(9,("),
     "lying shape": npy(np.zeros(9, dtype=np.uint16)).replace(b"(9,)", b"(9999999,)"),
+    "a byte too many": npy(np.zeros(5000, dtype=np.uint16)).replace(b"\0" * 99, b"\0" * 100, 1),
+    "a smaller shape": npy(np.zeros(5000, dtype=np.uint16)).replace(b"(5000,)", b"(4000,)"),
 }  # fmt: skip
 
 
@@ -321,14 +327,14 @@ def test_a_broken_shard_is_refused(name, split, shards, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*FOREIGN, *(f"bin: {name}" for name in ("empty", "one byte", "text"))])
-def test_a_broken_foreign_shard_is_refused(name, tmp_path):
+def test_a_broken_foreign_shard_is_refused(name, shards, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     content = SHARDS[name.removeprefix("bin: ")] if name.startswith("bin: ") else FOREIGN[name]
     for split in ("train", "val"):
         file = f"{split}.bin" if name.startswith("bin: ") else f"edufineweb_{split}_000000.npy"
         (data / file).write_bytes(content)
-    arguments = tiny_run.flags(data, tmp_path / "run", max_steps=1)
+    arguments = tiny_run.flags(data, tmp_path / "run", max_steps=1, tokenizer=shards / "tokenizer")
     if name == "bin: text":
         arguments += ["--vocab_size", "300"]  # without a header the bytes are tokens: only the vocabulary can tell
     refused("train_accelerate", arguments, keep=data)
@@ -440,6 +446,27 @@ def test_broken_weights_are_refused(content, reader, run_dir, shards, tmp_path):
     checkpoint = copied(run_dir, tmp_path)
     set_consistently(checkpoint, "model.safetensors", content)
     refused(*readers(checkpoint, shards, tmp_path)[reader], keep=checkpoint)
+
+
+@pytest.mark.parametrize("reader", ["init_from", "generate"])
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "float8_e4m3fn"])
+def test_weights_that_are_no_plain_numbers_are_refused(dtype, reader, run_dir, shards, tmp_path):
+    checkpoint = copied(run_dir, tmp_path)
+    set_consistently(checkpoint, "model.safetensors", with_matrix(checkpoint, lambda w: w.to(getattr(torch, dtype))))
+    assert "c_fc.weight holds" in refused(*readers(checkpoint, shards, tmp_path)[reader], keep=checkpoint)
+
+
+def test_weights_that_are_not_finite_are_refused(run_dir, shards, tmp_path):
+    checkpoint = copied(run_dir, tmp_path)
+    set_consistently(checkpoint, "model.safetensors", with_matrix(checkpoint, lambda w: w / 0))
+    assert "NaN or infinity" in refused(*readers(checkpoint, shards, tmp_path)["generate"], keep=checkpoint)
+
+
+def with_matrix(checkpoint: Path, change) -> bytes:
+    """The checkpoint's weights with one matrix changed."""
+    tensors = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    return safetensors.torch.save(tensors | {name: change(tensors[name])}, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("content", BROKEN_TENSORS, ids=lambda c: repr(c[:10]))
@@ -655,13 +682,14 @@ def test_a_log_without_curves_is_refused(content, tmp_path):
         ("gpt2repro.__main__", ["no-such-command"]),
         ("gpt2repro.__main__", ["bench", "no-such-benchmark"]),
         ("eval_hellaswag", ["--model", "no/such/dir", "--data", "x.jsonl"]),
+        ("gpt2repro.commands.generate", ["--model", "x" * 300, "--prompt", "x"]),
         ("prepare_fineweb", ["--out", "/tmp/never", "--num_nodes", "2", "--node_index", "2"]),
         ("prepare_fineweb", ["--out", "/dev/null/x", "--dataset", "no/such/dir/at/all"]),
     ],
     ids=lambda part: part if isinstance(part, str) else " ".join(part),
 )
 def test_what_is_not_there_is_said_not_to_be_there(program, arguments):
-    refused(program, arguments)
+    assert "cannot write" not in refused(program, arguments)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
@@ -693,6 +721,7 @@ WRONG_KINDS = [
     ("samples", Path.touch), ("checkpoints", Path.touch), (".lock", Path.mkdir), ("config.yaml", Path.mkdir),
     ("metrics.jsonl", Path.mkdir), ("status.json", Path.mkdir), ("loss.png", Path.mkdir), ("metrics.jsonl", os.mkfifo),
     ("checkpoints/latest", Path.mkdir), ("checkpoints/best", Path.mkdir),
+    ("checkpoints/step_000001", Path.touch), ("checkpoints/step_000001", os.mkfifo),
 ]  # fmt: skip
 
 

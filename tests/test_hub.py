@@ -141,6 +141,7 @@ def test_averaged_weights_are_a_revision_of_their_own_with_their_own_numbers(hub
     uploader = uploader_of(run)
     for step in (1, 2):
         uploader.checkpoint(run.save(step, ema=True))
+        wait_for(lambda step=step: f"step-{step}" in uploader.published)
     assert uploader.close(timeout=60) == [] and "ema" in uploader.published
     average = run.dir / "checkpoints/step_000002/ema"
     files = hub.files(REPO, "ema")
@@ -148,6 +149,10 @@ def test_averaged_weights_are_a_revision_of_their_own_with_their_own_numbers(hub
     assert {"config.json", "tokenizer.json", "modeling_gpt2repro.py", "average.json"} <= files.keys()
     assert not [name for name in {**hub.files(REPO, "main"), **files} if name.startswith(("ema/", "trainer_state"))]
     assert "ema/model.safetensors" in hub.files(REPO, "step-2")  # a resumed run needs it
+    assert not [name for name in hub.files(REPO, "step-1") if name.startswith("ema/")]  # as the optimizer's state
+    older = (run.dir / "checkpoints/step_000001/ema/model.safetensors").read_bytes()
+    stored = hub.repo(REPO).lfs.values()
+    assert older not in stored and files["model.safetensors"] in stored
     card = files["README.md"].decode()
     assert "exponential moving average over the steps until then (decay 0.9)" in card and "This is step 2" in card
     assert "| 3.1250 |" in card and "| 3.2500 |" not in card and "HellaSwag" not in card

@@ -275,6 +275,18 @@ def test_an_order_of_another_version_or_seed_is_refused():
             refuse_another_run(saved, {**now, "data": now["data"] | {name: 7}}, Path("step_000001"), 100)
 
 
+def test_recut_windows_stay_what_they_were_also_where_a_data_set_becomes_a_recipe():
+    same = {"batch_tokens": 8, "optimizer": "adamw", "architecture": {}}
+    shards = {"kind": "shards", "order": 1, "sha256": "of web", "seq_len": 4, "seed": 1}
+    recipe, recut = identity((WEB, 0), (BOTH, 400)), {"recut_windows": 1}
+    for saved, now in ((shards, shards), (shards, recipe), (recipe, recipe)):
+        refuse_another_run({**same, "data": saved | recut}, {**same, "data": now | recut}, Path("step_000001"), 100)
+        with pytest.raises(InputError, match="data: recut_windows was None and is now 1"):
+            refuse_another_run({**same, "data": saved}, {**same, "data": now | recut}, Path("step_000001"), 100)
+        with pytest.raises(InputError, match="data: recut_windows was 1 and is now None"):
+            refuse_another_run({**same, "data": saved | recut}, {**same, "data": now}, Path("step_000001"), 100)
+
+
 # --- batches
 
 
@@ -305,9 +317,10 @@ def take(source, count, state=None, rank=0, world=1, sequences=8):
     return [next(batches) for _ in range(count)]
 
 
-def test_each_source_gives_its_own_order_into_further_epochs(corpora, tmp_path):
+@pytest.mark.parametrize("recut", [False, True])
+def test_each_source_gives_its_own_order_into_further_epochs(corpora, tmp_path, recut):
     """Against the order that each data set has alone, dealt out by a count over all positions."""
-    how = {"seq_len": 16, "seed": 7}
+    how = {"seq_len": 16, "seed": 7, "recut_windows": recut}
     source = open_source(str(write_recipe(tmp_path / "r.yaml", corpora, *PHASES)), sequences=8, **how)
     alone = {name: open_source(str(corpora / name), sequences=1, **how) for name in ("web", "code", "small")}
     assert 16 * alone["small"].windows < 3000  # many epochs of it in what follows
@@ -322,11 +335,11 @@ def test_each_source_gives_its_own_order_into_further_epochs(corpora, tmp_path):
             assert torch.equal(torch.cat([x[row], y[row, -1:]]), next(rows[name])[0]), (number, row, name)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_resume_and_skips_slice_the_same_global_batches(corpora, tmp_path, world):
+@pytest.mark.parametrize(("world", "recut"), [(2, False), (4, False), (2, True)])
+def test_ranks_resume_and_skips_slice_the_same_global_batches(corpora, tmp_path, world, recut):
     def opened():
         path = write_recipe(tmp_path / "r.yaml", corpora, *PHASES)
-        return open_source(str(path), seq_len=16, seed=7, sequences=8)
+        return open_source(str(path), seq_len=16, seed=7, sequences=8, recut_windows=recut)
 
     plain = take(opened(), 20)
     state = plain[4][2]

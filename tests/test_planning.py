@@ -100,7 +100,14 @@ def test_the_124m_recipe_in_numbers_worked_out_by_hand(ten_billion, tmp_path):
 
 
 def saved_bytes(
-    tiny_model: dict, *, n_layer: int, precision: str, sequences: int, checkpointing: bool = False, how: str = "off"
+    tiny_model: dict,
+    *,
+    n_layer: int,
+    precision: str,
+    sequences: int,
+    checkpointing: bool = False,
+    how: str = "off",
+    masked: bool = False,
 ) -> int:
     """Bytes of the distinct tensors, parameters aside, that autograd keeps for the backward pass of our model.
 
@@ -109,6 +116,7 @@ def saved_bytes(
     import torch
 
     from configuration_gpt2repro import GPT2ReproConfig
+    from gpt2repro.data.documents import document_positions
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     torch.manual_seed(0)
@@ -136,9 +144,11 @@ def saved_bytes(
         return tensor
 
     ids = torch.randint(0, sizes["vocab_size"], (sequences, SEQ_LEN))
+    ids[0, SEQ_LEN // 2] = 0
+    positions = document_positions(ids, 0 if masked else None)
     context = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
-        model(ids, shift_labels=ids, output_logits=False, use_cache=False)
+        model(ids, position_ids=positions, shift_labels=ids, output_logits=False, use_cache=False)
     return sum(size for size, _ in saved.values())
 
 
@@ -164,6 +174,21 @@ def test_activations_are_what_autograd_really_saves(tiny_model, how, precision, 
     two, one = (saved_per_token(model, n_layer=n_layer, **measure) for n_layer in (2, 1))
     # The formula leaves out 4-byte statistics: 2 x 2 per token for layer norms, 1 per head for attention.
     assert (two - one) / 128 == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("how", "precision", "copies"), [("off", "fp32", 2), ("off", "bf16", 2), ("block", "bf16", 2), ("model", "bf16", 1)]
+)
+def test_masks_of_documents_are_what_autograd_really_saves(tiny_model, how, precision, copies):
+    """Compiled as one graph, all layers share a copy. Recomputation makes one at a time, from a byte each."""
+    measure = {"n_layer": 2, "sequences": 3, "precision": precision, "how": how}
+    masked, crossed = (saved_bytes(tiny_model, masked=masked, **measure) for masked in (True, False))
+    pairs, width, positions = 3 * SEQ_LEN**2, 2 if precision == "bf16" else 4, 3 * SEQ_LEN * 8
+    assert masked - crossed == pytest.approx(pairs * copies * width, abs=2 * positions)
+    layout = replace(LAYOUT_124M, n_layer=2, seq_len=SEQ_LEN, micro_batch_size=3, precision=precision, masked=True)
+    for checkpointing, planned in ((False, 2), (True, 1)):
+        memory = replace(layout, gradient_checkpointing=checkpointing).memory()
+        assert memory["attention masks (at most)"] == pairs * (1 + planned * width)
 
 
 @pytest.mark.parametrize(("how", "precision"), [("model", "bf16"), ("block", "bf16"), ("block", "fp32")])

@@ -8,6 +8,7 @@ import pytest
 
 from gpt2repro.commands import plot
 from gpt2repro.options import run_main
+from gpt2repro.training.metrics_log import read_metrics
 from gpt2repro.training.plotting import draw_runs, run_names, series, smooth
 
 
@@ -160,3 +161,12 @@ def test_numbers_beyond_any_axis_are_left_out(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert draw_runs([tmp_path], tmp_path / "a.png").is_file()
+
+
+def test_a_log_with_as_many_evaluations_as_steps_keeps_its_training_curve(tmp_path):
+    lines = [{"step": 0, "val_loss": 3.0}]
+    for step in range(1, 3001):
+        lines += [{"step": step, "loss": 3.0}, {"step": step, "val_loss": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training, evaluations = read_metrics(tmp_path, at_most=4000)  # every second line was an evaluation
+    assert len(training) == 1500 and len(evaluations) == 3001

@@ -113,6 +113,21 @@ def test_many_files_are_split_by_document_and_few_by_position(tmp_path):
     assert few["splits"]["train"]["documents"] == few["splits"]["val"]["documents"] == 10
 
 
+@pytest.mark.parametrize("count", range(2, 9))
+def test_of_few_documents_at_least_one_is_for_validation(tmp_path, capsys, count):
+    """The one of the lowest hash, where the hash of none lies below the fraction."""
+    texts = [f"{count} {number} {PROSE}" for number in range(count)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, ""]))
+    arguments = ["--input", tmp_path / "a.jsonl", "--tokenizer", "char", "--val_fraction", 0.02]
+    manifest = prepare_text(tmp_path / "out", *arguments)
+    hashed = {int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16): text for text in texts}
+    few = [text for number, text in sorted(hashed.items()) if number < 0.02 * 2**64] or [hashed[min(hashed)]]
+    assert decoded(tmp_path / "out", "val") == "".join(f"{text}<|endoftext|>" for text in texts if text in few)
+    assert manifest["splits"]["train"]["documents"] == count + 1 - len(few)
+    prepare_text(tmp_path / "out", *arguments)
+    assert "is already prepared; nothing to do" in capsys.readouterr().out
+
+
 def test_running_again_does_nothing_and_other_settings_are_refused(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(PROSE * 50)
     arguments = ["--input", tmp_path / "a.txt", "--vocab_size", 300]

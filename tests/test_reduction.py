@@ -1,5 +1,6 @@
 """One order of additions: the same bits on one, two, four and eight processes, and a tree written out by hand."""
 
+import functools
 import itertools
 import json
 import math
@@ -186,7 +187,14 @@ def test_a_run_that_was_fast_does_not_become_fixed(train, tmp_path, capsys):
     assert "reduction was fast and is now fixed" in capsys.readouterr().err
 
 
-def test_another_torch_or_processor_is_warned_of_and_stays_in_the_state(train, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", ["shards", "recipe"])
+def test_another_torch_or_processor_is_warned_of_and_stays_in_the_state(
+    kind, train, data, tmp_path, capsys, monkeypatch
+):
+    if kind == "recipe":
+        recipe = {"sources": {"all": {"data": str(data)}}, "phases": [{"from_tokens": 0, "weights": {"all": 1.0}}]}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+        train = functools.partial(train, data=tmp_path / "recipe.yaml")
     assert train() == 0
     here = training_run.origin_of_bits(torch.device("cpu"))
     assert f"torch {torch.__version__} on " in here

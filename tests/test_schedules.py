@@ -81,7 +81,12 @@ def test_finished_models_branch_off_one_stable_phase(tmp_path, capsys):
     assert train(parent, schedule="wsd", max_steps=24, cooldown_steps=8) == 0
     before = fingerprints(parent)
     branch = {"cooldown_from": parent / "checkpoints/step_000008", "cooldown_steps": 6}
+    capsys.readouterr()
+    assert run_main(train_accelerate.main, [*tiny_run.flags(data, tmp_path / "child", **branch), "--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert "6 steps, 768 tokens" in planned and "2 kept" in planned  # not those of the parent: steps 12 and 14
     assert train(tmp_path / "child", **branch) == 0
+    assert "has lost" not in capsys.readouterr().err, "the steps before are in the parent's log"
     assert fingerprints(parent) == before, "the parent is only read"
 
     child = records(tmp_path / "child")
@@ -101,9 +106,26 @@ def test_finished_models_branch_off_one_stable_phase(tmp_path, capsys):
         step: record["loss"] for step, record in child.items()
     }
 
+    shutil.rmtree(tmp_path / "child/checkpoints/step_000014")
+    aside = parent.rename(tmp_path / "aside")  # the branch needs it no more
+    assert train(tmp_path / "child", **branch) == 0 and records(tmp_path / "child").keys() == child.keys()
+    aside.rename(parent)
+    assert train(tmp_path / "child", **{**branch, "cooldown_from": parent / "checkpoints/step_000012"}) == 2
+    assert "child holds the branch of step 8; choose another --run_dir" in capsys.readouterr().err
+    other = {**branch, "cooldown_from": tmp_path / "growing"}  # a run: its newest checkpoint then
+    shutil.copytree(parent, other["cooldown_from"], symlinks=True)
+    for step in (12, 16, 20, 24):
+        shutil.rmtree(other["cooldown_from"] / f"checkpoints/step_{step:06d}")
+    assert train(tmp_path / "second", **other) == 0
+    shutil.copytree(parent / "checkpoints/step_000016", other["cooldown_from"] / "checkpoints/step_000016")
+    shutil.rmtree(tmp_path / "second/checkpoints/step_000014")
+    assert train(tmp_path / "second", **other) == 0 and max(records(tmp_path / "second")) == 14
+
     for step in (20, 24):
         assert train(tmp_path / "late", **{**branch, "cooldown_from": parent / f"checkpoints/step_{step:06d}"}) == 2
         assert "does not lie in the stable phase" in capsys.readouterr().err
     assert train(parent, **branch) == 2
     assert "name a new --run_dir" in capsys.readouterr().err
     assert fingerprints(parent) == before
+    (parent / "config.yaml").write_text("max_steps: many")
+    assert train(tmp_path / "damaged", **branch) == 2 and "max_steps is 'many'" in capsys.readouterr().err

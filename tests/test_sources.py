@@ -124,8 +124,9 @@ def test_skip_ahead_keeps_ranges_sorted_and_merged():
         skip_ahead(state, 5, 5)
 
 
-def test_skipped_windows_are_never_trained_on_and_all_others_are():
-    source = counting_source(4 * 40 + 1)
+@pytest.mark.parametrize("recut", [False, True])
+def test_skipped_windows_are_never_trained_on_and_all_others_are(recut):
+    source = counting_source(4 * 40 + 1, recut_windows=recut)
     plain = first_tokens(take(source, 10))
     state = skip_ahead(source.initial_state(), 6, 19)  # borders of no batch
     assert first_tokens(take(source, 6, state)) == (plain[:6] + plain[19:])[:24]
@@ -151,23 +152,25 @@ def test_targets_are_the_next_token_of_the_whole_stream():
         assert torch.equal(y, x + 1) and (x[:, 0] % 4 == 0).all()
 
 
+@pytest.mark.parametrize("recut", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_global_batch_is_the_same_for_every_world_size(world):
-    source = counting_source(4 * 37 + 1)
+def test_global_batch_is_the_same_for_every_world_size(world, recut):
+    source, other = (counting_source(4 * 37 + 1, recut_windows=recut) for _ in range(2))
     expected = take(source, 12, sequences=8)
-    ranks = [take(counting_source(4 * 37 + 1), 12, rank=r, world=world, sequences=8) for r in range(world)]
+    ranks = [take(other, 12, rank=r, world=world, sequences=8) for r in range(world)]
     for step, (x, y, state) in enumerate(expected):
         assert torch.equal(torch.cat([rank[step][0] for rank in ranks]), x)
         assert torch.equal(torch.cat([rank[step][1] for rank in ranks]), y)
         assert all(rank[step][2] == state for rank in ranks)
 
 
-def test_batches_continue_from_any_saved_state_at_another_world_size():
-    source = counting_source(4 * 37 + 1)
+@pytest.mark.parametrize("recut", [False, True])
+def test_batches_continue_from_any_saved_state_at_another_world_size(recut):
+    source, other = (counting_source(4 * 37 + 1, recut_windows=recut) for _ in range(2))
     plain = take(source, 20)
     state = plain[8][2]
     assert state["position"] == 36
-    resumed = [take(counting_source(4 * 37 + 1), 11, state, rank=r, world=2) for r in range(2)]
+    resumed = [take(other, 11, state, rank=r, world=2) for r in range(2)]
     for (x, _, after), left, right in zip(plain[9:], *resumed, strict=True):
         assert torch.equal(torch.cat([left[0], right[0]]), x) and left[2] == after
 
@@ -176,6 +179,29 @@ def test_identity_names_data_seed_and_length():
     assert counting_source(100).identity() == counting_source(100).identity()
     assert counting_source(100).identity() != counting_source(100, seed=8).identity()
     assert counting_source(100).identity() != counting_source(100, seq_len=5).identity()
+
+
+@pytest.mark.parametrize("tokens", [5, 41, 44, 45, 201])
+def test_recut_windows_are_those_of_the_corpus_rolled_to_where_the_epoch_begins(tokens):
+    plain, source = counting_source(tokens), counting_source(tokens, recut_windows=True)
+    offsets, used = set(), set()
+    for epoch in range(300):
+        positions = np.arange(epoch, epoch + 1).repeat(plain.windows) * plain.windows + np.arange(plain.windows)
+        order, rows = plain.windows_at(positions), source.tokens_at(positions)
+        offset = rows[order == 0][0, 0]
+        rolled = np.roll(np.arange(tokens), -offset)
+        assert np.array_equal(rows, [rolled[4 * window : 4 * window + 5] for window in order])
+        assert len(np.unique(rows[:, :-1])) == source.tokens_per_epoch  # as inputs, each at most once
+        offsets.add(int(offset))
+        used.update(rows[:, :-1].ravel().tolist())
+    assert used == set(range(tokens)) and len(offsets) > min(tokens, 200) / 2  # the tail is left out in turn
+
+
+def test_recut_windows_are_an_option_that_the_identity_names():
+    plain, recut = counting_source(100).identity(), counting_source(100, recut_windows=True).identity()
+    assert recut == plain | {"recut_windows": 1}
+    found = counting_source(1000, recut_windows=True).tokens_at(np.array([0, 1, 248, 249]))[:, 0].tolist()
+    assert found == [370, 222, 286, 518], "another order: raise RECUT_ORDER_VERSION with these numbers"
 
 
 def test_bad_data_and_impossible_batches_are_sentences():
@@ -264,6 +290,7 @@ def test_missing_data_never_asks_the_hub_and_names_the_command_that_makes_it(
 def options(data, **changes):
     """What `open_data` asks of a run's configuration."""
     values = {"val_data": None, "seq_len": 8, "seed": 1, "vocab_size": None, "tokenizer": None, "text_column": "text"}
+    values["recut_windows"] = False
     return SimpleNamespace(
         **{"data": str(data), **values, "stream_lanes": 4, "cache_dir": None, "cache_gib": None, **changes}
     )

@@ -1,6 +1,7 @@
 """What a run carries: checked before it is used, and refused where another run wrote it."""
 
 import json
+import shutil
 
 import pytest
 import tiny_run
@@ -9,6 +10,7 @@ import train_accelerate
 from gpt2repro.checkpoint.layout import resolve_pointer
 from gpt2repro.checkpoint.reader import read_state
 from gpt2repro.options import InputError, run_main
+from gpt2repro.publishing.model_card import card_files
 from gpt2repro.training import state as states
 
 
@@ -28,8 +30,25 @@ def test_the_state_of_a_checkpoint_comes_back_as_it_was(checkpoint):
     content = read_state(checkpoint)
     state = states.load_run_state(checkpoint, content["identity"])
     assert (state.step, state.source["position"]) == (4, 4 * 8)
-    assert state.model_dump(exclude={"digests", "parent", "recipes"}) == content  # kept only where there are any
+    assert (
+        state.model_dump(exclude={"digests", "parent", "recipes", "device_seconds"}) == content
+    )  # kept only where there are any
     assert json.loads(json.dumps(state.model_dump())) == state.model_dump()  # what JSON can hold, and nothing else
+
+
+def test_a_run_that_goes_on_with_another_number_of_processes_counts_the_time_of_each(checkpoint, tmp_path, monkeypatch):
+    run_dir, content = tmp_path / "run", read_state(checkpoint)
+    shutil.copytree(checkpoint.parents[1], run_dir, symlinks=True)
+    on_two = {**content, "seconds": 7200.0, "environment": {**content["environment"], "processes": 2}}
+    with_state(monkeypatch, on_two)
+    assert run_main(train_accelerate.main, tiny_run.flags(checkpoint.parents[2] / "data", run_dir, max_steps=8)) == 0
+    monkeypatch.undo()
+    state = read_state(resolve_pointer(run_dir / "checkpoints", "latest"))
+    assert state["seconds"] > 7200
+    assert state["device_seconds"] - 2 * 7200 == pytest.approx(state["seconds"] - 7200)
+    card = card_files(resolve_pointer(run_dir / "checkpoints", "latest"), repo="user/tiny", run_dir=run_dir)
+    assert b"2.00 hours of training steps, 4.00 device hours" in card["README.md"]
+    assert "device_seconds" not in content
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Signals that ask for a checkpoint: who gets them, what is given back, and the wait for data that they end."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,10 +9,16 @@ import threading
 import time
 
 import pytest
+import tiny_run
 import torch
+from safetensors.torch import load_file
 
+import train_accelerate
+from gpt2repro.checkpoint.reader import find_checkpoint, read_state
+from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.data.sources import prefetch
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, run_main
+from gpt2repro.training.run import Run
 from gpt2repro.training.stopping import StopSignal, lost_a_process, said_to_the_user
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
@@ -123,3 +130,68 @@ def test_the_memory_of_this_machine_runs_out_in_these_words():
     assert said_to_the_user(caught.value) is not None
     assert said_to_the_user(RuntimeError("shapes do not match")) is None
     assert not lost_a_process(caught.value)
+
+
+def train(run_dir, **options) -> int:
+    data = run_dir.parent / "data"
+    if not data.exists():
+        tiny_run.write_tiny_shards(data)
+    return run_main(train_accelerate.main, tiny_run.flags(data, run_dir, **options))
+
+
+def calling_first(monkeypatch, owner, name: str, what):
+    """Let `what()` happen before each call of a method."""
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda self, *a, **k: (what(), original(self, *a, **k))[1])
+
+
+def stop_signal() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_between_bad_steps_and_their_reading_saves_no_bad_weights(tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    assert train(run_dir, max_steps=4, save_steps=4) == 0
+    bad = {"lr": 1e30, "min_lr": 1e30, "warmup_steps": 0, "grad_clip": "none", "on_bad_numbers": "rewind"}
+    seldom = {"max_steps": 500, "log_steps": 500, "eval_steps": 500, "save_steps": 500}
+    with monkeypatch.context() as patch:
+        batches = iter(range(9))
+        calling_first(patch, StopSignal, "next_of", lambda: stop_signal() if next(batches) == 5 else None)
+        assert train(run_dir, **bad, **seldom) == 3
+    found = find_checkpoint(run_dir)
+    assert found.name == "step_000004" and read_state(found)["source"]["skipped"] == [[40, 80]]
+    assert all(tensor.isfinite().all() for tensor in load_file(found / "model.safetensors").values())
+    assert train(run_dir, max_steps=8, on_bad_numbers="rewind") == 0
+
+
+def test_a_signal_during_an_evaluation_does_not_save_its_step_twice(tmp_path, monkeypatch):
+    saved, evaluations = [], iter(range(3))
+    calling_first(monkeypatch, Run, "evaluate", lambda: stop_signal() if next(evaluations) == 1 else None)
+    save = CheckpointWriter.save
+    monkeypatch.setattr(
+        CheckpointWriter, "save", lambda self, step, **how: (saved.append(step), save(self, step, **how))
+    )
+    assert train(tmp_path / "run", save_steps=4) == 3
+    assert saved == [1] and find_checkpoint(tmp_path / "run").name == "step_000004"
+
+
+def test_the_time_before_the_first_step_is_no_step_s(tmp_path, monkeypatch):
+    calling_first(monkeypatch, Run, "_write_config", lambda: time.sleep(1.5))
+    assert train(tmp_path / "run", max_steps=2, log_steps=1) == 0
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(step["step_seconds"] < 1 for step in steps if "loss" in step)
+
+
+def test_a_process_that_dies_while_it_starts_leaves_the_options_whole(tmp_path):
+    """They are replaced and not written over, since the first lines of a YAML file are valid YAML as well."""
+    assert train(tmp_path / "run", max_steps=2) == 0
+    os.link(tmp_path / "run/config.yaml", tmp_path / "before")
+    before = (tmp_path / "before").read_text()
+    assert train(tmp_path / "run", max_steps=3) == 0
+    assert (tmp_path / "before").read_text() == before != (tmp_path / "run/config.yaml").read_text()
+
+
+def test_a_run_whose_last_step_spoils_the_weights_ends_without_a_traceback(tmp_path, capsys):
+    options = {"lr": 1e30, "min_lr": 1e30, "warmup_steps": 0, "grad_clip": "none"}
+    assert train(tmp_path / "run", max_steps=1, **options) == 0
+    assert "validation loss  no number nats per token (untrained: 3." in capsys.readouterr().out

@@ -205,6 +205,15 @@ def test_a_secret_in_a_text_is_hidden(monkeypatch, text):
             break
 
 
+def test_a_short_secret_of_the_environment_is_hidden_as_a_whole_word_unless_it_is_an_ordinary_one(monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", "hunt3r")
+    assert scrub("psql -W hunt3r, user:hunt3r") == "psql -W [hidden], user:[hidden]"
+    assert scrub("/data/hunt3rs/my_hunt3r") == "/data/hunt3rs/my_hunt3r"
+    for ordinary in ("data", "1234", "v1", ""):
+        monkeypatch.setenv("DB_PASSWORD", ordinary)
+        assert scrub("data/v1/1234 of data") == "data/v1/1234 of data"
+
+
 def test_a_text_without_secrets_stays_as_it_is():
     for text in (
         "tokenizer: gpt2",

@@ -1,5 +1,6 @@
 """Checkpoints and models found by name, and verified before anything in them is used. Nothing is ever unpickled."""
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from gpt2repro.options import InputError, first_line, say
 
 MODEL_TYPES = ("gpt2repro", "gpt2")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
+NUMBERS = ("F64", "F32", "F16", "BF16")  # what weights are; others need a scale that nobody would look for
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".msgpack", ".h5")
 
 
@@ -56,8 +58,8 @@ def find_model(model: str, *, any_architecture: bool = False) -> str:
     model of another architecture.
     """
     path = Path(model)
-    if not path.exists() and not path.is_symlink():
-        if HUB_ID.fullmatch(model) and not Path(model.split("/")[0]).exists():
+    if not os.path.lexists(model):
+        if HUB_ID.fullmatch(model) and not os.path.exists(model.split("/")[0]):
             return fetch_model(model) if "@" in model else model
         raise InputError(
             f"there is no model {model}: expected a run, a checkpoint's directory, or a Hub id like user/name or "
@@ -173,7 +175,14 @@ def check_model_directory(path: str | Path, *, any_architecture: bool = False) -
         if not (path / shard).is_file():
             raise InputError(f"{path}: {shard} is missing")
         with open_tensors(path / shard) as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(name)
+                shapes[name] = tensor.get_shape()
+                if model_type in MODEL_TYPES and name.endswith(".weight") and tensor.get_dtype() not in NUMBERS:
+                    raise InputError(
+                        f"{path / shard}: {name} holds {tensor.get_dtype()}, expected {', '.join(NUMBERS)}: a "
+                        "quantised model has to be turned back into numbers first"
+                    )
     for name in ("generation_config", "tokenizer_config", "tokenizer", "special_tokens_map", "added_tokens", "vocab"):
         if (path / f"{name}.json").is_file():
             read_json(path / f"{name}.json")

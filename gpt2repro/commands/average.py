@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import yaml
-
 from gpt2repro.checkpoint.layout import list_steps
 from gpt2repro.checkpoint.reader import verify_checkpoint
-from gpt2repro.options import AtLeastOne, InputError, Problems, parse_options, taken
+from gpt2repro.options import AtLeastOne, InputError, Problems, first_line, parse_options, taken
 
 
 @dataclass(kw_only=True)
@@ -92,19 +90,24 @@ def mean(checkpoints: list[Path]) -> dict:
 def losses(run: Path, models: dict[str, Path], device: str | None) -> dict[str, dict]:
     """Validation loss of each model on the run's own validation split, measured as the run does; {} without one."""
     from gpt2repro.data.sources import open_data
-    from gpt2repro.evaluation.losses import token_byte_lengths, validation_loss
     from gpt2repro.models import load_model, pick_device
+    from gpt2repro.training.evaluator import bytes_of_tokens, validation_losses
+    from gpt2repro.training.metrics_log import options_of
 
-    config = SimpleNamespace(**yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    options = options_of(run, "seed", "batch_tokens", "seq_len", "micro_batch_size")
+    config = SimpleNamespace(**{"documents": "cross", "recut_windows": False, **options})  # older runs have neither
     try:
         source = open_data(config, sequences=config.batch_tokens // config.seq_len)
     except InputError as error:
         print(f"not compared: {error}")
         return {}
-    how = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-    how["token_bytes"] = token_byte_lengths(source.tokenizer)
-    chosen = pick_device(device)
-    return {
-        name: validation_loss(load_model(str(path), device=chosen, dtype=None)[0], source.validation, **how)
-        for name, path in models.items()
-    }
+    except (AttributeError, TypeError) as error:  # an option that is missing, or of another type
+        raise InputError(f"{run / 'config.yaml'} is damaged: {first_line(error)}") from error
+    found, token_bytes, chosen = {}, bytes_of_tokens(source), pick_device(device)
+    for name, path in models.items():
+        model, _ = load_model(str(path), device=chosen, dtype=None)
+        found[name] = validation_losses(model, config, source, token_bytes)
+        if "val_loss" not in found[name]:
+            print("not compared: the data has no validation split")
+            return {}
+    return found

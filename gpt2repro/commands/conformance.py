@@ -5,8 +5,9 @@
     gpt2repro conformance runs/quickstart --only lm-evaluation-harness CTranslate2 --out conformance.json
 
 Both forms are tried: the checkpoint as it is, with its own class, and its native gpt2 export. What is not installed is
-skipped; `make conformance` installs it. An --out that exists keeps the rows of programs that this call does not run, so
-that programs whose requirements disagree can be run from several environments. The exit code is 0 where nothing failed.
+skipped; `make conformance` installs it. An --out of the same weights keeps the rows of programs that this call does not
+run, so that programs whose requirements disagree can be run from several environments. The exit code is 0 where nothing
+failed.
 """
 
 import os
@@ -42,11 +43,12 @@ def main(argv: list[str]) -> int:
     if Path(options.model[0]).exists():  # before a library reads it: nothing here needs the network
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from gpt2repro.checkpoint.reader import fetch_model, resolve_model
-    from gpt2repro.files import read_json_if_whole, write_json
+    from gpt2repro.files import check_outputs, read_json_if_whole, sha256_of_ends, write_json
     from gpt2repro.publishing.conformance import CONSUMERS, CONVERTER, rows_of
 
     if strangers := sorted(set(options.only) - set(CONSUMERS)):
         raise InputError(f"--only: unknown {', '.join(strangers)}; the programs are {', '.join(CONSUMERS)}")
+    check_outputs(options.out)
     source = resolve_model(options.model[0])
     source = Path(source if Path(source).is_dir() else fetch_model(source))
     found = options.converter or shutil.which(CONVERTER)
@@ -56,7 +58,10 @@ def main(argv: list[str]) -> int:
         rows.append(row)
     if options.out is not None:
         key = lambda row: (list(CONSUMERS).index(row["consumer"]), row["form"] == "native")  # noqa: E731
-        kept = [row for row in (read_json_if_whole(options.out) or {}).get("rows", []) if row["consumer"] in CONSUMERS]
+        weights = sha256_of_ends(sorted(source.glob("*.safetensors")))
+        before = read_json_if_whole(options.out) or {}
+        rows_before = before.get("rows", []) if before.get("weights", weights) == weights else []
+        kept = [row for row in rows_before if row["consumer"] in CONSUMERS]
         merged = {key(row): row for row in kept}
         for row in rows:
             # A program that was not installed has no version: any other row says more than such a one.
@@ -68,7 +73,9 @@ def main(argv: list[str]) -> int:
             "machine": f"{platform.system()}-{platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
         }
-        write_json(options.out, {"model": name, **when, "rows": [merged[one] for one in sorted(merged)]})
+        write_json(
+            options.out, {"model": name, "weights": weights, **when, "rows": [merged[one] for one in sorted(merged)]}
+        )
     states = [row["state"] for row in rows]
     print(", ".join(f"{states.count(state)} {state}" for state in ("ok", "failed", "skipped")))
     return 0 if "failed" not in states else 1

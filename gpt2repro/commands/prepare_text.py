@@ -13,6 +13,7 @@ engine and more options.
 
 import atexit
 import hashlib
+import heapq
 import lzma
 import platform
 import shutil
@@ -26,7 +27,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gpt2repro.data.preparation import check_place, prepare, split_of, tokenizer_of_plan
+from gpt2repro.data.preparation import check_place, hash_of, prepare, split_of, tokenizer_of_plan
 from gpt2repro.data.python_docs import python_docs
 from gpt2repro.data.shards import TOKENIZER, Manifest
 from gpt2repro.data.text import TEXT_CUT_VERSION, find_text, pieces_of
@@ -87,6 +88,8 @@ def main(argv: list[str]) -> int:
     check_place(options.out)
     start = time.perf_counter()
     corpus = _open_corpus(options)
+    if corpus.split == "document":
+        options.val_fraction = _fraction_of_a_document(corpus, options.val_fraction)
     given = None if options.tokenizer in MADE else load_tokenizer(_place_of_tokenizer(options.tokenizer))
     named = options.tokenizer if given is None else fingerprint(given)  # a model may move
     settings = {"split": corpus.split, "text_column": options.text_column, "tokenizer": named}
@@ -160,6 +163,23 @@ def _open_corpus(options: Options) -> Corpus:
         split = "position" if few and options.text_document_bytes is None else "document"
     units = files.units(options.shard_tokens, val_fraction=options.val_fraction if split == "position" else None)
     return Corpus(units, files.read, files.source, split, files.place, files.reading.tell)
+
+
+def _fraction_of_a_document(corpus: Corpus, val_fraction: float) -> float:
+    """`val_fraction`, or a larger one that the hash of one document falls below, where that of none does."""
+    hashes = set()
+    for unit in corpus.units if val_fraction else ():
+        for document in corpus.read(unit):
+            text, _ = next(iter(document))
+            if (number := hash_of(text)) < val_fraction * 2**64:
+                return val_fraction
+            if text:
+                hashes.add(number)
+    if len(hashes) < 2:
+        return val_fraction
+    lowest, next_lowest = heapq.nsmallest(2, hashes)
+    print(f"the hashes of these few documents leave none to --val_fraction {val_fraction}; the lowest one is taken")
+    return (lowest + next_lowest) / 2**65
 
 
 def _place_of_tokenizer(name: str) -> str:

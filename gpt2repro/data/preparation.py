@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from gpt2repro.data import shards
+from gpt2repro.data.decontamination import Decontamination, merged
 from gpt2repro.data.text import BYTES_PER_TOKEN, Piece
 from gpt2repro.data.tokenization import Encoder, UnknownCharacter, load_tokenizer
 from gpt2repro.files import name_aside, read_json_if_whole, write_json
@@ -73,6 +75,7 @@ def prepare(
     node: tuple[int, int] = (0, 1),
     overwrite: bool = False,
     describe_val: Callable[[], dict] = dict,
+    decontamination: Decontamination | None = None,
     place: Callable[[dict], str] = lambda unit: "the text",
     show_progress: bool = True,
 ) -> shards.Manifest | None:
@@ -82,6 +85,7 @@ def prepare(
         `read(unit)` gives its documents, each as pieces of text. `source` and `settings` (JSON) name the data set: a
         directory that was begun with others is refused. `describe_val()` adds keys to the manifest's val split;
         `place(unit)` names the place of its text in a message.
+    decontamination: compares the documents of the train split; val stays as it is, so its losses stay comparable.
     val_fraction: of the documents of a unit with split None, chosen by a hash of their text.
     encoder: the tokenizer's bulk form, if it is at hand or of another kind than the default.
     token_limit: the data set ends with the unit that reaches it.
@@ -100,6 +104,8 @@ def prepare(
         "source": source,
         "settings": {**settings, "val_fraction": val_fraction, "token_limit": token_limit},
     }  # fmt: skip
+    if decontamination is not None:
+        identity["settings"] |= decontamination.settings
     claim(out, identity, units, tokenizer, overwrite=overwrite)
     notes = {index: note for index in range(len(units)) if (note := _read_note(out, index))}
     if (out / shards.MANIFEST).exists() and len(notes) >= len(_kept(notes, token_limit, len(units)) or units):
@@ -108,13 +114,13 @@ def prepare(
     mine = [index for index in range(len(units)) if index % node[1] == node[0] and index not in notes]
     if notes:
         print(f"{out}: {len(notes)} of {len(units)} units are finished, continuing with the others")
-    work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, place, show_progress)
+    work = _Work(out, units, read, encoder, val_fraction, token_limit, notes, decontamination, place, show_progress)
     work.run(mine, workers or os.cpu_count() or 1)
     notes = {index: note for index in range(len(units)) if (note := _read_note(out, index))}  # and the other nodes'
     if (kept := _kept(notes, token_limit, len(units))) is None:
         print(f"{out}: {len(notes)} of {len(units)} units are finished; the other nodes' are still to come")
         return None
-    return _finish(out, identity, [notes[index] for index in kept], describe_val)
+    return _finish(out, identity, [notes[index] for index in kept], describe_val, decontamination)
 
 
 def claim(out: Path, identity: dict, units: list[dict], tokenizer, *, overwrite: bool) -> None:
@@ -175,16 +181,23 @@ def tokenizer_of_plan(out: str | Path, source: dict, settings: dict):
 
 def split_of(text: str, val_fraction: float) -> str:
     """The split of the document that begins with this piece; only the text decides, so copies stay together."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+    return "val" if hash_of(text) < val_fraction * 2**64 else "train"
+
+
+def hash_of(text: str) -> int:
+    """A number below 2^64."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 class _Work:
     """The units of this process on their way through the pool."""
 
-    def __init__(self, out, units, read, encoder, val_fraction, token_limit, notes, place, show_progress):
+    def __init__(
+        self, out, units, read, encoder, val_fraction, token_limit, notes, decontamination, place, show_progress
+    ):
         self.out, self.units, self.read, self.encoder = out, units, read, encoder
-        self.val_fraction, self.token_limit, self.notes, self.place = val_fraction, token_limit, notes, place
+        self.decontamination, self.val_fraction = decontamination, val_fraction
+        self.token_limit, self.notes, self.place = token_limit, notes, place
         self.show_progress, self.stop, self.lock = show_progress, threading.Event(), threading.Lock()
 
     def run(self, indices: list[int], workers: int) -> None:
@@ -193,12 +206,13 @@ class _Work:
         from tqdm import tqdm
 
         total_bytes = sum(self.units[index]["bytes"] for index in indices)
+        tokenise = partial(_tokenise, self.encoder, self.decontamination)
         if total_bytes < PROCESSES_FROM_BYTES:
-            self.pool, self.tokenise = ThreadPoolExecutor(workers), self.encoder.encode_joined
+            self.pool, self.tokenise = ThreadPoolExecutor(workers), tokenise
         else:
             spawn = multiprocessing.get_context("spawn")  # a fork copies the locks of other threads, and may deadlock
-            self.pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(self.encoder,))
-            self.tokenise = _tokenise
+            self.pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(tokenise,))
+            self.tokenise = _tokenise_in_worker
         self.bytes_left, self.bytes_done = total_bytes, 0
         # Away from a terminal the bar is drawn nowhere and said as a line now and then.
         self.next_line = None if sys.stderr.isatty() else time.monotonic() + SECONDS_BETWEEN_LINES
@@ -226,14 +240,19 @@ class _Work:
             return
         writers: dict[str, shards.ShardWriter] = {}  # per split that has any text
         unfinished = contextlib.ExitStack()  # deletes the shards of a unit that was not finished
-        waiting: deque[tuple[str, int, Future]] = deque()  # the unit's batches in order
+        waiting: deque[tuple[str, Future]] = deque()  # the unit's batches in order
+        found: list[dict] = []  # by decontamination, in each batch
 
         def write_oldest():
-            split, documents, future = waiting.popleft()
+            split, future = waiting.popleft()
             try:
-                tokens, text_bytes = future.result()
+                tokens, documents, text_bytes, hits = future.result()
             except UnknownCharacter as error:
                 raise InputError(f"{self.place(self.units[index])}: {error}") from None
+            if hits is not None:
+                found.append(hits)
+                if not documents:  # all of them were dropped
+                    return
             if split not in writers:
                 writer = shards.ShardWriter(self.out / f"{split}_{index:06d}.bin", self.encoder.vocab_size)
                 writers[split] = unfinished.enter_context(writer)
@@ -244,15 +263,18 @@ class _Work:
             for split, texts, ends in self._batches(self.units[index]):
                 if self.stop.is_set():
                     return
-                waiting.append((split, sum(ends), self.pool.submit(self.tokenise, texts, ends)))
-                while len(waiting) >= self.in_flight or (waiting and waiting[0][2].done()):
+                waiting.append((split, self.pool.submit(self.tokenise, split, texts, ends)))
+                while len(waiting) >= self.in_flight or (waiting and waiting[0][1].done()):
                     write_oldest()
             while waiting:
                 if self.stop.is_set():
                     return
                 write_oldest()
             records = {split: writers[split].close() for split in shards.SPLITS if split in writers}
-        write_json(self.out / UNITS / f"{index:06d}.json", note := {"unit": index, "splits": records})
+        note = {"unit": index, "splits": records}
+        if self.decontamination is not None:
+            note["found"] = merged(found)
+        write_json(self.out / UNITS / f"{index:06d}.json", note)
         with self.lock:
             self.notes[index] = note
 
@@ -269,7 +291,8 @@ class _Work:
                 texts.append(text)
                 ends.append(end)
                 characters[split] += len(text)
-                if len(texts) >= BATCH_DOCUMENTS or characters[split] >= BATCH_CHARACTERS:
+                full = len(texts) >= BATCH_DOCUMENTS or characters[split] >= BATCH_CHARACTERS
+                if full and (end or self.decontamination is None):  # which takes or drops a document as a whole
                     yield split, *open_batches.pop(split)
                     characters[split] = 0
         for split in shards.SPLITS:
@@ -287,15 +310,17 @@ class _Work:
                 self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
 
-def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable[[], dict]) -> shards.Manifest:
+def _finish(out: Path, identity: dict, notes: list[dict], describe_val, decontamination) -> shards.Manifest:
     """Write the manifest from the notes, and remove the files of other units."""
-    splits = {}
+    splits, report = {}, {}
+    if decontamination is not None:
+        report = {"decontamination": decontamination.report([note["found"] for note in notes])}
     for split in shards.SPLITS:
         records = [note["splits"][split] for note in notes if split in note["splits"]]
         sums = {key: sum(record[key] for record in records) for key in ("tokens", "documents", "bytes")}
         splits[split] = {**sums, "shards": records}
     if not splits["train"]["bytes"] + splits["val"]["bytes"]:
-        raise InputError("the source holds no text: every document is empty")
+        raise InputError("the source holds no text: every document is empty" + " or was dropped" * bool(report))
     for split, other in (("train", "val"), ("val", "train")):
         if not splits[split]["bytes"]:
             print(f"warning: the {split} split is empty, all {splits[other]['documents']} documents are in {other}")
@@ -307,7 +332,7 @@ def _finish(out: Path, identity: dict, notes: list[dict], describe_val: Callable
         if path.name not in kept_notes:  # of a unit beyond the limit
             path.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):  # another node ended at the same moment and removed our temporary file
-        write_json(out / shards.MANIFEST, {**identity, "splits": splits})
+        write_json(out / shards.MANIFEST, {**identity, "splits": splits, **report})
     return shards.load_manifest(out)
 
 
@@ -384,16 +409,25 @@ def _sweep(out: Path, kept: set[str]) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-_encoder: Encoder | None = None  # of a worker process
+def _tokenise(encoder, decontamination, split, texts, ends) -> tuple[np.ndarray, int, int, dict | None]:
+    """(tokens, documents, size of the text in bytes, what decontamination found) of a batch."""
+    found = None
+    if decontamination is not None and split == "train":
+        texts, ends, found = decontamination.check(texts, ends)
+    tokens, text_bytes = encoder.encode_joined(texts, ends)
+    return tokens, sum(ends), text_bytes, found
 
 
-def _tokenise(texts: list[str], ends: list[bool]) -> tuple[np.ndarray, int]:
-    return _encoder.encode_joined(texts, ends)
+_of_worker: Callable | None = None  # `_tokenise` with what a worker process has
 
 
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
+def _tokenise_in_worker(*batch):
+    return _of_worker(*batch)
+
+
+def _start_worker(tokenise: Callable) -> None:
+    global _of_worker
+    _of_worker = tokenise
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # ends with a killed parent

@@ -492,6 +492,8 @@ def _foreign_shape(path: Path) -> tuple[np.dtype, int, int]:
             raise InputError(
                 f"{path} holds {array.dtype} of shape {array.shape}; token shards are 1-D uint16 or uint32"
             )
+        if (size := path.stat().st_size) != (expected := array.offset + array.nbytes):
+            raise InputError(f"{path} has {size} bytes but its header promises {expected}: damaged")
         # A negative int32 becomes a large id, which is refused.
         return np.dtype(f"<u{array.itemsize}"), array.offset, len(array)
     with path.open("rb") as file:

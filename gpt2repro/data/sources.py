@@ -8,6 +8,13 @@ The state is one position and the ranges that were skipped on purpose, so a run 
 processes, micro-batches or workers sees the same global batches. Each window comes exactly once per epoch. A batch may
 hold the end of one epoch and the start of the next. Only the last (tokens - 1) mod T tokens of a corpus are never used.
 
+With `recut_windows` the tokens of each epoch form a ring, and its windows begin at a place keyed by (seed, epoch):
+
+    window w   ── tokens [o + wT, o + wT + T] modulo `tokens`, o = offset(seed, epoch)
+
+So an epoch has as many windows as without, leaves out as many tokens (elsewhere in each epoch), and at most one of its
+windows goes on from the end of the corpus, an <|endoftext|> in our own shards, to its start.
+
 With a recipe (mixture.py) a position first becomes a source and an index, which is a position p in that source alone.
 
 Legend: T seq_len, N windows per epoch = (tokens - 1) // T, W world. Knows no model, no optimizer, no Accelerator.
@@ -31,13 +38,16 @@ from gpt2repro.data.tokenization import fingerprint, gpt2_tokenizer, load_tokeni
 from gpt2repro.options import InputError, first_line
 
 SHARD_ORDER_VERSION = 1  # raise it when the same (data, seed, position) would give another window
+RECUT_ORDER_VERSION = 1  # the same, where windows are recut
+OFFSET = 1  # the second use of the seed, beside the permutation
 
 
 class ShardSource:
     """Batches from the shards of one split; the module's docstring draws them.
 
     `split` has .tokens, .vocab_size, .sha256 and .read(start, count). `vocab_size` is the model's, if it is known; one
-    that is smaller than the data's is refused. `open_source` and `open_data` set the other attributes.
+    that is smaller than the data's is refused. `recut_windows`: cut each epoch's windows elsewhere. `open_source` and
+    `open_data` set the other attributes.
     """
 
     tokenizer = None  # the one that made the tokens
@@ -45,7 +55,7 @@ class ShardSource:
     directory: Path | None = None  # where the shards lie
     manifest = None  # of a data set made here
 
-    def __init__(self, split, *, seq_len: int, seed: int, vocab_size: int | None = None):
+    def __init__(self, split, *, seq_len: int, seed: int, vocab_size: int | None = None, recut_windows: bool = False):
         self.windows = (split.tokens - 1) // seq_len
         if self.windows < 1:
             raise InputError(
@@ -54,7 +64,7 @@ class ShardSource:
             )
         self.split, self.seq_len, self.seed, self.vocab_size = split, seq_len, seed, split.vocab_size
         check_vocabulary(split.vocab_size, vocab_size)
-        self.tokens_per_epoch = self.windows * seq_len
+        self.tokens_per_epoch, self.recut_windows = self.windows * seq_len, recut_windows
         self.sources: dict[str, ShardSource] = {}  # the sources of a recipe, by name
         self._digests: dict[str, str] = {}
 
@@ -66,6 +76,7 @@ class ShardSource:
             "sha256": self.split.sha256,
             "seq_len": self.seq_len,
             "seed": self.seed,
+            **({"recut_windows": RECUT_ORDER_VERSION} if self.recut_windows else {}),
         }
 
     def digests(self) -> dict[str, str]:
@@ -95,8 +106,18 @@ class ShardSource:
 
     def tokens_at(self, positions: np.ndarray) -> np.ndarray:
         """(rows,) positions -> (rows, T + 1) int64: the inputs and the target of the last one."""
-        starts = (self.windows_at(positions) * self.seq_len).tolist()
-        return np.stack([self.split.read(start, self.seq_len + 1) for start in starts]).astype(np.int64)
+        starts = self.windows_at(positions) * self.seq_len
+        if self.recut_windows:
+            epochs, rows = np.unique(positions // self.windows, return_inverse=True)
+            offsets = [derive_seed(self.seed, epoch, OFFSET) % self.split.tokens for epoch in epochs.tolist()]
+            starts = (starts + np.array(offsets)[rows]) % self.split.tokens
+        return np.stack([self._window(start) for start in starts.tolist()]).astype(np.int64)
+
+    def _window(self, start: int) -> np.ndarray:
+        """T + 1 tokens; the start of the corpus follows its end."""
+        length = self.seq_len + 1
+        tokens = self.split.read(start, min(length, self.split.tokens - start))
+        return tokens if len(tokens) == length else np.append(tokens, self.split.read(0, length - len(tokens)))
 
     def batches(
         self, state: dict, *, rank: int, world: int, sequences: int
@@ -139,12 +160,14 @@ class RecipeSource(ShardSource):
         first = next(iter(sources.values()))
         self.recipe, self.sources = recipe, sources
         self.seq_len, self.seed, self.vocab_size = first.seq_len, first.seed, first.vocab_size
+        self.recut_windows = first.recut_windows
         self.directory = next((part.directory for part in sources.values() if part.manifest), first.directory)
         self.tokens_per_epoch = None  # each source has its own epochs
 
     def identity(self) -> dict:
         """What the order of windows follows from; `mixture.changed_past` says what of it may change on resume."""
         numbers = {"order": RECIPE_ORDER_VERSION, "seq_len": self.seq_len, "seed": self.seed}
+        numbers |= {"recut_windows": RECUT_ORDER_VERSION} if self.recut_windows else {}
         return {"kind": "recipe", **numbers, **self.recipe.content()}
 
     def digests(self) -> dict[str, str]:
@@ -312,14 +335,16 @@ def open_source(
     seed: int,
     sequences: int,
     vocab_size: int | None = None,
+    recut_windows: bool = False,
     tokenizer=None,
     verify: bool = True,
     **stream_options,
 ):
     """The training data that `--data` names: a directory of shards, hf://user/name[@revision], stream:… or a recipe.
 
-    `tokenizer` (None: GPT-2's) and `stream_options`, which go to `streaming.open_stream`, are for streams only. Without
-    `verify` shards made here are believed to be what their manifest says.
+    `tokenizer` (None: GPT-2's) and `stream_options`, which go to `streaming.open_stream`, are for streams only, which
+    cut their windows anew in every epoch without `recut_windows`. Without `verify` shards made here are believed to be
+    what their manifest says.
 
     Raises: InputError for data that is missing, damaged, of another vocabulary, or shorter than one batch.
     """
@@ -330,11 +355,12 @@ def open_source(
             data.removeprefix("stream:"),
             tokenizer=tokenizer, seq_len=seq_len, seed=seed, sequences=sequences, **stream_options,
         )  # fmt: skip
+    how = {"seq_len": seq_len, "seed": seed, "vocab_size": vocab_size, "recut_windows": recut_windows}
     if is_recipe(data):
-        return open_recipe(read_recipe(data, seq_len), seq_len=seq_len, seed=seed, vocab_size=vocab_size, verify=verify)
+        return open_recipe(read_recipe(data, seq_len), verify=verify, **how)
     directory = shards_directory(data)
     split = shards.open_split(directory, "train")
-    source = ShardSource(split, seq_len=seq_len, seed=seed, vocab_size=vocab_size)
+    source = ShardSource(split, **how)
     source.check_batch(sequences)
     source.directory = directory
     source.validation = shards.open_split(directory, "val") if shards.has_split(directory, "val") else None
@@ -387,11 +413,13 @@ def check_alike(place: str, part: ShardSource, others: dict[str, ShardSource]) -
 def open_data(config, sequences: int):
     """The training data of a run as `open_source` opens it, with its tokenizer and the split to evaluate on.
 
-    config: has `data`, `val_data`, `tokenizer`, `seq_len`, `seed`, `vocab_size` and the options of streams.
+    config: has `data`, `val_data`, `tokenizer`, `seq_len`, `seed`, `vocab_size`, `recut_windows` and the options of
+    streams.
 
     Raises: InputError as in `open_source`, and for a tokenizer that did not make the tokens.
     """
     options = {"seq_len": config.seq_len, "seed": config.seed, "sequences": sequences, "vocab_size": config.vocab_size}
+    options["recut_windows"] = config.recut_windows
     if config.data.startswith("stream:"):
         options |= {"tokenizer": _tokenizer(config.tokenizer, None), "text_column": config.text_column}
         options |= {"lanes": config.stream_lanes, "cache_dir": config.cache_dir, "cache_gib": config.cache_gib}

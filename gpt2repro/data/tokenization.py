@@ -248,7 +248,7 @@ class Encoder:
         texts = [well_formed(text) for text in texts]
         end = np.array([self.eot_id], self.dtype)
         parts = [part for ids, last in zip(self._encode(texts), ends, strict=True) for part in (ids, end[:last])]
-        tokens = np.concatenate(parts, dtype=self.dtype, casting="unsafe")
+        tokens = np.concatenate([end[:0], *parts], dtype=self.dtype, casting="unsafe")
         return tokens, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
     def _prepare(self) -> None:

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2repro.data.documents import document_positions
 from gpt2repro.options import InputError
 
 FINEWEB_VALIDATION_TOKENS = 10_485_760  # 20 batches x 8 processes x 64 sequences x 1024 tokens
@@ -101,19 +102,22 @@ def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     return values.cpu()
 
 
-def loss_sum(forward: Forward, inputs: Tensor, targets: Tensor) -> Tensor:
+def loss_sum(forward: Forward, inputs: Tensor, targets: Tensor, eot_id: int | None = None) -> Tensor:
     """Total nats of `targets` (B, T), already shifted; -100 is ignored. Returns a scalar.
+
+    With `eot_id` documents do not see each other, as in `document_positions`.
 
     Our own model computes the loss in chunks of the (B, T, V) logits, so an evaluation batch never needs more memory
     than a training batch. The argument `loss_chunk_tokens` identifies it: `shift_labels` is not in its signature.
     """
+    where = {} if eot_id is None else {"position_ids": document_positions(inputs, eot_id)}
     owner = getattr(forward, "__self__", forward)  # the module behind a bound method, or the module itself
     if "loss_chunk_tokens" in inspect.signature(type(owner).forward).parameters:
         chunk = LOSS_CHUNK_TOKENS if CHUNKS_UNDER_FSDP2 or not is_fsdp(owner) else None
         how = {"use_cache": False, "output_logits": False, "loss_chunk_tokens": chunk}
         # A sum: where all targets are ignored, the mean would be NaN.
-        return forward(input_ids=inputs, shift_labels=targets, num_items_in_batch=1, **how).loss
-    logits = forward(input_ids=inputs, use_cache=False).logits  # (B, T, V)
+        return forward(input_ids=inputs, shift_labels=targets, num_items_in_batch=1, **how, **where).loss
+    logits = forward(input_ids=inputs, use_cache=False, **where).logits  # (B, T, V)
     return -target_log_probs(logits, targets).sum()
 
 
@@ -162,13 +166,21 @@ def loss_metrics(total_nats: float, predicted_tokens: int, predicted_bytes: floa
 
 
 def validation_loss(
-    model: nn.Module, split, *, seq_len: int, batch_size: int, tokens: int | None = None, token_bytes=None
+    model: nn.Module,
+    split,
+    *,
+    seq_len: int,
+    batch_size: int,
+    tokens: int | None = None,
+    token_bytes=None,
+    eot_id: int | None = None,
 ) -> dict:
     """Mean loss over the first `tokens` predictions of `split` (None: all), in windows of `seq_len` back to back.
 
     `split` has `.tokens`, `.bytes` and `.read(start, count)`. `token_bytes` is the bytes of each id (see
     `token_byte_lengths`), for a split that does not know its bytes, or of which only a part is scored; without it the
-    bytes are the split's average per token.
+    bytes are the split's average per token. With `eot_id` the same windows are scored, but the documents in them do not
+    see each other.
 
     Batches of `batch_size` windows are formed first and dealt out to the ranks then; their sums meet in one all-reduce
     and are added in the order of the batches. So the loss is the same to the last bit on any number of ranks. Every
@@ -192,7 +204,7 @@ def validation_loss(
             starts = range(batch * batch_size * seq_len, predicted, seq_len)[:batch_size]
             windows = [split.read(start, min(seq_len, predicted - start) + 1) for start in starts]
             inputs, targets = padded(windows, (batch_size, seq_len))
-            loss = loss_sum(forward, inputs.to(device), targets.to(device))
+            loss = loss_sum(forward, inputs.to(device), targets.to(device), eot_id)
             if batch < batches:
                 nats[batch] = loss
                 if token_bytes is not None:

@@ -100,6 +100,16 @@ class Task:
             raise InputError(f"{data} is not {self.title}'s format: " + "; ".join(problems[:5]))
         return examples
 
+    def texts(self, examples: Sequence[dict]) -> list[list[str]]:
+        """Per example what a page may hold of it: each context with each choice, without "Question:" and "Answer:"."""
+
+        def texts_of(example: dict) -> list[str]:
+            pairs = (pair for protocol in self.protocols.values() for pair in protocol.choices(example))
+            texts = (context.removeprefix("Question: ").removesuffix("\nAnswer:") + choice for context, choice in pairs)
+            return list(dict.fromkeys(texts))
+
+        return list(map(texts_of, examples))
+
     def prepare(self, examples: Sequence[dict], tokenizer, max_length: int) -> "Prepared":
         """Render and group `examples` under each protocol, for models with `max_length` input positions."""
         rendered = {name: render(protocol, examples, tokenizer) for name, protocol in self.protocols.items()}

@@ -1,5 +1,7 @@
 """The tasks by name. A new task is a file like `piqa.py`, and its name in the import and in TASKS here."""
 
+import difflib
+
 import torch
 
 from gpt2repro.evaluation import arc_easy, hellaswag, lambada, piqa, winogrande
@@ -19,7 +21,10 @@ def parse_specs(specs: list[str]) -> list[tuple[Task, str | None]]:
     names = [name for name, _ in named]
     for name in names:
         if name not in TASKS:
-            raise InputError(f"there is no task {name!r}; known are {', '.join(TASKS)}, each alone or as NAME=FILE")
+            near = difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            known = ", ".join(TASKS)
+            raise InputError(f"there is no task {name!r}; known are {known}, each alone or as NAME=FILE{hint}")
         if names.count(name) > 1:
             raise InputError(f"the task {name} is given twice; its numbers would have the same names")
     return [(TASKS[name], data) for name, data in named]

@@ -407,21 +407,18 @@ class Uploader:
             shutil.rmtree(copy, ignore_errors=True)
 
     def _strip_older(self, newest: str, commit: str, before: str | None) -> None:
-        """Delete the optimizer's state from this run's older branches, and its files from the Hub's storage.
+        """Delete optimizer's state and averages from this run's older branches, and their files from the Hub's storage.
 
         `uploads/optimizer_states.json` names the branches that this run has published with an optimizer's state, and
         their commits. A branch that has another commit now, or that another run has made, stays as it is. `before` is
         the commit that `newest` had before `commit`: of another run, it would be lost with the branch's history.
         """
         from huggingface_hub import CommitOperationDelete
-        from huggingface_hub.errors import EntryNotFoundError
 
-        def stored(revision: str) -> set[str]:
-            try:
-                entries = list(self.api.list_repo_tree(self.repo, TRAINER_STATE, revision=revision))
-            except EntryNotFoundError:
-                return set()
-            return {entry.lfs.sha256 for entry in entries if getattr(entry, "lfs", None)}
+        def stored(revision: str) -> dict[str, str]:
+            """Path -> sha256 of a revision's large files."""
+            entries = self.api.list_repo_tree(self.repo, revision=revision, recursive=True)
+            return {entry.path: entry.lfs.sha256 for entry in entries if getattr(entry, "lfs", None)}
 
         log = self.uploads / "optimizer_states.json"
         repos = read_json_if_whole(log) or {}
@@ -435,13 +432,19 @@ class Uploader:
         old: set[str] = set()
         for branch in sorted(ours.keys() - {newest}):
             if heads.get(branch) == ours.pop(branch):
-                old |= stored(branch)
-                removed = [CommitOperationDelete(f"{TRAINER_STATE}/", is_folder=True), CommitOperationDelete(CHECKSUMS)]
+                extra = {
+                    path: sha256 for path, sha256 in stored(branch).items() if path.startswith((TRAINER_STATE, EMA))
+                }
+                old |= {*extra.values()}
+                folders = sorted({f"{path.split('/')[0]}/" for path in extra})
+                removed = [CommitOperationDelete(folder, is_folder=True) for folder in folders]
+                removed.append(CommitOperationDelete(CHECKSUMS))
                 message = f"Weights only: the optimizer's state is in {newest}"
                 self.api.create_commit(self.repo, removed, commit_message=message, revision=branch)
                 self.api.super_squash_history(self.repo, branch=branch)  # else the history keeps what was deleted
                 heads.pop(branch)
-        if old and (old := old.difference(*map(stored, heads))):  # equal files of other revisions stay
+        # Equal files of other revisions stay.
+        if old and (old := old.difference(*(stored(head).values() for head in heads))):
             # Named one by one by what was just taken out: nothing else can be hit.
             unused = [file for file in self.api.list_lfs_files(self.repo) if file.file_oid in old]
             self.api.permanently_delete_lfs_files(self.repo, unused, rewrite_history=False)

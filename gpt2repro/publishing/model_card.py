@@ -42,6 +42,7 @@ BENCHMARKS = {  # task -> (Hub id, title)
 }
 METRICS = {  # key in the evaluation's record -> (metric type on the Hub, name in the card, task)
     "val_loss": ("loss", "validation loss (nats per token)", None),
+    "val_loss_masked": ("loss", "validation loss, documents that do not see each other (nats per token)", None),
     "perplexity": ("perplexity", "perplexity (per token)", None),
     "bits_per_byte": ("bits_per_byte", "bits per byte", None),
     "val_loss_ema": ("loss", "validation loss of the averaged weights (branch ema)", None),
@@ -70,6 +71,7 @@ class Facts:
     machines: list = field(default_factory=list)  # that made them
     manifest: dict = field(default_factory=dict)  # the data set's manifest.json, where it is at hand
     seconds: float | None = None  # of training steps
+    device_seconds: float | None = None  # where the number of processes has changed
     evaluation: dict = field(default_factory=dict)  # this step's record in metrics.jsonl
     losses: dict = field(default_factory=dict)  # loss/NAME of a recipe's sources, each the last until this step
     recipes: list = field(default_factory=list)  # that the run has had until this step
@@ -184,6 +186,7 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     facts.average = read_json_if_whole(directory / "average.json") or {}
     facts.evaluation = (facts.average.get("validation") or {}).get("mean", {})  # of `gpt2repro average`
     facts.step, facts.seconds = header.get("step", facts.average.get("step")), state.get("seconds")
+    facts.device_seconds = state.get("device_seconds")
     facts.environment = state.get("environment") or {}
     identity = state.get("identity") or {}
     facts.data, facts.reduction = identity.get("data") or {}, identity.get("reduction") or {}

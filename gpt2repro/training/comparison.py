@@ -13,9 +13,13 @@ SIGNIFICANT = 0.05
 
 
 def final_loss(run_dir: str | Path) -> tuple[int, float]:
-    """(seed, validation loss after the last step) of a finished run. Raises: InputError as `finished_run` does."""
+    """(seed, validation loss after the last step) of a finished run; with `stop_when_val_rises` its lowest one.
+
+    Raises: InputError as `finished_run` does.
+    """
     config, evaluations = finished_run(run_dir)
-    return config["seed"], evaluations[-1]["val_loss"]
+    losses = [evaluation["val_loss"] for evaluation in evaluations if evaluation["val_loss"] is not None]
+    return config["seed"], min(losses) if config.get("stop_when_val_rises") else losses[-1]
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> dict:

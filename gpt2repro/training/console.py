@@ -73,6 +73,8 @@ def evaluation_line(record: dict) -> str:
         parts.append(f"validation loss {record['val_loss']:.4f}")
         if record["bits_per_byte"] is not None:
             parts.append(f"{record['bits_per_byte']:.3f} bits per byte")
+    if "val_loss_masked" in record:
+        parts.append(f"documents apart {record['val_loss_masked']:.4f}")
     if "val_loss_ema" in record:
         parts.append(f"averaged weights {record['val_loss_ema']:.4f}")
     parts += [f"{name[9:]} {value:.4f}" for name, value in record.items() if name.startswith("val_loss/")]
@@ -80,18 +82,19 @@ def evaluation_line(record: dict) -> str:
     return " | ".join([*parts, *(f"{name} {value:.4f}" for name, value in accuracies.items())])
 
 
-def closing(config, source) -> str:
-    """The end of a finished run: losses before and after, xz beside bits per byte, samples, and where everything is."""
+def closing(config, source, step: int) -> str:
+    """The end of a run, after `step`: losses before and after, xz beside bits per byte, samples, where all of it is."""
     _, evaluations = read_metrics(config.run_dir, at_most=1)
     lines = []
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         untrained = first["step"] == 0 and config.init_from is None
-        before = f" ({'untrained' if untrained else 'before'}: {first['val_loss']:.4f})" if first["step"] == 0 else ""
-        lines.append(f"validation loss  {last['val_loss']:.4f} nats per token{before}")
+        numbers = ["no number" if r["val_loss"] is None else f"{r['val_loss']:.4f}" for r in (first, last)]
+        before = f" ({'untrained' if untrained else 'before'}: {numbers[0]})" if first["step"] == 0 else ""
+        lines.append(f"validation loss  {numbers[1]} nats per token{before}")
         if last["bits_per_byte"] is not None:
             lines.append(f"bits per byte    {last['bits_per_byte']:.3f}{compressed_size(source.manifest)}")
-    samples = config.run_dir / "samples" / f"step_{config.max_steps:06d}.md"
+    samples = config.run_dir / "samples" / f"step_{step:06d}.md"
     places = {
         "curve": config.run_dir / "loss.png",
         "samples": samples,

@@ -22,36 +22,23 @@ class Evaluator:
         prompts = "".join(config.sample_prompts) if config.sample_tokens else ""
         if unknown := unknown_characters(source.tokenizer, prompts):
             raise InputError(f"the data's tokenizer knows no {unknown[0]!r}; change sample_prompts, which has it")
-        knows_all_tokens = len(source.tokenizer) >= source.vocab_size  # else bytes are the split's average per token
-        self._token_bytes = token_byte_lengths(source.tokenizer) if knows_all_tokens else None
+        self._token_bytes = bytes_of_tokens(source)
         specs = [*config.eval_tasks, *([f"hellaswag={config.hellaswag}"] if config.hellaswag else [])]
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
         self._tasks = prepare_tasks(specs, source.tokenizer, plain, config.hellaswag_limit) if specs else []
 
     def measure(self) -> dict:
         """Validation loss and accuracies of the model as it is now, as one flat record; every rank calls it."""
-        record = self._validation()
+        record = validation_losses(self.model, self.config, self.source, self._token_bytes)
         for task in self._tasks:
             record |= task.evaluate(self.model)
         return record
 
     def measure_average(self) -> dict:
         """The losses alone, as `val_loss_ema` and so on, while the model holds the averaged weights."""
-        names = ("val_loss", "perplexity", "bits_per_byte")
-        return {f"{name}_ema": value for name, value in self._validation().items() if name in names}
-
-    def _validation(self) -> dict:
-        """The losses; those of a recipe's sources as val_loss/NAME, and of their mixture unless there is `val_data`."""
-        config, source = self.config, self.source
-        how = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
-        how["token_bytes"] = self._token_bytes
-        splits = {name: part.validation for name, part in source.sources.items() if part.validation is not None}
-        found = {name: validation_loss(self.model, split, **how) for name, split in splits.items()}
-        if source.validation is not None:
-            record = validation_loss(self.model, source.validation, **how)
-        else:
-            record = mixed(found, source.recipe.phases[-1].shares()) if found else {}
-        return record | {f"val_loss/{name}": one["val_loss"] for name, one in found.items()}
+        names = ("val_loss", "val_loss_masked", "perplexity", "bits_per_byte")
+        found = validation_losses(self.model, self.config, self.source, self._token_bytes)
+        return {f"{name}_ema": value for name, value in found.items() if name in names}
 
     def samples(self) -> list[str]:
         """Continuations of `sample_prompts`; [] on the other ranks, unless FSDP needs every rank to generate."""
@@ -77,6 +64,40 @@ class Evaluator:
                 )
                 texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
         return texts
+
+
+def bytes_of_tokens(source) -> torch.Tensor | None:
+    """`token_byte_lengths` of the data's tokenizer; None where it does not know all tokens of the data.
+
+    Then bytes are the split's average per token.
+    """
+    return token_byte_lengths(source.tokenizer) if len(source.tokenizer) >= source.vocab_size else None
+
+
+def validation_losses(model, config, source, token_bytes: torch.Tensor | None) -> dict:
+    """The losses with documents that see each other and, in a run that masks them, val_loss_masked beside them.
+
+    {} where the data has no validation split.
+    """
+    record = _losses(model, config, source, token_bytes, None)
+    if config.documents == "mask":
+        masked = _losses(model, config, source, token_bytes, source.tokenizer.eos_token_id)
+        names = (name for name in masked if name.startswith("val_loss"))
+        record |= {name.replace("val_loss", "val_loss_masked"): masked[name] for name in names}
+    return record
+
+
+def _losses(model, config, source, token_bytes: torch.Tensor | None, eot_id: int | None) -> dict:
+    """The losses; those of a recipe's sources as val_loss/NAME, and of their mixture unless there is `val_data`."""
+    how = {"seq_len": config.seq_len, "batch_size": config.micro_batch_size, "tokens": config.val_tokens}
+    how |= {"token_bytes": token_bytes, "eot_id": eot_id}
+    splits = {name: part.validation for name, part in source.sources.items() if part.validation is not None}
+    found = {name: validation_loss(model, split, **how) for name, split in splits.items()}
+    if source.validation is not None:
+        record = validation_loss(model, source.validation, **how)
+    else:
+        record = mixed(found, source.recipe.phases[-1].shares()) if found else {}
+    return record | {f"val_loss/{name}": one["val_loss"] for name, one in found.items()}
 
 
 def mixed(found: dict[str, dict], shares: dict) -> dict:

@@ -72,6 +72,7 @@ class Layout:
     loss_chunk_tokens: int | None = None
     compiled: bool = False
     averaged: bool = False
+    masked: bool = False
     fixed_batch_tokens: int | None = None  # tokens per step of a run with reduction=fixed
 
     @classmethod
@@ -85,6 +86,7 @@ class Layout:
             micro_batch_size=config.micro_batch_size or 1,
             optimizer=config.optimizer,
             averaged=config.ema_decay is not None,
+            masked=config.documents == "mask" and config.attn_implementation == "sdpa",
             gradient_checkpointing=config.gradient_checkpointing,
             loss_chunk_tokens=config.loss_chunk_tokens,
             compiled=auto if config.compile == "auto" else config.compile != "off",
@@ -121,6 +123,11 @@ class Layout:
         # Recomputing, a process holds every block's input and the tensors of the one block that it recomputes.
         recomputed = self.n_layer * stream + block
         parts["activations"] = stream + (recomputed if self.gradient_checkpointing else self.n_layer * block)
+        if self.masked:
+            # (B, 1, T, T), a byte each; every layer makes a copy as wide as its queries and keeps it for its backward
+            # pass. A model that is compiled as one graph keeps one copy for all layers.
+            copies = 1 if self.gradient_checkpointing else self.n_layer
+            parts["attention masks (at most)"] = tokens * self.seq_len * (1 + copies * (2 if half else width))
         logits = min(tokens, self.loss_chunk_tokens or tokens) * self.vocab_size
         parts["logits"] = logits * (COMPILED_LOGIT_BYTES if self.compiled else LOGIT_BYTES)[self.precision]
         parts["context, workspaces (estimate)"] = RESERVE_BYTES
@@ -198,7 +205,7 @@ class Plan:
             f"parameters   {n_params:,}",
             f"batch        {config.batch_tokens:,} tokens = {layout.micro_batch_size} sequences x "
             f"{config.seq_len} tokens x {processes} processes x {passes} forward passes",
-            f"length       {config.max_steps:,} steps, {self.tokens:,} tokens, {epochs}, "
+            f"length       {self.tokens // config.batch_tokens:,} steps, {self.tokens:,} tokens, {epochs}, "
             f"{self.tokens / n_params:,.1f} tokens per parameter",
             *(f"{'recipe' if number == 0 else '':12} {line}" for number, line in enumerate(self.timetable)),
             f"work         {self.flops_per_token / 1e6:,.1f} MFLOP per token, "
@@ -264,7 +271,8 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
         rows = config.batch_tokens // config.seq_len
         size = choose_micro_batch(layout, gpu_memory_gib if on_gpu else None, rows)
         layout = replace(layout, micro_batch_size=size)
-    tokens = config.max_steps * config.batch_tokens
+    steps = config.max_steps if config.cooldown_from is None else config.cooldown_steps  # a branch makes its own only
+    tokens = steps * config.batch_tokens
     multiplied = n_params - sizes["n_positions"] * layout.n_embd  # the positions are looked up
     work = flops_per_token(multiplied, layout.n_layer, layout.n_embd, config.seq_len)
 
@@ -284,7 +292,11 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     if layout.averaged:
         checkpoint["averages"] = checkpoint["model"]
     each = sum(checkpoint.values())
-    saves = sorted({*range(config.save_steps, config.max_steps + 1, config.save_steps), config.max_steps})
+    begins, gaps = config.max_steps - steps, [config.save_steps]
+    if config.stop_when_val_rises is not None:
+        gaps.append(config.eval_steps)
+    due = {step for gap in gaps for step in range(gap, config.max_steps, gap) if step > begins}
+    saves = sorted({*due, config.max_steps})
     kept = len(kept_steps(saves, config.keep_last, config.milestone_steps, pointed={saves[0], saves[-1]}))
     run_dir = Path(config.run_dir)
     free = shutil.disk_usage(next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())).free

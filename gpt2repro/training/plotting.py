@@ -45,6 +45,7 @@ def draw_runs(run_dirs: list[str | Path], out_png: str | Path) -> Path:
         loss_axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         loss_axes.plot(steps, smooth(losses), color=colour, linewidth=1.4, label=f"{name}: training, smoothed")
         draw_evaluations(loss_axes, evaluations, "val_loss", f"{name}: validation", "o--", colour)
+        draw_evaluations(loss_axes, evaluations, "val_loss_masked", f"{name}: documents apart", "^-.", colour)
         draw_evaluations(loss_axes, evaluations, "val_loss_ema", f"{name}: averaged weights", "s:", colour)
         for source in sources_of(train + evaluations):
             of_source, label = f"C{next(more_colours) % 10}", f"{name}: {source}"

@@ -31,7 +31,7 @@ RECIPE = (
     "n_layer", "n_head", "n_embd", "n_inner", "activation_function", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "seq_len", "batch_tokens", "optimizer", "lr", "min_lr", "warmup_steps", "max_steps", "weight_decay", "beta1",
     "beta2", "eps", "muon_lr_scale", "grad_clip", "init_from", "val_tokens", "schedule", "cooldown_steps", "zero_init",
-    "cautious_decay",
+    "cautious_decay", "documents", "recut_windows",
 )  # fmt: skip
 
 CLOSE = 0.02  # nats: another seed or precision may move a curve by so much

@@ -27,7 +27,7 @@ from gpt2repro.checkpoint.writer import CheckpointWriter
 from gpt2repro.data.mixture import same_recipe
 from gpt2repro.data.ordering import skip_ahead
 from gpt2repro.data.sources import merge_states, prefetch
-from gpt2repro.files import read_json_if_whole, sha256_of, step_in_name
+from gpt2repro.files import atomic_file, read_json_if_whole, sha256_of, step_in_name
 from gpt2repro.models import ARCHITECTURE
 from gpt2repro.options import InputError, say, to_yaml
 from gpt2repro.redaction import scrub
@@ -69,7 +69,7 @@ class Run:
         self.plain_model = accelerator.unwrap_model(model, keep_torch_compile=False)
         self.uploader = None
         self.exit_code: int | None = None
-        self._hurried = False
+        self._hurried, self._saved = False, None  # the last checkpoint's step and place in the data
         self._fetch, self._compiled = fetch, compiled
         self._at_exit = contextlib.ExitStack()
 
@@ -94,6 +94,10 @@ class Run:
                 "optimizer": config.optimizer,
                 "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
             }
+            if config.documents == "mask":
+                self.identity["documents"] = config.documents
+                if self.source.tokenizer.eos_token_id is None:
+                    raise InputError("documents=mask needs a tokenizer with an end-of-text token; name it: --tokenizer")
             for name, size in self.identity["architecture"].items() if config.init_from is not None else ():
                 setattr(config, name, size)  # config.yaml, the trackers and the card state the given model's sizes
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
@@ -137,6 +141,7 @@ class Run:
                 run_ids=self.state.run_ids,
                 resume_step=self.state.step if checkpoint is not None else None,
                 is_main=is_main,
+                begins=(self.state.parent or {}).get("step", 0),
             )
             opened.callback(self.log.close)
             if is_main:
@@ -201,15 +206,31 @@ class Run:
             self.log.log(verdict.record())
             self._console.say(f"{verdict.action}: {bad_steps(verdict)}")
         last = steps[-1]
-        self.state.seconds += last["step_seconds"] * len(steps)
+        seconds = last["step_seconds"] * len(steps)
+        self.state.seconds += seconds
+        if self.state.device_seconds is not None:
+            self.state.device_seconds += seconds * self.accelerator.num_processes
         self._console.progress(last["step"], last["loss"], last["tokens_per_second"])
         self.log.status("running", last["step"])
         return verdict
 
+    def is_over(self) -> bool:
+        """Whether no step is left: `max_steps` are done, or `stop_when_val_rises` says so. The same on all ranks."""
+        patience, best = self.config.stop_when_val_rises, self.state.best or {}
+        return self.state.step >= self.config.max_steps or best.get("rises", 0) >= (patience or math.inf)
+
     def evaluate(self) -> dict:
         """Measure the model as it is now; log, compare with the reference, keep samples. Every rank calls it."""
-        step = self.state.step
+        step, best = self.state.step, self.state.best
         record = {"step": step, **self.evaluator.measure()}
+        if self.config.stop_when_val_rises and "val_loss" not in record:
+            raise InputError(
+                "stop_when_val_rises needs a validation split, and the data has none; prepare it with a larger "
+                "--val_fraction, or name another one's with --val_data"
+            )
+        if self.config.stop_when_val_rises and best is not None:
+            best["rises"] = 0 if record["val_loss"] <= best["val_loss"] else best.get("rises", 0) + 1  # NaN is a rise
+            record["val_rises"] = best["rises"]
         if self.average is not None:
             with self.average.in_place():
                 record |= self.evaluator.measure_average()
@@ -225,6 +246,7 @@ class Run:
     def save(self, val_loss: float = math.inf) -> None:
         """Start writing a checkpoint of this step, which becomes `best` if `val_loss` is the lowest so far."""
         state, scaler = self.state, self.accelerator.scaler
+        self._saved = state.step, state.source
         # NaN compares false, so a diverged model never becomes `best`.
         if val_loss < (state.best["val_loss"] if state.best else math.inf):
             state.best = Best(step=state.step, val_loss=val_loss)
@@ -232,7 +254,7 @@ class Run:
         state.scaler = scaler.state_dict() if scaler is not None else None
         state.health = self.monitor.state()
         state.environment = environment(self.accelerator)
-        optional = ("digests", "parent", "recipes")
+        optional = ("digests", "parent", "recipes", "device_seconds")
         content = state.model_dump(exclude={name for name in optional if not getattr(state, name)})
         content["source"] = merge_states(from_all_ranks(state.source))  # a stream's ranks each know their own lanes
         average = {}
@@ -274,10 +296,11 @@ class Run:
         `verdict` is given where bad numbers ended the run. A signal ends the wait for uploads; the next start or
         `gpt2repro push` sends the rest.
         """
-        config, state, done = self.config, self.state, self.state.step == self.config.max_steps
+        config, state, done = self.config, self.state, self.is_over()
         if verdict is None and not done:
             self._hurried = True
-            self.save()
+            if self._saved != (state.step, state.source):
+                self.save()
         elif verdict is None:
             self.writer.point("final", state.step)
         self.writer.close()
@@ -301,7 +324,12 @@ class Run:
         else:
             if self.accelerator.is_main_process:
                 self._draw()
-            self._end(EXIT_DONE, "done", "; ".join(missing), shown=console.closing(config, self.source))
+            shown = console.closing(config, self.source, state.step)
+            if state.step < config.max_steps:
+                why = "val_loss was above its lowest, {val_loss:.4f} after step {step}, in {rises} evaluations in a row"
+                early = f"ended after step {state.step}: {why.format(**state.best)}; `best` is the lowest"
+                missing, shown = [early, *missing], f"\n{early}{shown}"
+            self._end(EXIT_DONE, "done", "; ".join(missing), shown=shown)
 
     def _end(self, code: int, state: str, message: str, *, shown: str | None = None, file=None) -> None:
         self.exit_code = code
@@ -311,6 +339,9 @@ class Run:
     def _restore(self, checkpoint: Path, *, rewinding: bool = False) -> None:
         """Restore everything that `checkpoint` holds, and discard the checkpoints of later steps."""
         self.state = load_run_state(checkpoint, self.identity)
+        state, processes = self.state, self.accelerator.num_processes
+        if state.device_seconds is None and (before := state.environment.get("processes", processes)) != processes:
+            state.device_seconds = state.seconds * before
         if "machines" in self.identity:
             (here,) = self.identity["machines"]
             machines = self.state.identity.setdefault("machines", [here])
@@ -333,6 +364,8 @@ class Run:
         self.writer.discard_after(self.state.step)
         if self.state.best is not None:
             self.writer.point("best", self.state.best["step"])
+            if self.config.stop_when_val_rises is None:  # were it given again later, the count would be an old one
+                self.state.best.pop("rises", None)
         if rewinding:
             self._note_recipe()
 
@@ -345,7 +378,7 @@ class Run:
         if not same_recipe(state.recipes[-1]["data"], data):
             state.recipes.append(HeldRecipe(step=state.step, position=state.source["position"], data=data))
             state.best = state.best if self.config.val_data is not None else None
-        state.identity = self.identity
+        state.identity["data"] = data
 
     def _log_recipe(self) -> None:
         """Log a recipe that begins here, at the first step that it gives: a resume from here logs it again."""
@@ -361,7 +394,8 @@ class Run:
                 listed = yaml.safe_dump(scrub(self.state.recipes), sort_keys=False, allow_unicode=True)
                 text += "# Recipes that the run has had, each from a step and a position (in windows) on:\n"
                 text += "".join(f"# {line}\n" for line in listed.splitlines())
-            (self.config.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+            with atomic_file(self.config.run_dir / "config.yaml") as file:  # half of it would still be valid YAML
+                file.write(text)
 
     def _written(self, checkpoint: Path) -> None:
         """Draw, upload and log a written checkpoint, in the thread that wrote it: the loop does not wait."""
@@ -384,7 +418,8 @@ class Run:
 def lock_run(run_dir: Path) -> FileLock:
     """A lock that ends with its process. Raises: InputError where another process already trains this run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    kinds = dict.fromkeys(("checkpoints", "samples"), Path.is_dir)
+    steps = (f"checkpoints/{path.name}" for path in (run_dir / "checkpoints").glob("step_*"))
+    kinds = dict.fromkeys(("checkpoints", "samples", *steps), Path.is_dir)
     kinds |= dict.fromkeys((".lock", "config.yaml", "metrics.jsonl", "status.json", "loss.png"), Path.is_file)
     kinds |= {f"checkpoints/{name}": lambda path: path.is_symlink() or path.is_file() for name in POINTERS}
     for name, fits in kinds.items():

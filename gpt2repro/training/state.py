@@ -9,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import NotRequired, TypedDict  # pydantic wants this one before Python 3.12
 
-from gpt2repro.checkpoint.layout import find_run
+from gpt2repro.checkpoint.layout import STEP_NAME, find_run
 from gpt2repro.checkpoint.reader import find_checkpoint, read_state
 from gpt2repro.data.mixture import changed_past
 from gpt2repro.files import step_in_name
 from gpt2repro.options import InputError
 from gpt2repro.redaction import scrub
+from gpt2repro.training.metrics_log import options_of
 from gpt2repro.training.schedules import stable_until
 
 Count = Annotated[int, Field(ge=0)]
@@ -30,6 +30,7 @@ class Best(TypedDict):
 
     step: Count
     val_loss: float
+    rises: NotRequired[Count]  # with stop_when_val_rises: evaluations in a row, up to now, with a higher loss
 
 
 class Identity(TypedDict):
@@ -39,6 +40,7 @@ class Identity(TypedDict):
     batch_tokens: int
     optimizer: str
     architecture: dict[str, Any]
+    documents: NotRequired[str]  # "mask"; absent for "cross"
     reduction: NotRequired[dict[str, Any]]  # what decides the bits of `--reduction fixed`, absent for `fast`
     machines: NotRequired[Annotated[list[str], Field(min_length=1)]]  # that made them, one after the other; no bar
 
@@ -80,6 +82,7 @@ class RunState(BaseModel):
     best: Best | None = None
     run_ids: dict[str, str] | None = None  # the trackers' names of this run
     seconds: float = 0.0  # of training steps
+    device_seconds: float | None = None  # their sum over all processes, where the number of processes has changed
     scaler: dict[str, Any] | None = None  # fp16's loss scale
     health: Health | None = None  # None before the first step
     identity: Identity
@@ -114,13 +117,14 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path, positio
 
     Free to change on resume: processes, micro_batch_size, precision, workers, trackers, intervals; max_steps, lr and
     the rest of the schedule change lr(step) from here on. Not free: the data and its order (data, seed, seq_len,
-    batch_tokens: they say which windows each step sees), the architecture and the kind of optimizer state; with a
-    fixed reduction, all that decides the last bits but the machine. A recipe may change for positions that lie ahead of
-    `position`.
+    batch_tokens: they say which windows each step sees), whether documents see each other, the architecture and the
+    kind of optimizer state; with a fixed reduction, all that decides the last bits but the machine. A recipe may change
+    for positions that lie ahead of `position`.
     """
     saved, now = scrub(saved), scrub(now)  # a checkpoint is written without home directories
     pairs = {name: (saved[name], now[name]) for name in ("batch_tokens", "optimizer")}
     has_recipe = "recipe" in (saved["data"].get("kind"), now["data"].get("kind"))
+    pairs["documents"] = tuple(identity.get("documents", "cross") for identity in (saved, now))
     pairs["reduction"] = tuple("fixed" if "reduction" in identity else "fast" for identity in (saved, now))
     for part in ("architecture", "data", *(["reduction"] if pairs["reduction"] == ("fixed", "fixed") else [])):
         old, new = saved[part], now[part]
@@ -129,7 +133,7 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path, positio
             names = [name for name in names if name != "source"]  # local files may lie elsewhere: their sha256 decides
         if part == "data" and has_recipe:
             # The rest is compared below, up to `position`. Shards that become a recipe had another kind of order.
-            names = ["seed", "seq_len", *(["order"] if old.get("kind") == new.get("kind") else [])]
+            names = ["seed", "seq_len", "recut_windows", *(["order"] if old.get("kind") == new.get("kind") else [])]
         pairs |= {f"{part}: {name}": (old.get(name), new.get(name)) for name in names}
     changed = [f"{name} was {before} and is now {after}" for name, (before, after) in pairs.items() if before != after]
     if has_recipe and not changed:
@@ -144,14 +148,22 @@ def refuse_another_run(saved: Identity, now: Identity, checkpoint: Path, positio
 def cooled_down(config):
     """The TrainConfig of a run that branches off `cooldown_from`: from its step on, linearly down to `min_lr`.
 
-    The parent run is only read. Raises: InputError where there is no checkpoint, or its learning rate was not stable.
+    The parent run is only read, and no more once the branch has a checkpoint of its own: it may have gone on, or away.
+
+    Raises: InputError where there is no checkpoint, its learning rate was not stable, or `run_dir` is another branch.
     """
+    own = find_checkpoint(config.run_dir)
+    if own is not None and (begun := read_state(own).get("parent")):
+        named = STEP_NAME.fullmatch(Path(config.cooldown_from).name)
+        if named and int(named[1]) != begun["step"]:
+            raise InputError(f"{config.run_dir} holds the branch of step {begun['step']}; choose another --run_dir")
+        return replace(config, schedule="wsd", max_steps=begun["step"] + config.cooldown_steps, resume="auto")
     if (checkpoint := find_checkpoint(config.cooldown_from)) is None:
         raise InputError(f"cooldown_from={config.cooldown_from}: no checkpoint there")
     step, run = read_state(checkpoint)["step"], find_run(checkpoint)
     if run is not None and run.resolve() == config.run_dir.resolve():
         raise InputError(f"cooldown_from={config.cooldown_from} lies in run_dir={config.run_dir}; name a new --run_dir")
-    options = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run is not None else {}
+    options = options_of(run, "max_steps", "warmup_steps") if run is not None else {}
     parent = {"schedule": "cosine", "cooldown_steps": None, **options}
     end = stable_until(parent["max_steps"], parent["cooldown_steps"]) if run is not None else step
     if run is not None and not (parent["schedule"] == "wsd" and parent["warmup_steps"] <= step <= end):

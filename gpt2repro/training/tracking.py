@@ -27,7 +27,8 @@ class RunLog:
 
     The trackers show `config` without secrets. `run_ids` are the trackers' names of the run, which its checkpoints
     keep: a resumed W&B run is the same run. `resume_step` is the step of the checkpoint that the run continues from,
-    None for a run from the start: later records are dropped, and the run logs them again.
+    None for a run from the start: later records are dropped, and the run logs them again. A branch of another run
+    `begins` at the step of its parent's checkpoint.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class RunLog:
         run_ids: dict | None,
         resume_step: int | None,
         is_main: bool,
+        begins: int = 0,
     ):
         self.run_dir = Path(run_dir)
-        self.is_main = is_main
+        self.is_main, self._begins = is_main, begins
         self.run_ids = dict(run_ids or {})
         self._trackers: dict = {}
         self._lock = threading.Lock()  # checkpoint links come from the thread that writes checkpoints
@@ -60,7 +62,7 @@ class RunLog:
                 _say_dropped(name, error)
 
     def _open_metrics(self, last_step: int | None) -> None:
-        for first, last in cut_metrics(self.run_dir / "metrics.jsonl", last_step):
+        for first, last in cut_metrics(self.run_dir / "metrics.jsonl", last_step, self._begins):
             say(f"warning: metrics.jsonl has lost the steps {first} to {last}")
         # Line-buffered: a killed process leaves every line it logged, and at worst one torn last line.
         self._metrics = open(self.run_dir / "metrics.jsonl", "a", buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
