@@ -153,7 +153,10 @@ def to_yaml(config: Any) -> str:
 
 
 def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Call `main(argv)` and return an exit code: 2 for bad input and for faults of the machine, 130 for Ctrl-C, 141 for a closed pipe."""
+    """Call `main(argv)` and return an exit code.
+
+    2 is bad input or a fault of the machine, 130 Ctrl-C, 141 a closed pipe.
+    """
     atexit.register(gc.freeze)  # an ending interpreter searches torch's objects for garbage: 0.9 s of a processor
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # generated text must not end a program on a console that is not UTF-8
