@@ -441,10 +441,11 @@ def train(config: TrainConfig) -> int:
             evaluating = due or saving  # unevaluated, a checkpoint could not become `best`
             if state.step % config.log_steps == 0 or evaluating:
                 verdict = run.record(meter.read())
-                if verdict is not None and verdict.action == "rewind" and run.rewind(verdict):
-                    batches.close()  # they were read ahead on the way that is given up
-                    batches = run.batches()
-                    continue
+                with meter.pause():
+                    if verdict is not None and verdict.action == "rewind" and run.rewind(verdict):
+                        batches.close()  # they were read ahead on the way that is given up
+                        batches = run.batches()
+                        continue
                 if verdict is not None and verdict.action != "skip":
                     failed = True
                     break
@@ -456,8 +457,7 @@ def train(config: TrainConfig) -> int:
                 if saving:
                     run.save(evaluated.get("val_loss", math.inf))
 
-        # The end of the run, or of this process' part in it. First the steps since the last reading are judged: bad
-        # weights are never saved, so a signal that comes before the next reading still finds the run rewound.
+        # The end of the run, or of this process' part in it. Bad weights are never saved, also where a signal came.
         if not failed and (verdict := run.record(meter.read())) is not None:
             failed = verdict.action == "stop" or (verdict.action == "rewind" and not run.rewind(verdict))
         run.finish(verdict if failed else None, stop)

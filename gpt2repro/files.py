@@ -61,10 +61,17 @@ def name_aside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """A file that appears under `path`, whole and on the disk, when the block ends; an error leaves no file."""
+    """A file that appears under `path`, whole and on the disk, when the block ends; an error leaves no file.
+
+    A device or a pipe (/dev/null, /dev/stdout) is written to: a rename would put an ordinary file in its place.
+    """
     path = Path(path)
     aside = name_aside(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open(mode, **text) as file:
+            yield file
+        return
     try:
         with aside.open(mode, **text) as file:
             yield file

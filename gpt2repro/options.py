@@ -153,7 +153,10 @@ def to_yaml(config: Any) -> str:
 
 
 def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Call `main(argv)` and return an exit code: 2 for bad input and for faults of the machine, 130 for Ctrl-C."""
+    """Call `main(argv)` and return an exit code.
+
+    2 is bad input or a fault of the machine, 130 Ctrl-C, 141 a closed pipe.
+    """
     atexit.register(gc.freeze)  # an ending interpreter searches torch's objects for garbage: 0.9 s of a processor
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # generated text must not end a program on a console that is not UTF-8
@@ -166,6 +169,12 @@ def run_main(main: Callable[[list[str]], int], argv: Sequence[str] | None = None
         print("interrupted", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError):  # of stdout, or of something else?
+            try:
+                print(flush=True)
+            except BrokenPipeError:  # the reader, such as `head`, has seen enough
+                sys.stdout = None  # or the interpreter tries once more when it ends
+                return 141  # as a shell calls SIGPIPE, which Windows does not have
         sentence = sentence_for(error)
         if sentence is None:
             raise

@@ -94,3 +94,11 @@ def test_without_another_side_it_says_the_spread(tmp_path, capsys):
     assert run_main(compare.main, [*runs, "--out", str(tmp_path / "spread.json")]) == 0
     assert "mean 4.1000 ± 0.0577 (standard error)" in capsys.readouterr().out  # 0.1 / sqrt(3)
     assert json.loads((tmp_path / "spread.json").read_text())["losses"]["runs"] == {"1": 4.0, "2": 4.1, "3": 4.2}
+
+
+@pytest.mark.parametrize("content", ["seed: 1", "max_steps: [", "- 1", "max_steps: ten\nseed: 1", ""])
+def test_a_config_that_no_run_wrote_is_a_sentence(content, tmp_path, capsys):
+    run = run_with(tmp_path / "run", 1, 3.0)
+    (tmp_path / "run/config.yaml").write_text(content)
+    assert run_main(compare.main, [run]) == 2
+    assert "config.yaml" in capsys.readouterr().err

@@ -123,6 +123,15 @@ def assert_all_are_found(examples: dict, chance: random.Random, planted: list | 
     return count
 
 
+def test_an_example_s_texts_are_those_of_a_page_and_not_the_harness_s_prompt():
+    texts = {name: TASKS[name].texts(TASKS[name].read(file_of(name))) for name in TASKS}
+    assert texts["arc_easy"][0][1] == "Which of these melts when it is left in a warm room? an ice cube"
+    assert texts["piqa"][0][0] == "keep bread from drying out Put it in a closed box or a bag."
+    assert texts["winogrande"][0][1] == "The lamp did not fit into the drawer because the drawer was too tall."
+    assert texts["hellaswag"][0][0].startswith("A man stands in a kitchen with a bowl of flour. he pours water")
+    assert (len(texts["hellaswag"][0]), len(texts["lambada"][0])) == (8, 1)
+
+
 EXAMPLE = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -17,6 +18,17 @@ from gpt2repro.files import (
     write_json,
 )
 from gpt2repro.options import InputError
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes that have a name")
+def test_a_device_or_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    """As root, `gpt2repro compare … --out /dev/null` left an ordinary file in the place of the device."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", [1])
+    assert (tmp_path / "pipe").is_fifo() and os.read(reader, 100) == b"[\n 1\n]\n"
+    os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -432,6 +432,8 @@ def test_results_are_also_files_that_the_library_reads_back(run):
         if re.fullmatch(r"\.eval_results/[\w-]+\.yaml", name)
         for entry in parse_eval_result_entries(yaml.safe_load(content))
     }
+    # One protocol a file: a second score of the same benchmark and metric would hide the first.
+    assert files.keys() >= {".eval_results/hellaswag_build-nanogpt.yaml", ".eval_results/fineweb-edu.yaml"}
     assert found == {
         ("Rowan/hellaswag", "acc_norm"): 0.2955,
         ("HuggingFaceFW/fineweb-edu", "loss"): 3.25,

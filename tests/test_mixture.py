@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import yaml
 
 import train_accelerate
-from gpt2repro.checkpoint.reader import find_checkpoint, read_state
+from gpt2repro.checkpoint.reader import find_checkpoint, find_model, read_state
 from gpt2repro.commands import verify_resume
 from gpt2repro.data.mixture import Recipe, changed_past, read_recipe, same_recipe
 from gpt2repro.data.ordering import skip_ahead
@@ -598,6 +598,23 @@ def test_a_run_on_one_data_set_goes_on_with_new_data_and_the_optimizer_kept(corp
     assert tuned[16]["loss/web"] == pytest.approx(tuned[16]["loss"], abs=1e-6) and "loss/code" in tuned[17]
     kinds = [one["data"]["kind"] for one in read_state(find_checkpoint(run))["recipes"]]
     assert kinds == ["shards", "recipe"]
+
+
+def test_a_mixture_that_cannot_be_evaluated_has_no_best_from_before(tmp_path):
+    """Else eval, push and generate would take a model that has not seen the new data."""
+    first, second = tmp_path / "corpora/a", tmp_path / "corpora/b"
+    tiny_run.write_tiny_shards(first)
+    tiny_run.write_tiny_shards(second, repeats=150)
+    manifest = json.loads((second / "manifest.json").read_text())
+    del manifest["splits"]["val"]
+    (second / "manifest.json").write_text(json.dumps(manifest))
+    run, options = tmp_path / "run", {"save_steps": 2, "eval_steps": 2}
+    assert train(first, run, max_steps=4, **options) == 0
+    recipe = {"sources": {name: {"data": str(path)} for name, path in (("a", first), ("b", second))}}
+    recipe["phases"] = [{"from_tokens": 0, "weights": {"a": 1.0}}, {"from_tokens": 512, "weights": {"b": 1.0}}]
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    assert train(tmp_path / "r.yaml", run, max_steps=8, **options) == 0
+    assert Path(find_model(str(run))).name == "step_000008"
 
 
 def test_bad_numbers_rewind_and_skip_as_with_one_source(finished, tmp_path):

@@ -311,6 +311,16 @@ def test_an_error_of_ours_keeps_its_traceback():
         run_main(lambda argv: (_ for _ in ()).throw(RuntimeError("a bug")), [])
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(root):
+    """`gpt2repro --help | head` ended with "error: Broken pipe"."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "gpt2repro", "--help"]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, cwd=root, timeout=60)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_a_full_disk_behind_stdout_is_a_sentence(root):
     with open("/dev/full", "w") as full:

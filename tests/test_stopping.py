@@ -167,18 +167,25 @@ def test_a_signal_between_bad_steps_and_their_reading_saves_no_bad_weights(tmp_p
 def test_a_signal_during_an_evaluation_does_not_save_its_step_twice(tmp_path, monkeypatch):
     saved, evaluations = [], iter(range(3))
     calling_first(monkeypatch, Run, "evaluate", lambda: stop_signal() if next(evaluations) == 1 else None)
-    save = CheckpointWriter.save
-    monkeypatch.setattr(
-        CheckpointWriter, "save", lambda self, step, **how: (saved.append(step), save(self, step, **how))
-    )
+    calling_first(monkeypatch, CheckpointWriter, "save", lambda: saved.append("once"))
     assert train(tmp_path / "run", save_steps=4) == 3
-    assert saved == [1] and find_checkpoint(tmp_path / "run").name == "step_000004"
+    assert saved == ["once"] and find_checkpoint(tmp_path / "run").name == "step_000004"
 
 
 def test_the_time_before_the_first_step_is_no_step_s(tmp_path, monkeypatch):
     calling_first(monkeypatch, Run, "_write_config", lambda: time.sleep(1.5))
     assert train(tmp_path / "run", max_steps=2, log_steps=1) == 0
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(step["step_seconds"] < 1 for step in steps if "loss" in step)
+
+
+def test_the_time_of_a_rewind_is_no_step_s(tmp_path, monkeypatch):
+    assert train(tmp_path / "run", max_steps=4, save_steps=4) == 0
+    calling_first(monkeypatch, Run, "rewind", lambda: time.sleep(1.5))
+    bad = {"lr": 1e30, "min_lr": 1e30, "warmup_steps": 0, "grad_clip": "none", "on_bad_numbers": "rewind"}
+    assert train(tmp_path / "run", max_steps=8, log_steps=1, max_rewinds=1, **bad) == 4
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {"rewind"} <= {step.get("event") for step in steps}
     assert all(step["step_seconds"] < 1 for step in steps if "loss" in step)
 
 

@@ -247,6 +247,14 @@ def test_a_damaged_page_is_a_sentence(tmp_path):
         documents(find_text([str(path)]))
 
 
+def test_a_directory_without_text_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "texts").mkdir(parents=True)
+    (tmp_path / "my" / "texts" / "thesis.docx").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"no files matched my/texts .*looked for .parquet, .jsonl"):
+        find_text(["my/texts"])
+
+
 def test_nothing_matched_says_what_was_looked_for(tmp_path):
     (tmp_path / "a.pdf").write_bytes(b"pdf")
     for inputs in ([str(tmp_path)], [str(tmp_path / "*.txt")], [str(tmp_path / "no.txt"), str(tmp_path / "a.pdf")]):

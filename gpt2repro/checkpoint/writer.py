@@ -117,8 +117,15 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._write, args=work, name=f"checkpoint-{step}")
         self._thread.start()
 
-    def point(self, name: str, step: int) -> None:
-        """Let the pointer `name` (best, final) point to step_N: at once, or as soon as that step is written."""
+    def point(self, name: str, step: int | None) -> None:
+        """Let the pointer `name` (best, final) point to step_N: at once, or as soon as that step is written.
+
+        None: there is no such checkpoint any more.
+        """
+        if step is None:
+            if self.rank == 0:
+                (self.directory / name).unlink(missing_ok=True)
+            return
         with self._lock:
             if self._in_flight == step:
                 self._awaiting.append(name)

@@ -26,6 +26,7 @@ import hashlib
 import json
 import re
 from collections import ChainMap, Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,12 @@ from gpt2repro.files import read_json
 from gpt2repro.options import InputError
 
 WORDS = 13  # Source: GPT-3's paper, appendix C; lm-evaluation-harness' decontamination uses the same length
-BLOCK_CHARACTERS = 2**16  # are hashed at a time, so the arrays stay in the processor's cache
+BLOCK_CHARACTERS = 2**17  # are hashed at a time: few calls of numpy, and arrays that fit a cache
 BETWEEN_WORDS = re.compile(r"[\W_]")  # exactly the characters that are not isalnum()
 
 MOST_LETTERS = 64  # longer words are told apart by their first letters
 POWERS = [np.uint64(pow(0x9E3779B97F4A7C15, i, 2**64)) for i in range(WORDS)]
-FIRST_PASS_BITS = 24  # the high bits of a hash that are looked up first, in 2 MiB
+FIRST_PASS_BITS = 25  # the high bits of a hash that are looked up first, in 4 MiB
 
 
 class Decontamination:
@@ -55,7 +56,7 @@ class Decontamination:
         self._examples = [(task, index) for task, own in examples.items() for index in range(len(own))]
         all_texts = [texts for own in examples.values() for texts in own]
         texts = [text for texts in all_texts for text in texts]
-        hashes, starts, stops = _ngrams("\n".join(texts))
+        hashes, starts, stops = map(np.concatenate, zip(*_ngrams("\n".join(texts)), strict=True))
         first, last = _text_at(texts, starts), _text_at(texts, stops)
         owners = np.repeat(np.arange(len(all_texts)), list(map(len, all_texts)))[first]
         hashes, owners = hashes[first == last], owners[first == last]
@@ -109,17 +110,18 @@ class Decontamination:
 
     def _hits(self, texts: list[str], ends: list[bool]) -> dict[tuple[int, str, int], str]:
         """{(number of the document, task, example): the first 13-gram that they share}, in the order of the text."""
-        text = "\n".join(texts)
-        hashes, starts, stops = _ngrams(text)
-        begins = hashes >> (64 - FIRST_PASS_BITS)
-        few = np.flatnonzero(self._known[begins >> 3] >> (begins & 7).astype(np.uint8) & 1)
-        few = few[np.argsort(hashes[few])]  # so the index is searched from its front to its end, which caches like
-        at = np.searchsorted(self._hashes[:-1], hashes[few])
-        few = np.sort(few[self._hashes[at] == hashes[few]])
+        text, parts, hits = "\n".join(texts), [], {}
+        for hashes, starts, stops in _ngrams(text):
+            begins = hashes >> (64 - FIRST_PASS_BITS)
+            few = np.flatnonzero(self._known[begins >> 3] >> (begins & 7).astype(np.uint8) & 1)
+            parts.append((hashes[few], starts[few], stops[few]))
+        hashes, starts, stops = map(np.concatenate, zip(*parts, strict=True))
+        order = np.argsort(hashes)  # so the index is searched from its front to its end, which caches like
+        at = np.searchsorted(self._hashes[:-1], hashes[order])
+        few = np.sort(order[self._hashes[at] == hashes[order]])
         hashes, starts, stops = hashes[few], starts[few], stops[few]
         first, last = (np.searchsorted(self._hashes, hashes, side) for side in ("left", "right"))
         document, other = (np.cumsum([0, *ends])[_text_at(texts, places)] for places in (starts, stops))
-        hits = {}
         for i in np.flatnonzero(document == other).tolist():
             ngram = " ".join(filter(None, BETWEEN_WORDS.split(text[starts[i] : stops[i]].lower())))
             for owner in self._owners[first[i] : last[i]].tolist():
@@ -164,37 +166,39 @@ def _text_at(texts: list[str], places: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.cumsum([len(text) + 1 for text in texts]), places, side="right")
 
 
-def _ngrams(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(hashes, starts, stops) of every 13 words in a row; they are text[start:stop]."""
-    parts, place = [], 0
-    while place < len(text) or not parts:
+def _ngrams(text: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(hashes, starts, stops) of every 13 words in a row, a block of text at a time; they are text[start:stop]."""
+    place, words, borders = 0, np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    while place < len(text) or not place:
         cut = BETWEEN_WORDS.search(text, place + BLOCK_CHARACTERS)
         end = cut.end() if cut else len(text)
-        codes = np.frombuffer((text[place:end] + "\0" * 7).encode("utf-32-le", "surrogatepass"), "<u4")
+        codes = np.frombuffer((text[place:end] + "\0" * 8).encode("utf-32-le", "surrogatepass"), "<u4")
         letters = _letters().take(codes)
-        borders = np.flatnonzero(np.diff(letters != 0, prepend=False))
-        starts, stops = borders[::2], borders[1::2]
-        parts.append((_word_hashes(letters, starts, stops - starts), starts + place, stops + place))
-        place = end
-    words, starts, stops = map(np.concatenate, zip(*parts, strict=True))
-    count = max(len(words) - WORDS + 1, 0)
-    # sum over i of words[i] * BASE^i modulo 2^64, for 13 = 8 + 4 + 1 words
-    two = words[:-1] + words[1:] * POWERS[1]
-    four = two[:-2] + two[2:] * POWERS[2]
-    eight = four[:-4] + four[4:] * POWERS[4]
-    hashes = eight[:count] + four[8 : 8 + count] * POWERS[8] + words[12:] * POWERS[12]
-    return hashes, starts[:count], stops[WORDS - 1 :]
+        new = np.flatnonzero(np.diff(letters != 0, prepend=False))  # start, stop, start, stop, …
+        # The last 12 words of the block before begin the 13-grams that end in this one.
+        words = np.concatenate([words[1 - WORDS :], _word_hashes(letters, new[::2], new[1::2] - new[::2])])
+        borders = np.concatenate([borders[2 * (1 - WORDS) :], new + place])
+        count = max(len(words) - WORDS + 1, 0)
+        # sum over i of words[i] * BASE^i modulo 2^64, for 13 = 8 + 4 + 1 words
+        two = words[:-1] + words[1:] * POWERS[1]
+        four = two[:-2] + two[2:] * POWERS[2]
+        eight = four[:-4] + four[4:] * POWERS[4]
+        hashes = eight[:count] + four[8 : 8 + count] * POWERS[8] + words[12:] * POWERS[12]
+        yield hashes, borders[::2][:count], borders[1::2][WORDS - 1 :]
+        place = max(end, 1)
 
 
 def _word_hashes(letters: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """A hash of each word, of its first MOST_LETTERS letters."""
     eights = np.ndarray(len(letters) - 7, "<u8", letters, strides=(1,))  # the eight letters from each place on
     masks = np.array([2 ** (8 * count) - 1 for count in range(9)], np.uint64)
-    hashes = eights[starts] & masks[np.minimum(lengths, 8)]
-    for place in range(8, min(MOST_LETTERS, lengths.max(initial=0)), 8):
-        longer = np.flatnonzero(lengths > place)
+    hashes, longer = eights[starts] & masks[np.minimum(lengths, 8)], np.flatnonzero(lengths > 8)
+    place = 8
+    while len(longer) and place < MOST_LETTERS:
         more = eights[starts[longer] + place] & masks[np.minimum(lengths[longer] - place, 8)]
         hashes[longer] = _mixed(hashes[longer]) + more
+        place += 8
+        longer = longer[lengths[longer] > place]
     return _mixed(hashes)
 
 

@@ -280,7 +280,8 @@ def find_text(
     reading = Reading(text_column, strict=True, document_bytes=document_bytes)
     chosen = [[path for path in local_files(item) if Path(item).is_file() or format_of(path)[0]] for item in inputs]
     paths = [path for found in chosen for path in sorted(found, key=Path.as_posix)]
-    if not paths and len(inputs) == 1 and (match := text_io.SPEC.fullmatch(inputs[0])):
+    is_local = paths or len(inputs) > 1 or Path(inputs[0]).exists()
+    if not is_local and (match := text_io.SPEC.fullmatch(inputs[0])):
         return _find_on_hub(match["id"], match["config"] or config, match["revision"] or revision, reading, copies)
     if missing := [item for item, found in zip(inputs, chosen, strict=True) if not found]:
         raise InputError(f"no files matched {', '.join(missing)} (looked for {', '.join(FORMATS)}, packed or not)")

@@ -241,7 +241,7 @@ def eval_results(facts: Facts) -> Iterator[tuple]:
 
 
 def _result_files(facts: Facts, results: list) -> dict[str, bytes]:
-    """The same results as `.eval_results/*.yaml`, one file per dataset of the Hub."""
+    """The same results as `.eval_results/*.yaml`, one file per dataset of the Hub and protocol."""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     entries: dict[str, list] = {}
@@ -249,7 +249,8 @@ def _result_files(facts: Facts, results: list) -> dict[str, bytes]:
         if DATASET_ID.fullmatch(result.dataset_type):
             notes = f"{result.metric_name}; measured in training, at step {facts.step}"
             entry = EvalResultEntry(result.dataset_type, result.metric_type, result.metric_value, notes=notes)
-            entries.setdefault(result.dataset_type.split("/")[-1], []).append(entry)
+            protocol = "_build-nanogpt" * ("build-nanogpt" in result.metric_name)
+            entries.setdefault(result.dataset_type.split("/")[-1] + protocol, []).append(entry)
     return {
         f".eval_results/{name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(found), sort_keys=False).encode()
         for name, found in entries.items()

@@ -382,7 +382,9 @@ class Run:
         state.recipes = state.recipes or [HeldRecipe(step=0, position=0, data=state.identity["data"])]
         if not same_recipe(state.recipes[-1]["data"], data):
             state.recipes.append(HeldRecipe(step=state.step, position=state.source["position"], data=data))
-            state.best = state.best if self.config.val_data is not None else None
+            if self.config.val_data is None:
+                state.best = None
+                self.writer.point("best", None)
         state.identity["data"] = data
 
     def _log_recipe(self) -> None:
