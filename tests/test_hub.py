@@ -27,6 +27,7 @@ from gpt2repro.options import InputError, run_main
 from gpt2repro.publishing import hub as our_hub
 from gpt2repro.publishing.hub import Uploader, fetch_checkpoint
 from gpt2repro.publishing.model_card import card_files
+from gpt2repro.redaction import scrub
 from gpt2repro.training.metrics_log import read_metrics
 
 REPO = "user/tiny"
@@ -764,6 +765,24 @@ def test_no_secret_and_no_home_directory_leaves(hub, run, monkeypatch, old):
     verify_checkpoint(fetched)
     assert "correct-horse" in json.dumps(read_state(path)) or not old, "what lies here is left as it was written"
     assert read_state(fetched)["environment"]["command"].startswith("train.py --data ~/corpus --note [hidden]")
+
+
+def test_a_long_log_of_numbers_is_published_in_less_time_than_its_search_for_secrets_takes(run, monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", "correct-horse")
+    path, log = run.save(9), run.dir / "metrics.jsonl"
+    numbers = "".join(json.dumps({"step": 1, "loss": n / 7, "lr": 1e-3, "mfu": None}) + "\n" for n in range(20_000))
+    secrets = [
+        '{"step": 1, "a": "correct-horse", "a": 1}',
+        '{"step": 1, "a": {"correct-horse": 1}}',
+        '{"step": 1, "a": 1}',
+    ]
+    log.write_text(numbers + "\n".join([*secrets, '{"step": 10, "loss": 1}']) + "\n")
+    start = time.perf_counter()
+    sent = card_files(path, repo=REPO, run_dir=run.dir)["training/metrics.jsonl"].decode()
+    middle = time.perf_counter()
+    scrub(numbers)
+    assert middle - start < time.perf_counter() - middle
+    assert sent == numbers + "\n".join(secrets).replace("correct-horse", "[hidden]") + "\n"
 
 
 def test_links_beside_the_checkpoints_are_not_part_of_the_card(hub, run, tmp_path):
