@@ -96,7 +96,7 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
 
     strangers = [argument for argument in rest if argument.startswith("-") and argument != "--"]
     values = [argument for argument in rest if not argument.startswith("-")]
-    problems += [f"unknown option {name}{_nearest(name, fields, '--')}" for name in strangers]
+    problems += [f"unknown option {name}{nearest(name, fields, '--')}" for name in strangers]
     if strangers:  # the words after an unknown option are most likely its values
         values = values[: rest.index(strangers[0])] or values[-1:]
     if values and positional:
@@ -111,7 +111,7 @@ def parse_options(cls: type[T], argv: Sequence[str], *, prog: str, description: 
     elif config is not None:
         for name, value in read_yaml(config).items():
             if name not in fields:
-                problems.append(f"unknown option {name!r} in {config}{_nearest(str(name), fields, '')}")
+                problems.append(f"unknown option {name!r} in {config}{nearest(str(name), fields, '')}")
             elif not fields[name].metadata.get("config", True):
                 problems.append(f"{name} cannot be set in {config}; use the flag --{name}")
             else:
@@ -299,7 +299,8 @@ def read_yaml(name: str, flag: str = "--config") -> dict:
                 raise ValueError(f"the tag {tag} is not read; write the value itself")
         content = yaml.load(text, _StrictLoader)
     except FileNotFoundError:
-        presets = f", and the packaged presets are {', '.join(preset_names()) or 'none'}" if is_config else ""
+        names = preset_names()
+        presets = f", and the packaged presets are {', '.join(names) or 'none'}{nearest(name, names)}" * is_config
         raise InputError(f"{flag} {name}: no such file{presets}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
@@ -397,7 +398,7 @@ def _plain_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _nearest(name: str, known: Any, prefix: str) -> str:
+def nearest(name: str, known: Any, prefix: str = "") -> str:
     """`; did you mean --batch_tokens?`, or nothing if no known name is similar."""
     found = difflib.get_close_matches(name.lstrip("-").split("=")[0].replace("-", "_"), list(known), n=1)
     return f"; did you mean {prefix}{found[0]}?" if found else ""

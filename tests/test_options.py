@@ -120,7 +120,7 @@ def test_a_broken_yaml_file_gets_a_sentence(config, text):
 def test_a_config_that_is_neither_file_nor_preset_names_the_presets(tmp_path, monkeypatch):
     monkeypatch.setattr(options_module, "PRESETS", tmp_path)
     (tmp_path / "small.yaml").write_text("lr: 0.5\n")
-    assert "no such file, and the packaged presets are small" in refusal("--config", "smal")
+    assert "no such file, and the packaged presets are small; did you mean small?" in refusal("--config", "smal")
     assert parse("--config", "small").lr == 0.5
     assert "--config needs a value" in refusal("--config")
     (tmp_path / "latin.yaml").write_bytes(b"data: caf\xe9\n")

@@ -1,13 +1,11 @@
 """The tasks by name. A new task is a file like `piqa.py`, and its name in the import and in TASKS here."""
 
-import difflib
-
 import torch
 
 from gpt2repro.evaluation import arc_easy, hellaswag, lambada, piqa, winogrande
 from gpt2repro.evaluation.losses import max_length_of
 from gpt2repro.evaluation.multiple_choice import Prepared, Task
-from gpt2repro.options import InputError
+from gpt2repro.options import InputError, nearest
 
 TASKS = {module.TASK.name: module.TASK for module in (hellaswag, arc_easy, piqa, winogrande, lambada)}
 
@@ -21,10 +19,8 @@ def parse_specs(specs: list[str]) -> list[tuple[Task, str | None]]:
     names = [name for name, _ in named]
     for name in names:
         if name not in TASKS:
-            near = difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            known = ", ".join(TASKS)
-            raise InputError(f"there is no task {name!r}; known are {known}, each alone or as NAME=FILE{hint}")
+            known = ", ".join(TASKS) + ", each alone or as NAME=FILE"
+            raise InputError(f"there is no task {name!r}; known are {known}{nearest(name, TASKS)}")
         if names.count(name) > 1:
             raise InputError(f"the task {name} is given twice; its numbers would have the same names")
     return [(TASKS[name], data) for name, data in named]
