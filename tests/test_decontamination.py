@@ -324,8 +324,8 @@ def test_command_reports_in_manifest_output_and_card(corpus, reported, tmp_path,
 @pytest.mark.parametrize(
     ("specs", "sentence"),
     [
-        (["arc_esay"], "there is no task 'arc_esay'; known are hellaswag, arc_easy, piqa, winogrande, lambada, each alone "
-                         "or as NAME=FILE; did you mean arc_easy?"),
+        (["arc_esay"], "there is no task 'arc_esay'; known are hellaswag, arc_easy, piqa, winogrande, lambada, each "
+                         "alone or as NAME=FILE; did you mean arc_easy?"),
         (["hellaswag=x.jsonl,piqa"], "there is no file x.jsonl"),
         (["piqa=a", "piqa=b"], "the task piqa is given twice"),
         ([","], "there is no task ''"),
