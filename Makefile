@@ -89,7 +89,7 @@ $(VENV)-%/installed-conformance: setup.cfg constraints.txt
 # The converter comes with llama.cpp's sources only.
 $(LLAMA_CPP): $(VENV)-llama-cpp/installed-conformance
 	$(VENV)-llama-cpp/bin/python -m pip download --quiet --constraint $(VENV)-llama-cpp/constraints.txt \
-	  --no-deps --no-binary :all: --dest $(@D)/sdist llama-cpp-python
+	  --no-deps --no-binary llama-cpp-python --dest $(@D)/sdist llama-cpp-python
 	mkdir -p $@ && tar -xzf $(@D)/sdist/llama_cpp_python-*.tar.gz -C $@ --strip-components 1
 
 conformance: export PYTHONPATH := $(CURDIR)
