@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import shutil
 import socket
 import subprocess
@@ -239,6 +240,7 @@ def torchao_int8(subject: Subject):
 
 def bitsandbytes_int8(subject: Subject):
     """Every matrix of the blocks: transformers' integration takes Conv1D."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every matrix that fp32 becomes fp16
     model = subject.load(quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu")
     if type(model.transformer.h[0].attn.c_attn).__name__ != "Linear8bitLt":
         raise AssertionError("nothing was quantised")
