@@ -40,7 +40,7 @@ from gpt2repro.training.meter import flops_per_token_of
 from gpt2repro.training.planning import doubts, micro_batch_of_run
 from gpt2repro.training.plotting import draw_runs
 from gpt2repro.training.reference import Referee
-from gpt2repro.training.state import Best, HeldRecipe, RunState, find_resume, load_run_state
+from gpt2repro.training.state import Best, HeldRecipe, Identity, RunState, find_resume, load_run_state
 from gpt2repro.training.stopping import StopSignal, lost_a_process, said_to_the_user
 from gpt2repro.training.tracking import RunLog
 
@@ -88,30 +88,11 @@ class Run:
                 z_threshold=config.spike_z,
                 max_rewinds=config.max_rewinds,
             )
-            self.identity = {
-                "data": self.source.identity(),
-                "batch_tokens": config.batch_tokens,
-                "optimizer": config.optimizer,
-                "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
-            }
-            if config.documents == "mask":
-                self.identity["documents"] = config.documents
-                if self.source.tokenizer.eos_token_id is None:
-                    raise InputError("documents=mask needs a tokenizer with an end-of-text token; name it: --tokenizer")
+            self.identity = self._identity()
             for name, size in self.identity["architecture"].items() if config.init_from is not None else ():
                 setattr(config, name, size)  # config.yaml, the trackers and the card state the given model's sizes
             self.evaluator = Evaluator(config, self.accelerator, self.model, self.source)
             self.average = WeightAverage(self.plain_model, config.ema_decay) if config.ema_decay else None
-            if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
-                precision = config.precision if config.precision == "fp64" else self.accelerator.mixed_precision
-                self.identity["reduction"] = {
-                    **{name: getattr(config, name) for name in DECIDE_BITS},
-                    "compile": self._compiled,
-                    "precision": "fp32" if precision == "no" else precision,
-                    "OMP_NUM_THREADS": torch.get_num_threads(),
-                }
-                machine = ", ".join(sorted({*from_all_ranks(origin_of_bits(self.accelerator.device))}))
-                self.identity["machines"] = [machine]
             checkpoint = find_resume(config.run_dir, config.resume, fetch=self._fetch, is_main=is_main)
             self.state = RunState(identity=self.identity, source=self.source.initial_state())
             if checkpoint is not None:
@@ -165,6 +146,31 @@ class Run:
         self._log_recipe()
         self.log.status("running", self.state.step)
         return self
+
+    def _identity(self) -> Identity:
+        """What a resumed run must have in common with the run that it continues: see `refuse_another_run`."""
+        config = self.config
+        identity: Identity = {
+            "data": self.source.identity(),
+            "batch_tokens": config.batch_tokens,
+            "optimizer": config.optimizer,
+            "architecture": {name: getattr(self.plain_model.config, name) for name in ARCHITECTURE},
+        }
+        if config.documents == "mask":
+            identity["documents"] = config.documents
+            if self.source.tokenizer.eos_token_id is None:
+                raise InputError("documents=mask needs a tokenizer with an end-of-text token; name it: --tokenizer")
+        if config.reduction == "fixed":  # what else decides the bits; the number of processes does not
+            precision = config.precision if config.precision == "fp64" else self.accelerator.mixed_precision
+            identity["reduction"] = {
+                **{name: getattr(config, name) for name in DECIDE_BITS},
+                "compile": self._compiled,
+                "precision": "fp32" if precision == "no" else precision,
+                "OMP_NUM_THREADS": torch.get_num_threads(),
+            }
+            machine = ", ".join(sorted({*from_all_ranks(origin_of_bits(self.accelerator.device))}))
+            identity["machines"] = [machine]
+        return identity
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         """Close everything; an error also goes into status.json, since launchers hide exit codes.
