@@ -326,7 +326,7 @@ def test_recipes_are_measured_cell_by_cell_and_a_second_start_does_the_rest(tmp_
         recipes.main(arguments)
     shutil.rmtree(tmp_path / "work")
     assert recipes.main(arguments) == 0
-    cells = 3 + (3 * 4 - 2) + 2 * 3 + 3 * 2  # grids; seeds 1-3, of which two are in the grids; two more; shorter runs
+    cells = 3 * 2 + (3 * 4 - 2 * 2) + 2 * 3 + 3 * 2  # grids; seeds 1-3 but what the grids have; two more; shorter runs
     assert len(done) == cells + 1, "only the cell that was interrupted is trained again"
 
     content = json.loads((tmp_path / f"recipes-{harness.host_kind()}.json").read_text())

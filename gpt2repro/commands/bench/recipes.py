@@ -1,13 +1,15 @@
 """Which changes of the training recipe are worth it: small GPT-2s, one change at a time, several seeds, all listed.
 
     gpt2repro bench recipes --minutes 60            again and again, until all cells are done
+    OMP_NUM_THREADS=1 gpt2repro bench recipes --workers 2
     gpt2repro bench recipes --widths 72 --seeds 5   the smallest width, with more seeds
 
 Every cell is a run of the real training program: one width, one recipe, one seed. All recipes of a width see the same
 tokens. Runs of one seed begin with the same weights and see the tokens in the same order, so they are compared in
-pairs. The learning rates of AdamW and of Muon are tuned first, each on a grid with one seed and a cosine schedule, so
-that both baselines are as good as they can be; the changes keep that rate. Every run also keeps a moving average of its
-weights (EMA), whose loss is listed beside its own.
+pairs. The learning rates of AdamW and of Muon are tuned first, each on a grid with a cosine schedule, so that both
+baselines are as good as they can be; the changes keep that rate. The grid has two seeds, because the best rate of one
+seed can be one at which the next seed's loss jumps up. Every run also keeps a moving average of its weights (EMA),
+whose loss is listed beside its own.
 
 The tokens that a recipe needs are not read off the middle of a long run, where the learning rate has not fallen yet.
 Shorter runs are trained to their end, and the length that reaches tuned AdamW's loss lies between two of them. The
@@ -20,6 +22,8 @@ import os
 import shutil
 import statistics
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +35,8 @@ from gpt2repro.training.metrics_log import read_metrics
 
 HEAD_SIZE, LAYERS, SEQ_LEN, BATCH_TOKENS, VOCABULARY = 24, 4, 128, 1024, 512
 EMA_DECAY = 0.98  # about the last 50 steps
-GRIDS = {"AdamW": (0.002, 0.004, 0.008, 0.016), "Muon": (0.004, 0.008, 0.016, 0.032)}
+GRIDS = {"AdamW": (0.001, 0.002, 0.004, 0.008), "Muon": (0.004, 0.008, 0.016, 0.032)}
+GRID_SEEDS = (1, 2)
 MUON, TO_ZERO = ["--optimizer", "muon"], ["--min_lr", "0"]
 LINEAR, WSD = ["--schedule", "linear", *TO_ZERO], ["--schedule", "wsd", *TO_ZERO]
 # Recipe -> (the plain recipe whose tuned rate it takes and that it is compared with, its options).
@@ -64,6 +69,8 @@ class Options(CommonOptions):
     "Steps of a whole run, of 1,024 tokens."
     data: Path | None = None
     "Token shards; none: the text that ships with Python, with a vocabulary of 512."
+    workers: AtLeastOne = 1
+    "Cells that are trained at a time; give each its threads with OMP_NUM_THREADS."
     work_dir: Path = Path("runs/recipes")
     "Where the data and the runs are put; a finished run is removed."
 
@@ -95,15 +102,15 @@ class Bench:
         splits = (read_json_if_whole(self.data / "manifest.json") or {}).get("splits", {})
         epochs = round(options.steps * BATCH_TOKENS / splits["train"]["tokens"], 3) if splits else None
         sizes |= {"steps": options.steps, "epochs": epochs, "ema_decay": EMA_DECAY, "data": str(self.data)}
+        self.writing = threading.Lock()
         self.cells: dict[str, dict] = before.get("cells", {}) if before.get("settings") == sizes else {}
         record.save(settings=sizes, widths_not_run=[], cells=self.cells)
 
     def measure(self, width: int) -> None:
         """All cells of one width: the grids, then seed by seed; so a bench that is cut off has whole comparisons."""
         whole = self.options.steps
-        for name, grid in GRIDS.items():
-            for lr in grid:
-                self.cell(width, name, lr, 1, whole)
+        grid = [(name, lr) for name, rates in GRIDS.items() for lr in rates]
+        self.train([(width, name, lr, seed, whole) for (name, lr), seed in itertools.product(grid, GRID_SEEDS)])
         rates = {name: self.best_rate(width, name) for name in GRIDS}
         if None in rates.values():
             return
@@ -112,8 +119,13 @@ class Bench:
         jobs = [(name, seed, 1.0) for seed in seeds for name in RECIPES]
         jobs += [(name, seed, 1.0) for seed in more_seeds for name in ("AdamW", *FINALISTS)]
         jobs += [(name, seed, part) for seed in seeds for name in FINALISTS for part in LENGTHS]
-        for name, seed, part in jobs:
-            self.cell(width, name, rates[RECIPES[name][0]], seed, round(part * whole))
+        self.train([(width, name, rates[RECIPES[name][0]], seed, round(part * whole)) for name, seed, part in jobs])
+
+    def train(self, cells: list[tuple]) -> None:
+        """Train the cells in their order, `workers` at a time."""
+        with ThreadPoolExecutor(self.options.workers) as pool:
+            for _ in pool.map(lambda cell: self.cell(*cell), cells):
+                pass  # what a cell raises comes out here
 
     def cell(self, width: int, name: str, lr: float, seed: int, steps: int) -> None:
         """Train one run, unless the record has it or the time is over."""
@@ -130,7 +142,7 @@ class Bench:
         program([*command, *RECIPES[name][1]])
         training, evaluations = read_metrics(run_dir)
         last = evaluations[-1]
-        self.cells[key] = {
+        found = {
             "val_loss": last["val_loss"],
             "val_loss_ema": last["val_loss_ema"],
             "bits_per_byte": last["bits_per_byte"],
@@ -138,16 +150,18 @@ class Bench:
             "seconds": round(sum(step["step_seconds"] for step in training), 1),
             "load": round(os.getloadavg()[0], 1),
         }
-        self.record.save(cells=self.cells)
+        with self.writing:
+            self.cells[key] = found
+            self.record.save(cells=self.cells)
         print(f"{key}: {last['val_loss']:.4f}, averaged {last['val_loss_ema']:.4f}", flush=True)
         shutil.rmtree(run_dir)
 
     def best_rate(self, width: int, name: str) -> float | None:
-        """The rate of the grid with the lowest loss; None before the whole grid is done."""
-        keys = {lr: cell_name(width, name, lr, 1, self.options.steps) for lr in GRIDS[name]}
-        if not self.cells.keys() >= set(keys.values()):
+        """The rate of the grid with the lowest mean loss; None before the whole grid is done."""
+        keys = {lr: [cell_name(width, name, lr, seed, self.options.steps) for seed in GRID_SEEDS] for lr in GRIDS[name]}
+        if not self.cells.keys() >= set(itertools.chain(*keys.values())):
             return None
-        return min(keys, key=lambda lr: self.cells[keys[lr]]["val_loss"])
+        return min(keys, key=lambda lr: sum(self.cells[key]["val_loss"] for key in keys[lr]))
 
     def losses(self, width: int, name: str, steps: int, what: str = "val_loss") -> dict[int, float]:
         """Seed -> loss of one recipe at its tuned rate; {} before the rate is known."""
