@@ -158,7 +158,7 @@ class TrainConfig:
     loss_chunk_tokens: AtLeastOne | None = None
     "Hold the logits of at most this many tokens at a time, recomputing them in backward; none: all at once."
     bf16_residual: bool = False
-    "Keep the residual stream in bf16 under bf16 autocast: faster, slightly less exact."
+    "Keep the residual stream in bf16 under bf16 autocast: less memory, slightly less exact, no faster on an H200."
     reduction: Literal["fast", "fixed"] = "fast"
     "How gradients are summed; fixed: the same bits on 1, 2, 4 or 8 processes (on GPUs with deterministic)."
     deterministic: bool = False

@@ -257,6 +257,14 @@ def _first_weights(config, vocab_size: int, tokenizer):
     return model
 
 
+def compile_mode(how: str, device_type: str, world: int, *, sharded: bool) -> str:
+    """What `--compile` comes to, "model", "block" or "off"; see `compile_model`."""
+    if how != "auto":
+        return how
+    can_compile = device_type == "cuda" and sys.platform != "win32"  # Triton has no build for Windows
+    return "off" if not can_compile else "model" if world == 1 and not sharded else "block"
+
+
 def compile_model(model, how: str, device_type: str, world: int, *, sharded: bool = False) -> str:
     """torch.compile in place, before `prepare`: state-dict keys stay clean and autocast ends up inside the graph.
 
@@ -276,9 +284,7 @@ def compile_model(model, how: str, device_type: str, world: int, *, sharded: boo
 
     if device_type == "cuda":
         model.pad_head()
-    if how == "auto":
-        can_compile = device_type == "cuda" and sys.platform != "win32"  # Triton has no build for Windows
-        how = "off" if not can_compile else "model" if world == 1 and not sharded else "block"
+    how = compile_mode(how, device_type, world, sharded=sharded)
     if how == "model":
         if sharded:
             raise InputError(

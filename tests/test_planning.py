@@ -87,11 +87,12 @@ def test_the_124m_recipe_in_numbers_worked_out_by_hand(ten_billion, tmp_path):
     memory = found.layout.memory()
     assert memory["weights"] == memory["gradients"] == 497_759_232  # 4 bytes each
     assert memory["optimizer (adamw)"] == 995_518_464  # two moments of 4 bytes
-    assert memory["logits"] == 64 * 1024 * 50257 * 4  # compiled: bf16, and a gradient of bf16
+    assert memory["logits"] == 64 * 1024 * 50257 * 4  # compiled blocks: bf16, and a gradient of bf16
     eager = plan_of("124M", ten_billion, tmp_path, compile="off").layout.memory()
     assert eager == memory | {"logits": 64 * 1024 * 50257 * 10}
-    # Inductor's code for a GPU: about 37 GiB
-    assert sum(memory.values()) / GIB == pytest.approx(37, rel=0.15)
+    alone = plan_of("124M", ten_billion, tmp_path, processes=1).layout.memory()
+    # What an H200 needed at its peak (results/h200/adamw, without the context that torch does not count).
+    assert (sum(alone.values()) - planning.RESERVE_BYTES) / GIB == pytest.approx(28.48, rel=0.02)
     assert found.checkpoint_bytes == {"model": 497_759_232, "optimizer": 995_518_464}
     report = found.report()
     for part in ("124,439,808", batch, "9,999,745,024 tokens", "1.00 epochs", "855.2 MFLOP", "$30.45", "50% MFU"):
@@ -194,10 +195,11 @@ def test_masks_of_documents_are_what_autograd_really_saves(tiny_model, how, prec
 
 @pytest.mark.parametrize(("how", "precision"), [("model", "bf16"), ("block", "bf16"), ("block", "fp32")])
 def test_compiled_the_loss_keeps_the_logits_in_one_copy(tiny_model, how, precision):
-    """Their gradient, made in the backward pass, is the second half of COMPILED_LOGIT_BYTES."""
+    """With compiled blocks their gradient takes as much again; in one graph it takes their place (seen on an H200)."""
     measure = {"how": how, "precision": precision, "n_layer": 1}
     large, small = (saved_per_token(tiny_model | {"vocab_size": size}, **measure) for size in (4096, 2048))
-    assert 2 * (large - small) / 2048 == pytest.approx(planning.COMPILED_LOGIT_BYTES[precision], rel=0.01)
+    planned = planning.LOGIT_BYTES[how][precision]
+    assert (large - small) / 2048 == pytest.approx(planned if how == "model" else planned / 2, rel=0.01)
 
 
 def test_sharding_divides_the_states_and_muon_keeps_one_moment_of_the_matrices():
@@ -219,7 +221,7 @@ def test_sharding_divides_the_states_and_muon_keeps_one_moment_of_the_matrices()
 
 LAYOUT_124M = planning.Layout(
     n_params=SIZES["124M"][3], n_layer=12, n_embd=768, vocab_size=50257, seq_len=1024, micro_batch_size=1,
-    processes=8, precision="bf16", optimizer="adamw", compiled=True,
+    processes=8, precision="bf16", optimizer="adamw", compiled="block",
 )  # fmt: skip
 
 
@@ -230,7 +232,8 @@ LAYOUT_124M = planning.Layout(
         (79.2, 512, {}, 64),  # 36.3 GiB would fit twice, but 64 x 1024 tokens are enough
         (39.5, 512, {}, 32),  # 36.3 of 39.5 is more than 90 %
         (23.6, 512, {}, 32),  # 19.9
-        (23.6, 512, {"compiled": False}, 16),
+        (23.6, 512, {"compiled": "off"}, 16),
+        (39.5, 512, {"compiled": "model"}, 64),  # 30.2
         (23.6, 512, {"loss_chunk_tokens": 1024}, 32),
         (16, 512, {}, 16),
         (3, 512, {}, 1),  # not even one fits: the run will say that the memory ran out
@@ -256,7 +259,7 @@ def test_the_plan_chooses_as_the_run_would(ten_billion, tmp_path):
     assert plan_of("124M", ten_billion, tmp_path, micro_batch_size=8).layout.micro_batch_size == 8
     if not torch.accelerator.is_available():
         here = plan_of("124M", ten_billion, tmp_path, gpu_memory_gib=None).layout
-        assert here.micro_batch_size == 16 and not here.compiled
+        assert here.micro_batch_size == 16 and here.compiled == "off"
 
 
 def test_a_run_on_a_cpu_chooses_16_or_what_divides_and_keeps_what_it_had(tmp_path):

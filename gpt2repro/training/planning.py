@@ -5,7 +5,6 @@ All byte counts are per process. A run without `micro_batch_size` chooses its ow
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from gpt2repro.checkpoint.layout import from_all_ranks, kept_steps
 from gpt2repro.data.shards import open_split
 from gpt2repro.data.sources import is_recipe, open_source, shards_directory
 from gpt2repro.data.text import files_or_id
-from gpt2repro.models import architecture_of
+from gpt2repro.models import architecture_of, compile_mode
 from gpt2repro.options import InputError
 from gpt2repro.training.meter import flops_per_token, peak_flops
 
@@ -37,14 +36,18 @@ STATE_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}  # weights, gradients
 # Derived as in Korthikanti et al. 2022, section 4.1; test_planning.py counts the tensors that our model really saves.
 BLOCK_BYTES = {"fp64": 128, "fp32": 64, "bf16": 36, "fp16": 36}
 STREAM_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp16": 4}  # the residual stream, all that recomputation keeps
-# At the loss: logits, their fp32 copy and its log-softmax (2 + 4 + 4); fp32 needs no copy (4 + 4). Compiled, copy and
-# log-softmax are never written, which leaves the logits and their gradient (2 + 2). A block keeps 36 bytes in bf16 if
-# the whole model is compiled too, and 34 where each block is. The tests count both; Inductor's code for a GPU, read
-# without one, needs about 37 GiB for 64 x 1024 tokens of 124M.
-LOGIT_BYTES = {"fp64": 16, "fp32": 8, "bf16": 10, "fp16": 10}
-COMPILED_LOGIT_BYTES = {"fp64": 16, "fp32": 8, "bf16": 4, "fp16": 4}
+# A block keeps 36 bytes in bf16 if the whole model is compiled too, and 34 where each block is; the tests count both.
+# At the loss: logits, their fp32 copy and its log-softmax (2 + 4 + 4); fp32 needs no copy (4 + 4). With compiled
+# blocks copy and log-softmax are never written, which leaves the logits and their gradient (2 + 2). In one graph with
+# the model the gradient takes the logits' place (2): an H200 needed 28.5 GiB for 64 x 1024 tokens of 124M, and without
+# its last part the plan says 28.7 (results/h200).
+LOGIT_BYTES = {
+    "off": {"fp64": 16, "fp32": 8, "bf16": 10, "fp16": 10},
+    "block": {"fp64": 16, "fp32": 8, "bf16": 4, "fp16": 4},
+    "model": {"fp64": 16, "fp32": 8, "bf16": 2, "fp16": 2},
+}
 # Without `micro_batch_size`: at most so many tokens per forward pass (64 x 1024; more would hardly be faster), in so
-# much of the card. The rest is for what is not counted: no card has measured this estimate.
+# much of the card. The rest is for what is not counted.
 MOST_TOKENS, SHARE_OF_CARD = 65_536, 0.9
 SEQUENCES_WITHOUT_CARD = 16
 # More passes over one corpus than this are a forgotten --max_steps, or another corpus than was meant.
@@ -72,18 +75,18 @@ class Layout:
     gradient_checkpointing: bool = False
     sharded: bool = False
     loss_chunk_tokens: int | None = None
-    compiled: bool = False
+    compiled: str = "off"  # or "block" or "model"
     averaged: bool = False
     masked: bool = False
     fixed_batch_tokens: int | None = None  # tokens per step of a run with reduction=fixed
 
     @classmethod
-    def of(cls, config, *, on_gpu: bool, **sizes) -> "Layout":
+    def of(cls, config, *, on_gpu: bool, processes: int, sharded: bool, **sizes) -> "Layout":
         """The layout of a TrainConfig's run; `sizes` are the fields that the config does not settle."""
-        # Triton has no build for Windows; models.compile_model has the same rule.
-        auto = on_gpu and sys.platform != "win32"
         return cls(
             **sizes,
+            processes=processes,
+            sharded=sharded,
             seq_len=config.seq_len,
             micro_batch_size=config.micro_batch_size or 1,
             optimizer=config.optimizer,
@@ -91,7 +94,7 @@ class Layout:
             masked=config.documents == "mask" and config.attn_implementation == "sdpa",
             gradient_checkpointing=config.gradient_checkpointing,
             loss_chunk_tokens=config.loss_chunk_tokens,
-            compiled=auto if config.compile == "auto" else config.compile != "off",
+            compiled=compile_mode(config.compile, "cuda" if on_gpu else "cpu", processes, sharded=sharded),
             fixed_batch_tokens=config.batch_tokens if config.reduction == "fixed" else None,
         )
 
@@ -131,7 +134,7 @@ class Layout:
             copies = 1 if self.gradient_checkpointing else self.n_layer
             parts["attention masks (at most)"] = tokens * self.seq_len * (1 + copies * (2 if half else width))
         logits = min(tokens, self.loss_chunk_tokens or tokens) * self.vocab_size
-        parts["logits"] = logits * (COMPILED_LOGIT_BYTES if self.compiled else LOGIT_BYTES)[self.precision]
+        parts["logits"] = logits * LOGIT_BYTES[self.compiled][self.precision]
         parts["context, workspaces (estimate)"] = RESERVE_BYTES
         return parts
 
@@ -213,7 +216,7 @@ class Plan:
             f"work         {self.flops_per_token / 1e6:,.1f} MFLOP per token, "
             f"{self.flops_per_token * self.tokens:.3g} FLOP in all",
             f"memory       {_gib(layout.needs())} of {self.gpu_memory_gib:,.0f} GiB per process, "
-            f"{'compiled' if layout.compiled else 'not compiled'}",
+            f"{'not compiled' if layout.compiled == 'off' else 'compiled'}",
             *(f"  {_gib(size):>11}  {part}" for part, size in memory.items()),
             f"time         at {stated}, {processes} process{'es' if processes > 1 else ''}",
         ]

@@ -36,6 +36,7 @@ from gpt2repro.files import check_outputs, write_json
 from gpt2repro.options import AtLeastOne, InputError, Positive, first_line
 from gpt2repro.training.reference import commit
 
+LEAST_ROUNDS = 3  # also where the minutes are over: one round has no spread
 RECORDS = Path("results/benchmarks")  # seen from the project's root, where the commands are run
 # A record names their versions, since speed depends on them.
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "tiktoken", "datasets")
@@ -140,7 +141,7 @@ class Record:
         candidates, took = dict(candidates), {name: [] for name in candidates}
         gc.collect()
         for turn in range(-warmup, rounds or self.rounds):
-            if turn > 0 and time.monotonic() > self.deadline:
+            if turn >= LEAST_ROUNDS and time.monotonic() > self.deadline:
                 break
             for name in list(candidates)[:: 1 if turn % 2 == 0 else -1]:
                 seconds = self.attempt(name, lambda name=name: timed(candidates[name]))
