@@ -40,7 +40,7 @@ def test_peak_flops_are_the_datasheets_or_unknown(name, tflops):
     assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
 
 
-def test_speed_counts_training_time_only(monkeypatch):
+def test_speed_counts_training_time_only(monkeypatch, fresh_accelerate):
     from accelerate import Accelerator
 
     accelerator, clock = Accelerator(cpu=True), SimpleNamespace(now=100.0)
@@ -59,7 +59,7 @@ def test_speed_counts_training_time_only(monkeypatch):
     assert meter.read()[0]["tokens_per_second"] == 100.0
 
 
-def test_a_reading_holds_every_step_since_the_last_one_in_order():
+def test_a_reading_holds_every_step_since_the_last_one_in_order(fresh_accelerate):
     from accelerate import Accelerator
 
     meter = Meter(Accelerator(cpu=True), batch_tokens=10, flops_per_token=1.0, device_peak=None)

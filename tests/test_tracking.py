@@ -20,7 +20,7 @@ from gpt2repro.training.tracking import RunLog
 
 
 @pytest.fixture(autouse=True)
-def accelerate_is_there():
+def accelerate_is_there(fresh_accelerate):
     """A tracker of Accelerate asks which process is the main one."""
     from accelerate import PartialState
 

@@ -289,7 +289,7 @@ def test_every_preset_is_a_valid_configuration():
         assert config.run_dir == Path("runs") / name
 
 
-def test_an_overflow_of_fp16_is_the_scalers_business_and_no_bad_number(corpus, tmp_path, monkeypatch):
+def test_an_overflow_of_fp16_is_the_scalers_business_and_no_bad_number(corpus, tmp_path, monkeypatch, fresh_accelerate):
     """Accelerate knows fp16 on GPUs only, so a scaler of torch is put into a run on the CPU; the optimizer is fused."""
     import torch
     from accelerate import Accelerator
