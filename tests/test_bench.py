@@ -336,7 +336,7 @@ def test_recipes_are_measured_cell_by_cell_and_a_second_start_does_the_rest(tmp_
     assert rows["Muon, all together"]["against_plain"]["mean"] == pytest.approx(-0.1)
     assert rows["AdamW, linear to 0"]["against_adamw"]["pairs"] == 3
     # The finalist's loss is 0.094 lower at 40 steps and 0.2 higher at 20; in between straight in the tokens' logarithm.
-    needed = content["results"]["tokens_needed"]["24, Muon, all together"]
+    needed = content["results"]["tokens_needed"]["Muon, all together, to the loss of AdamW, width 24"]
     assert needed == pytest.approx(2 ** -(0.094 / 0.2), rel=1e-2)
     assert "| 24 | AdamW, linear to 0 + EMA |" in capsys.readouterr().out
 

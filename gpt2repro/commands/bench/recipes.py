@@ -12,8 +12,9 @@ seed can be one at which the next seed's loss jumps up. Every run also keeps a m
 whose loss is listed beside its own.
 
 The tokens that a recipe needs are not read off the middle of a long run, where the learning rate has not fallen yet.
-Shorter runs are trained to their end, and the length that reaches tuned AdamW's loss lies between two of them. The
-record is written cell by cell, and the next start goes on with what is missing.
+Shorter runs are trained to their end, and the length that reaches AdamW's loss lies between two of them: the loss of
+tuned AdamW, and that of the best of its variants, which was not known before the runs. The record is written cell by
+cell, and the next start goes on with what is missing.
 """
 
 import itertools
@@ -55,7 +56,13 @@ RECIPES = {
     "Muon at AdamW's rate, matrices at 4 times it": ("AdamW", [*MUON, "--muon_lr_scale", "4"]),
 }
 FINALISTS = ("Muon", "Muon, all together")
-LENGTHS = (0.35, 0.5, 0.7)  # of the whole run, for the finalists
+LENGTHS = (0.2, 0.35, 0.5, 0.7)  # of the whole run, for the finalists
+# The goals of the best recipe, at the smallest and the largest width.
+GOALS = {
+    f"{name}, to the loss of AdamW, width {width}": goal
+    for name in FINALISTS
+    for width, goal in ((72, 0.45), (240, 0.55))
+}
 MORE_SEEDS = 2  # for the finalists, and for AdamW, with which they are compared
 
 
@@ -178,15 +185,19 @@ class Bench:
                 if found := self.losses(width, name, steps, what):
                     rows.append(self.row(width, name, what, found))
         widths = self.options.widths
-        needed = {f"{width}, {name}": self.tokens_needed(width, name) for width in widths for name in FINALISTS}
+        needed = {
+            f"{name}, to the loss of {baseline}, width {width}": self.tokens_needed(width, name, baseline)
+            for width in widths
+            for baseline in dict.fromkeys(("AdamW", self.best_of_adamw(width)))
+            for name in FINALISTS
+        }
         rates = {f"{width}, {name}": self.best_rate(width, name) for width in widths for name in GRIDS}
         missing = [width for width in widths if not self.losses(width, "AdamW", steps)]
         self.record.save(comparisons=rows, tokens_needed=needed, rates=rates, widths_not_run=missing)
         print("\n".join(["", *markdown(rows)]))
         for key, part in needed.items():
             if part is not None:
-                measure = f"tokens to tuned AdamW's loss, width {key}, part of AdamW's"
-                self.record.figure(measure, part, unit="", goal=0.45 if key.startswith("72") else None, at_most=True)
+                self.record.figure(f"part of the tokens: {key}", part, unit="", goal=GOALS.get(key), at_most=True)
 
     def row(self, width: int, name: str, what: str, found: dict[int, float]) -> dict:
         """One recipe against the plain recipe of its rate and against tuned AdamW, at equal tokens."""
@@ -202,18 +213,24 @@ class Bench:
             "against_adamw": paired(found, self.losses(width, "AdamW", steps)),
         }  # fmt: skip
 
-    def tokens_needed(self, width: int, name: str) -> float | None:
-        """The part of AdamW's tokens with which a recipe reaches its loss: straight in log tokens between two lengths.
+    def best_of_adamw(self, width: int) -> str:
+        """The recipe without Muon whose mean loss is lowest; AdamW itself before there is a variant."""
+        names = [name for name, (_, flags) in RECIPES.items() if "muon" not in flags]
+        losses = {name: self.losses(width, name, self.options.steps) for name in names}
+        return min(filter(losses.get, names), key=lambda name: statistics.mean(losses[name].values()), default="AdamW")
+
+    def tokens_needed(self, width: int, name: str, baseline: str) -> float | None:
+        """The part of the tokens with which a recipe reaches a baseline's loss: log-linear between two lengths.
 
         None where no length was run on one side of that loss.
         """
         steps = self.options.steps
-        baseline = self.losses(width, "AdamW", steps)
+        whole = self.losses(width, baseline, steps)
         runs = {part: self.losses(width, name, round(part * steps)) for part in (*LENGTHS, 1.0)}
-        seeds = set(baseline).intersection(*runs.values())
+        seeds = set(whole).intersection(*runs.values())
         if not seeds:
             return None
-        goal = statistics.mean(baseline[seed] for seed in seeds)
+        goal = statistics.mean(whole[seed] for seed in seeds)
         means = [(math.log(part), statistics.mean(found[seed] for seed in seeds)) for part, found in runs.items()]
         for (left, above), (right, below) in itertools.pairwise(means):
             if above > goal >= below:
