@@ -289,9 +289,10 @@ def read_yaml(name: str, flag: str = "--config") -> dict:
         path = PRESETS / f"{name}.yaml"
     try:
         with path.open("rb") as file:
-            text = file.read(LARGEST_YAML_BYTES + 1).decode("utf-8")
-        if len(text) > LARGEST_YAML_BYTES:
+            content = file.read(LARGEST_YAML_BYTES + 1)
+        if len(content) > LARGEST_YAML_BYTES:
             raise ValueError(f"it has more than {LARGEST_YAML_BYTES} bytes")
+        text = content.decode("utf-8")
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("anchors and aliases are not allowed, since a few of them can fill the memory")
@@ -330,8 +331,6 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _convert(value: Any, kind: Any) -> Any:
     """`value` as `kind`. Raises: ValueError saying what was expected."""
-    if value is _NO_VALUE:
-        raise ValueError("needs a value")
     if isinstance(value, str) and value.lower() == "none" and _without_none(kind) is not kind:
         return None
     if isinstance(value, bool) and "bool" not in str(kind) and kind is not Any:

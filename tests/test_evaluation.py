@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from gpt2repro.evaluation import losses as evaluation
 from gpt2repro.evaluation.multiple_choice import score
 from gpt2repro.evaluation.perplexity import detokenize_wikitext, sliding_window_loss
 from gpt2repro.options import InputError
+from gpt2repro.training.evaluator import Evaluator
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,6 +177,21 @@ def environment() -> dict:
     import os
 
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize(("eos", "seq_len"), [(True, 32), (False, 32), (True, 1), (False, 1)])
+def test_samples_need_neither_an_end_of_text_nor_a_long_window(fresh_accelerate, eos, seq_len):
+    from accelerate import Accelerator
+
+    model, tokenizer, _ = build()
+    if not eos:
+        tokenizer.eos_token = None
+    evaluator = Evaluator.__new__(Evaluator)  # what it prepares for losses and tasks is not needed
+    evaluator.config = SimpleNamespace(sample_tokens=4, sample_prompts=["The dogs pull"], seq_len=seq_len, seed=1)
+    evaluator.accelerator, evaluator.model = Accelerator(cpu=True), model
+    evaluator.source = SimpleNamespace(tokenizer=tokenizer)
+    (text,) = evaluator.samples()
+    assert ("The dogs pull" in text) == (seq_len == 32)
 
 
 # --- perplexity of a text, last words

@@ -117,6 +117,12 @@ def test_a_broken_yaml_file_gets_a_sentence(config, text):
     assert "config" in refusal("--config", config(text))
 
 
+def test_a_yaml_file_over_the_limit_is_refused_and_not_cut(config):
+    """Two bytes a character: its first 2^20 bytes are whole YAML, and what follows them would be lost."""
+    text = "seed: 1\n#" + "é" * 600_000 + "\nlr: 1.0\n"
+    assert "more than 1048576 bytes" in refusal("--config", config(text))
+
+
 def test_a_config_that_is_neither_file_nor_preset_names_the_presets(tmp_path, monkeypatch):
     monkeypatch.setattr(options_module, "PRESETS", tmp_path)
     (tmp_path / "small.yaml").write_text("lr: 0.5\n")

@@ -271,6 +271,22 @@ def test_bounded_cache_gives_the_same_batches(open_stream, parquet_file):
     assert sum(path.stat().st_size for path in source.cache.directory.glob("group_*.bin")) <= 8e3
 
 
+def test_a_cached_file_that_another_process_removes_meanwhile_is_no_fault(open_stream, parquet_file, monkeypatch):
+    source, stat = open_stream(parquet_file, cache="small", cache_gib=8e3 / 2**30), Path.stat
+    take(source, 20)
+
+    def gone(path, **how):
+        if path.name.startswith("group_") and path.suffix == ".bin" and gone.path in (None, path):
+            gone.path = path
+            raise FileNotFoundError(path)
+        return stat(path, **how)
+
+    gone.path = None
+    monkeypatch.setattr(Path, "stat", gone)
+    source.cache._make_room(source.cache.directory / "group_none.bin")
+    assert gone.path is not None
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, where every write finds the disk full")
 def test_full_disk_is_a_sentence(open_stream, parquet_file, monkeypatch):
     source = open_stream(parquet_file)

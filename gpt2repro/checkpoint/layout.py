@@ -75,10 +75,6 @@ def pointed_step(directory: Path, name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def piece_name(rank: int, writers: int) -> str:
-    return f"trainer_state/optimizer-{rank:05d}-of-{writers:05d}.safetensors"
-
-
 def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()

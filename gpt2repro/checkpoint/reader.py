@@ -84,7 +84,8 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
 
     Raises: InputError also where model.safetensors or tokenizer.json differs from checksums.json.
     """
-    path = Path(find_model(model, any_architecture=any_architecture))
+    found = find_model(model, any_architecture=any_architecture)
+    path = Path(found)
     # What is about to be loaded, and no more: the optimizer's files are several times as large.
     inside = layout.EMA if (path.parent / "checksums.json").is_file() and f"{path.name}/" == layout.EMA else ""
     checksums = read_json_if_whole((path.parent if inside else path) / "checksums.json") or {}
@@ -95,7 +96,7 @@ def resolve_model(model: str, *, any_architecture: bool = False) -> str:
             raise InputError(
                 f"{path}: {name} is not what was written (its sha256 differs); if you changed it, remove checksums.json"
             )
-    return str(path)
+    return found  # a Hub id as it was given: on Windows a path would turn its slash around
 
 
 def fetch_model(name: str) -> str:

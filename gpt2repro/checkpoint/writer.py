@@ -233,7 +233,7 @@ class CheckpointWriter:
             try:
                 if pieces or self.rank == 0:
                     (aside / "trainer_state").mkdir(parents=True, exist_ok=True)
-                    piece = layout.piece_name(self.rank, writers)
+                    piece = f"trainer_state/optimizer-{self.rank:05d}-of-{writers:05d}.safetensors"
                     # One entry only: safetensors writes several in random order, and equal states have equal files.
                     save_file(pieces, aside / piece, metadata={"rows": json.dumps(rows, sort_keys=True)})
                     checksums[piece] = _settle(aside / piece)

@@ -60,7 +60,6 @@ def main(argv: list[str]) -> int:
         save_file(mean([*checkpoints.values()]), out / "model.safetensors", metadata={"format": "pt"})
         sums = {path.name: sha256_of(path / "checksums.json") for path in checkpoints.values()}
         made = {"kind": "mean", "run": run.resolve().name, "steps": [*checkpoints], "sha256_of_checksums": sums}
-        write_json(out / "average.json", made)
         made["validation"] = losses(run, {newest.name: newest, "mean": out}, options.device)
         write_json(out / "average.json", made)
     for name, loss in made["validation"].items():
@@ -73,16 +72,13 @@ def mean(checkpoints: list[Path]) -> dict:
     """Name -> the mean of a weight over the checkpoints, added up in fp64, in the stored precision."""
     import contextlib
 
-    import torch
-
     from gpt2repro.checkpoint.tensors import open_tensors
 
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open_tensors(path / "model.safetensors")) for path in checkpoints]
-        names = files[0].keys()
         means = {}
-        for name in names:
-            total = sum(file.get_tensor(name).to(torch.float64) for file in files)
+        for name in files[0].keys():  # noqa: SIM118 - an open file, not a dict
+            total = sum(file.get_tensor(name).double() for file in files)
             means[name] = (total / len(files)).to(files[0].get_tensor(name).dtype)
         return means
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2repro.models import load_for_comparison
-from gpt2repro.options import Problems, parse_options, taken
+from gpt2repro.options import InputError, Problems, parse_options, taken
 
 # |logit difference| in fp32; llama.cpp keeps its cache in fp16.
 TOLERANCE = {"onnx": 1e-3, "ct2": 1e-3, "gguf": 0.1}
@@ -63,7 +63,10 @@ def main(argv: list[str]) -> int:
         if options.format != "gpt2":
             convert = {"onnx": exports.to_onnx, "ct2": exports.to_ct2, "gguf": exports.to_gguf}[options.format]
             tool = [options.converter or Path(shutil.which(CONVERTER))] if options.format == "gguf" else []
-            record["converter"], logits = convert(native, out, *tool)
+            try:
+                record["converter"], logits = convert(native, out, *tool)
+            except ImportError as error:
+                raise InputError(f"this format needs {error.name}: pip install 'gpt2repro[export]'") from None
             record["difference"] = None if logits is None else exports.compare(model, logits, TOLERANCE[options.format])
             result = "not run: pip install 'gpt2repro[gguf]'"
             result = result if logits is None else f"logits differ by at most {record['difference']:.1e}"

@@ -10,7 +10,6 @@ stdout or --out, everything else to stderr. The same seed gives the same text, w
 
 import contextlib
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -76,11 +75,6 @@ def main(argv: list[str]) -> int:
         model, tokenizer, _ = options.load()
         (converse if options.interactive else print_samples)(model, tokenizer, options)
         return 0
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python writes once more when it ends
-        if isinstance(error, BrokenPipeError):  # the reader of the text, such as `head`, has ended
-            return 0
-        raise InputError(f"cannot write the text: {error.strerror}") from None
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error):
             raise

@@ -33,16 +33,15 @@ Knows no files but the recipe, no tokens, no ranks.
 
 from __future__ import annotations
 
-import difflib
 import heapq
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from fractions import Fraction
 from itertools import zip_longest
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from gpt2repro.options import LARGEST_COUNT, InputError, read_yaml
+from gpt2repro.options import LARGEST_COUNT, InputError, nearest, read_yaml
 
 # Raise it when the same (recipe, seed, position) would give another window: also with sources.SHARD_ORDER_VERSION.
 RECIPE_ORDER_VERSION = 1
@@ -54,19 +53,17 @@ Tokens = Annotated[int, Field(strict=True, ge=0, le=LARGEST_COUNT)]
 Tree = str | tuple  # a source, or (a, b, left, right): `left` has the share a / b of the node
 
 
-class SourceEntry(BaseModel):
+class SourceEntry(BaseModel, extra="forbid"):
     """`data` as in `--data`, but no stream; `epochs`: most passes over it; `sha256`: what the data must have."""
 
-    model_config = ConfigDict(extra="forbid")
     data: Annotated[str, Field(min_length=1)]
     epochs: Annotated[int, Field(strict=True, ge=1)] | None = None
     sha256: str | None = None
 
 
-class Phase(BaseModel):
+class Phase(BaseModel, extra="forbid"):
     """Weights that hold from a token of the run on; they need not add up to 1."""
 
-    model_config = ConfigDict(extra="forbid")
     from_tokens: Tokens
     weights: Annotated[dict[str, Weight], Field(min_length=1)]
 
@@ -80,8 +77,7 @@ class Phase(BaseModel):
         return f"{shown} from token {self.from_tokens:,}"
 
 
-class _Content(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Content(BaseModel, extra="forbid"):
     sources: Annotated[dict[Name, SourceEntry], Field(min_length=1, max_length=MOST_SOURCES)]
     phases: Annotated[list[Phase], Field(min_length=1, max_length=MOST_PHASES)]
 
@@ -106,13 +102,9 @@ class Recipe:
         if problem := self._problem():
             raise InputError(f"{name}: {problem}")
         self._trees = [_tree(phase.shares()) for phase in self.phases]
-        self._before: list[dict[str, int]] = []  # of each phase: what its sources gave before it
-        given = dict.fromkeys(self.sources, 0)
-        for number, phase in enumerate(self.phases):
-            self._before.append({source: given[source] for source in phase.weights})
-            if number + 1 < len(self.phases):
-                for source, count in _counts(self._trees[number], self.starts[number + 1] - self.starts[number]):
-                    given[source] += count
+        self._before = [dict.fromkeys(self.sources, 0)]  # of each phase: what the sources gave before it
+        for start in self.starts[1:]:
+            self._before.append(self.counts(start))  # which looks only at the phases before it
 
     def _problem(self) -> str | None:
         """What types cannot say, as a sentence that names the place."""
@@ -131,11 +123,8 @@ class Recipe:
             place = f"phases[{number}]"
             for name in phase.weights:
                 if name not in self.sources:
-                    near = difflib.get_close_matches(name, list(self.sources), n=1)
-                    return (
-                        f"{place}.weights.{name} is none of the sources ({', '.join(self.sources)})"
-                        + (f"; did you mean {near[0]}" if near else "; add it to sources")
-                    )  # fmt: skip
+                    hint = nearest(name, self.sources) or "; add it to sources"
+                    return f"{place}.weights.{name} is none of the sources ({', '.join(self.sources)}){hint}"
             if number == 0 and phase.from_tokens != 0:
                 return f"{place}.from_tokens is {phase.from_tokens}; the first phase begins at 0"
             if number and self.starts[number] <= self.starts[number - 1]:
@@ -159,12 +148,9 @@ class Recipe:
 
     def counts(self, position: int) -> dict[str, int]:
         """Source -> how many of the windows before `position` it gave."""
-        given = dict.fromkeys(self.sources, 0)
-        for number, (start, tree) in enumerate(zip(self.starts, self._trees, strict=True)):
-            end = min([position, *self.starts[number + 1 : number + 2]])
-            for source, count in _counts(tree, max(0, end - start)):
-                given[source] += count
-        return given
+        phase = max(0, bisect_left(self.starts, position) - 1)
+        given, windows = self._before[phase], position - self.starts[phase]
+        return given | {source: given[source] + count for source, count in _counts(self._trees[phase], windows)}
 
     def too_short(self, position: int, windows: dict[str, int]) -> str | None:
         """The sentence for a source that ends before `position`, by its `epochs`; `windows` are those of one epoch."""

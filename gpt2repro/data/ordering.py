@@ -43,8 +43,6 @@ class Permutation:
     """
 
     def __init__(self, n: int, seed: int):
-        if n < 1:
-            raise ValueError(f"a permutation needs at least one element, got n={n}")
         bits = max((n - 1).bit_length(), SMALLEST_DOMAIN_BITS)
         low_bits, high_bits = bits // 2, bits - bits // 2
         self.n = n

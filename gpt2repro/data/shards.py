@@ -511,9 +511,7 @@ def _foreign_shape(path: Path) -> tuple[np.dtype, int, int]:
 
 def _header(dtype: np.dtype, tokens: int) -> bytes:
     magic, version = next((magic, version) for magic, (version, kind) in MAGIC.items() if kind == dtype)
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, tokens
-    return header.tobytes()
+    return np.array([magic, version, tokens] + [0] * 253, "<i4").tobytes()
 
 
 def _read_header(path: Path) -> tuple[np.dtype, int]:

@@ -22,6 +22,7 @@ Legend: T seq_len, N windows per epoch = (tokens - 1) // T, W world. Knows no mo
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Iterator
@@ -162,7 +163,7 @@ class RecipeSource(ShardSource):
         self.seq_len, self.seed, self.vocab_size = first.seq_len, first.seed, first.vocab_size
         self.recut_windows = first.recut_windows
         self.directory = next((part.directory for part in sources.values() if part.manifest), first.directory)
-        self.tokens_per_epoch = None  # each source has its own epochs
+        self.tokens_per_epoch, self.windows = None, math.inf  # each source has its own epochs
 
     def identity(self) -> dict:
         """What the order of windows follows from; `mixture.changed_past` says what of it may change on resume."""
@@ -181,11 +182,6 @@ class RecipeSource(ShardSource):
             name, _, file = key.rpartition("/")
             if part := self.sources.get(name or began):
                 part.check_digests({file: digest})
-
-    def check_batch(self, sequences: int, world: int = 1) -> None:
-        """Raises: InputError if `sequences` does not divide among the ranks."""
-        if sequences % world:
-            raise InputError(f"a batch of {sequences} sequences does not divide among {world} processes")
 
     def check_length(self, position: int) -> None:
         """Raises: InputError if a source of limited `epochs` ends before this position."""

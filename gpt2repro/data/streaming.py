@@ -215,8 +215,6 @@ class StreamSource:
         if not self._held_out_groups:
             spans = spans[~_held_out(np.arange(len(spans)))]
         first, last = part * len(spans) // self.parts, (part + 1) * len(spans) // self.parts
-        if first == last:
-            return spans[:0]
         return spans[Permutation(len(spans), derive_seed(self.seed, ROW_ORDER, epoch, group))(np.arange(first, last))]
 
     def _open_validation(self) -> TokenSplit | None:

@@ -342,15 +342,10 @@ class TextSource:
     revision: str | None = None  # the Hub's commit; None for local files
     content: str = ""  # sha256 of the names, sizes and ends of local files
 
-    def facts(self) -> dict:
-        """The fields of old: JSON that is hashed and remembered. `TextSource(**facts)` is the same source."""
-        names = ("name", "kind", "files", "groups", "text_column", "config", "revision", "content")
-        return {name: getattr(self, name) for name in names}
-
     @property
     def sha256(self) -> str:
         """Names the documents and their groups, wherever the files lie."""
-        decisive = self.facts()
+        decisive = {**vars(self)}
         if self.revision is None:  # local files may be moved
             decisive |= {"name": "", "files": [Path(file).name for file in self.files]}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

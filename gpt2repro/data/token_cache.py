@@ -89,9 +89,12 @@ class TokenCache:
     def _make_room(self, newest: Path) -> None:
         if self.limit_bytes is None:
             return
-        files = {path: path.stat() for path in self.directory.glob("group_*.bin") if path != newest}
-        total = newest.stat().st_size + sum(facts.st_size for facts in files.values())
-        for path in sorted(files, key=lambda path: files[path].st_mtime):
+        files = {}
+        for path in self.directory.glob("group_*.bin"):
+            with contextlib.suppress(FileNotFoundError):  # another thread or rank made room
+                files[path] = path.stat()
+        total = sum(facts.st_size for facts in files.values())
+        for path in sorted(files.keys() - {newest}, key=lambda path: files[path].st_mtime):
             if total <= self.limit_bytes:
                 break
             with contextlib.suppress(PermissionError):  # Windows keeps what is in use

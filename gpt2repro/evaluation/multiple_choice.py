@@ -419,9 +419,7 @@ def score(
     """
     weight, (rank, world) = next(model.parameters()), rank_and_world()
     device, dtype = weight.device, weight.dtype
-    if batch_tokens is None:
-        batch_tokens = 512 if device.type == "cpu" else 32768
-    batches = batches_of(prepared.groups, batch_tokens)
+    batches = batches_of(prepared.groups, batch_tokens or (512 if device.type == "cpu" else 32768))
     counts = [len(item.choices) for items in prepared.rendered.values() for item in items]
     greedy = prepared.task.greedy
     scores = torch.zeros(sum(counts), 1 + greedy, dtype=torch.float64)

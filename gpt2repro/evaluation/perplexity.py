@@ -33,9 +33,8 @@ def sliding_window_loss(
         raise InputError(f"stride={stride} must be between 1 and the window of {max_length} tokens")
     if len(ids) < 2:
         raise InputError(f"the text has {len(ids)} tokens; a perplexity needs at least 2")
-    starts = [0]
-    while starts[-1] + max_length < len(ids) - 1:  # a window of inputs [start, start + max_length) predicts one further
-        starts.append(starts[-1] + stride)
+    # A window of inputs [start, start + max_length) predicts one further.
+    starts = range(0, max(1, len(ids) - 1 - max_length + stride), stride)
     nats, device = [], device_of(model)
     with inference(model) as forward:
         for first in progress(range(0, len(starts), batch_size)):

@@ -139,15 +139,11 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 def to_onnx(native: Path, out: Path) -> tuple[str, Callable]:
     """Write model.onnx for any batch and length, beside the tokenizer; returns the converter's name and its logits."""
+    import onnx  # noqa: F401 - torch.onnx writes with it and with onnxscript
+    import onnxruntime
+    import onnxscript  # noqa: F401
     import torch
     from transformers import GPT2LMHeadModel
-
-    try:
-        import onnx  # noqa: F401 - torch.onnx writes with these two
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise _missing(error) from None
 
     how = {"dtype": torch.float32, "attn_implementation": "eager", "use_cache": False}
     plain = GPT2LMHeadModel.from_pretrained(native, **how).eval()
@@ -171,12 +167,9 @@ def to_onnx(native: Path, out: Path) -> tuple[str, Callable]:
 
 def to_ct2(native: Path, out: Path) -> tuple[str, Callable]:
     """Write CTranslate2's files in fp32, beside the tokenizer; returns as `to_onnx` does."""
+    import ctranslate2
     import numpy as np
 
-    try:
-        import ctranslate2
-    except ImportError as error:
-        raise _missing(error) from None
     need_tokenizer(native)
     files = [path.name for path in native.iterdir() if re.search(r"token|^vocab\.json$|^merges\.txt$", path.name)]
     converter = ctranslate2.converters.TransformersConverter(str(native), copy_files=files)
@@ -224,10 +217,6 @@ def _splits_as_gpt2(native: Path) -> bool:
     rules = tokenizer.get("pre_tokenizer") or {}
     plain = rules.get("type") == "ByteLevel" and rules.get("use_regex", True) and not rules.get("add_prefix_space")
     return bool(plain and tokenizer.get("normalizer") is None and tokenizer["model"].get("type") == "BPE")
-
-
-def _missing(error: ImportError) -> InputError:
-    return InputError(f"this format needs {error.name}: pip install 'gpt2repro[export]'")
 
 
 def need_tokenizer(native: Path) -> None:

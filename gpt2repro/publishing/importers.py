@@ -117,12 +117,9 @@ def read_llmc(path: Path) -> Imported:
     shapes = {"wte.weight": (padded_V, C), "wpe.weight": (T, C)}
     shapes |= {f"h.{layer}.{name}": shape for name, shape in block.items() for layer in range(L)}
     shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
-    integers = np.memmap(path, dtype=f"<i{dtype.itemsize}", mode="r", offset=LLMC_HEADER_BYTES)
-    state, start = {}, 0
-    for name, shape in shapes.items():
-        stop = start + math.prod(shape)
-        state[f"transformer.{name}"] = torch.from_numpy(integers[start:stop].copy()).view(dtype).view(shape)
-        start = stop
+    integers = np.memmap(path, dtype=f"<i{dtype.itemsize}", mode="c", offset=LLMC_HEADER_BYTES)
+    parts = torch.from_numpy(integers).view(dtype).split([math.prod(shape) for shape in shapes.values()])
+    state = {f"transformer.{name}": part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
     sizes = {"block_size": T, "vocab_size": V, "n_layer": L, "n_head": H, "n_embd": C}
     return _from_linear_layout(path, state, sizes, "gelu_new")
 
@@ -204,12 +201,10 @@ def _from_linear_layout(path: Path, state: dict, sizes: dict, activation: str) -
         )
 
     head = state.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head.double(), state.get("transformer.wte.weight", head).double()):
+    if head is not None and not torch.equal(head.double(), state.setdefault("transformer.wte.weight", head).double()):
         raise InputError(
             f"{path}: lm_head differs from the token embeddings; GPT-2 ties them, so this is another model"
         )
-    if head is not None:
-        state.setdefault("transformer.wte.weight", head)
 
     shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
     shapes |= {f"h.{layer}.{name}": shape for layer in range(L) for name, shape in _block_shapes(C).items()}

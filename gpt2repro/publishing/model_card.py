@@ -63,16 +63,11 @@ class Facts:
     model: dict  # config.json
     step: int | None = None
     options: dict = field(default_factory=dict)  # config.yaml
-    environment: dict = field(default_factory=dict)  # where it ran, from the trainer's state
+    state: dict = field(default_factory=dict)  # the trainer's: environment, identity, recipes, seconds, device_seconds
     data: dict = field(default_factory=dict)  # what the trainer calls the data's identity
-    reduction: dict = field(default_factory=dict)  # what decided the bits of a run with reduction=fixed
-    machines: list = field(default_factory=list)  # that made them
     manifest: dict = field(default_factory=dict)  # the data set's manifest.json, where it is at hand
-    seconds: float | None = None  # of training steps
-    device_seconds: float | None = None  # where the number of processes has changed
     evaluation: dict = field(default_factory=dict)  # this step's record in metrics.jsonl
     losses: dict = field(default_factory=dict)  # loss/NAME of a recipe's sources, each the last until this step
-    recipes: list = field(default_factory=list)  # that the run has had until this step
     samples: str = ""
     average: dict = field(default_factory=dict)  # average.json: how averaged weights were made
 
@@ -168,8 +163,8 @@ def card_files(
         files["loss.png"] = (run_dir / "loss.png").read_bytes()
     if options:
         files["training/config.yaml"] = f"{options}\n".encode()
-    if facts.recipes:
-        content = {name: facts.recipes[-1]["data"][name] for name in ("sources", "phases")}
+    if recipes := facts.state["recipes"]:
+        content = {name: recipes[-1]["data"][name] for name in ("sources", "phases")}
         files["training/recipe.yaml"] = yaml.safe_dump(content, sort_keys=False).encode()
     if run_dir is not None and _is_file(run_dir / "metrics.jsonl"):
         files["training/metrics.jsonl"] = _log_until(run_dir / "metrics.jsonl", facts.step)
@@ -180,16 +175,11 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
     """All facts that the checkpoint and its run state."""
     facts = Facts(model=(read_json_if_whole(directory / "config.json") or {}))
     header = read_json_if_whole(directory / "trainer_state" / "state.json") or {}
-    state = scrub(header.get("state") or {})
+    facts.state = {"environment": {}, "identity": {}, "recipes": [], **scrub(header.get("state") or {})}
     facts.average = read_json_if_whole(directory / "average.json") or {}
     facts.evaluation = (facts.average.get("validation") or {}).get("mean", {})  # of `gpt2repro average`
-    facts.step, facts.seconds = header.get("step", facts.average.get("step")), state.get("seconds")
-    facts.device_seconds = state.get("device_seconds")
-    facts.environment = state.get("environment") or {}
-    identity = state.get("identity") or {}
-    facts.data, facts.reduction = identity.get("data") or {}, identity.get("reduction") or {}
-    facts.machines = identity.get("machines") or []
-    facts.recipes = state.get("recipes") or []
+    facts.step = header.get("step", facts.average.get("step"))
+    facts.data = facts.state["identity"].get("data") or {}
     if run_dir is None:
         return facts
     if _is_file(run_dir / "config.yaml"):
@@ -202,7 +192,7 @@ def collect(directory: Path, run_dir: Path | None) -> Facts:
         if facts.average:  # the numbers of these weights, not of those that were trained
             ours = {name: value for name, value in facts.evaluation.items() if name.endswith(("_ema", "val_tokens"))}
             facts.evaluation = {name.removesuffix("_ema"): value for name, value in ours.items()}
-        for _, record in whole_lines(run_dir / "metrics.jsonl") if facts.recipes else ():
+        for _, record in whole_lines(run_dir / "metrics.jsonl") if facts.state["recipes"] else ():
             if facts.step is None or record["step"] <= facts.step:
                 facts.losses |= {name: value for name, value in record.items() if name.startswith("loss/") and value}
     samples = sorted((run_dir / "samples").glob("step_*.md"), key=step_in_name)
@@ -289,13 +279,13 @@ def _hub_dataset(facts: Facts) -> str | None:
 
 def _hub_sources(facts: Facts) -> list[str]:
     """The Hub ids of the sources of a recipe."""
-    found = [source["data"] for recipe in facts.recipes for source in recipe["data"].get("sources", {}).values()]
+    found = [source["data"] for one in facts.state["recipes"] for source in one["data"].get("sources", {}).values()]
     names = [data.removeprefix("hf://").partition("@")[0] for data in found if data.startswith("hf://")]
     return [name for name in dict.fromkeys(names) if DATASET_ID.fullmatch(name)]
 
 
 def _hardware(facts: Facts) -> str:
-    environment = facts.environment
+    environment = facts.state["environment"]
     # A CPU by its name, where the run noted it.
     if not (device := environment.get("processor") or environment.get("device")):
         return ""

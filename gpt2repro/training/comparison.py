@@ -30,14 +30,12 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> dict:
     Source: p = I_x(n/2, 1/2), x = n / (n + t^2), n degrees of freedom: Abramowitz and Stegun, 26.5.27 and 26.7.1.
     """
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    found = {"pairs": len(differences), "mean": None, "standard_error": None, "t": None, "p": None}
-    if differences:
-        found["mean"] = statistics.mean(differences)
+    mean, error = mean_and_error(differences) if differences else (None, None)
+    found = {"pairs": len(differences), "mean": mean, "standard_error": None, "t": None, "p": None}
     if len(differences) >= LEAST_PAIRS:
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
-        found |= {"standard_error": error, "p": 1.0 if found["mean"] == 0 else 0.0}
+        found |= {"standard_error": error, "p": 1.0 if mean == 0 else 0.0}
         if error:
-            freedom, t = len(differences) - 1, found["mean"] / error
+            freedom, t = len(differences) - 1, mean / error
             x = freedom / (freedom + t * t)
             found |= {"t": t, "p": float(betainc(freedom / 2, 0.5, 0, x, regularized=True))}
     return found

@@ -73,10 +73,8 @@ def evaluation_line(record: dict) -> str:
         parts.append(f"validation loss {record['val_loss']:.4f}")
         if record["bits_per_byte"] is not None:
             parts.append(f"{record['bits_per_byte']:.3f} bits per byte")
-    if "val_loss_masked" in record:
-        parts.append(f"documents apart {record['val_loss_masked']:.4f}")
-    if "val_loss_ema" in record:
-        parts.append(f"averaged weights {record['val_loss_ema']:.4f}")
+    others = {"val_loss_masked": "documents apart", "val_loss_ema": "averaged weights"}
+    parts += [f"{said} {record[name]:.4f}" for name, said in others.items() if name in record]
     parts += [f"{name[9:]} {value:.4f}" for name, value in record.items() if name.startswith("val_loss/")]
     accuracies = {name: value for name, value in record.items() if "_acc" in name and not name.endswith("_stderr")}
     return " | ".join([*parts, *(f"{name} {value:.4f}" for name, value in accuracies.items())])

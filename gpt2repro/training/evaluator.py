@@ -45,13 +45,17 @@ class Evaluator:
         config, tokenizer = self.config, self.source.tokenizer
         plain = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         sharded = is_fsdp(plain)
-        if not (config.sample_tokens and (self.accelerator.is_main_process or sharded)):
+        room = plain.config.n_positions > 1
+        if not (config.sample_tokens and room and (self.accelerator.is_main_process or sharded)):
             return []
         texts = []
         with inference(self.model):
             for index, prompt in enumerate(config.sample_prompts):
                 torch.manual_seed(step_seed(config.seed, index, 0))
-                ids = [tokenizer.eos_token_id, *tokenizer(prompt)["input_ids"]][-(config.seq_len // 2) :]
+                ids = [tokenizer.eos_token_id, *tokenizer(prompt)["input_ids"]]
+                ids = [id for id in ids if id is not None][
+                    -max(1, config.seq_len // 2) :
+                ]  # not all have an end of text
                 inputs = torch.tensor([ids], device=self.accelerator.device)  # (1, T)
                 output = plain.generate(
                     inputs,

@@ -243,8 +243,8 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
     problems: list[str] = []
     vocab_size = 50257  # of a stream's own tokenizer
     split, timetable, passes = None, [], None
-    if is_recipe(config.data):
-        try:
+    try:
+        if is_recipe(config.data):
             sequences, options = config.batch_tokens // config.seq_len, {"seq_len": config.seq_len, "seed": config.seed}
             options |= {"vocab_size": config.vocab_size, "verify": False}
             mixed = open_source(config.data, sequences=sequences, **options)
@@ -252,19 +252,13 @@ def plan(config, *, processes: int = 1, sharded: bool = False, may_write: Callab
             timetable = mixed.timetable(end, sequences)
             passes = max(count / mixed.sources[name].windows for name, count in mixed.recipe.counts(end).items())
             mixed.check_length(end)
-        except InputError as error:
-            problems.append(str(error))
-    elif config.data.startswith("stream:"):
-        try:
+        elif config.data.startswith("stream:"):
             files_or_id(config.data.removeprefix("stream:"))  # the Hub is not asked
-        except InputError as error:
-            problems.append(str(error))
-    else:
-        try:
+        else:
             split = open_split(shards_directory(config.data), "train")
             vocab_size = split.vocab_size
-        except InputError as error:
-            problems.append(str(error))
+    except InputError as error:
+        problems.append(str(error))
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "n_positions")}
     sizes["vocab_size"] = config.vocab_size or vocab_size
     if config.init_from is not None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from typing_extensions import NotRequired, TypedDict  # pydantic wants this one before Python 3.12
 
 from gpt2repro.checkpoint.layout import STEP_NAME, find_run
@@ -73,10 +73,8 @@ class Health(TypedDict):
     scaler_in_a_row: Count
 
 
-class RunState(BaseModel):
+class RunState(BaseModel, strict=True):
     """The one object that changes from step to step; a checkpoint keeps its `model_dump()`."""
-
-    model_config = ConfigDict(strict=True)
 
     step: Count = 0  # optimizer steps done
     best: Best | None = None

@@ -103,8 +103,7 @@ class Bench:
         before = (read_json_if_whole(record.path) or {}).get("results", {})
         self.data = options.data or options.work_dir / "data"
         if not self.data.exists():
-            made = ["prepare-text", "--corpus", "python-docs", "--vocab_size", VOCABULARY, "--out", self.data]
-            program(made)
+            program(["prepare-text", "--corpus", "python-docs", "--vocab_size", VOCABULARY, "--out", self.data])
         sizes = {"layers": LAYERS, "head_size": HEAD_SIZE, "seq_len": SEQ_LEN, "batch_tokens": BATCH_TOKENS}
         splits = (read_json_if_whole(self.data / "manifest.json") or {}).get("splits", {})
         epochs = round(options.steps * BATCH_TOKENS / splits["train"]["tokens"], 3) if splits else None
@@ -124,15 +123,14 @@ class Bench:
         seeds = range(1, self.options.seeds + 1)
         more_seeds = range(seeds.stop, seeds.stop + MORE_SEEDS)
         jobs = [(name, seed, 1.0) for seed in seeds for name in RECIPES]
-        jobs += [(name, seed, 1.0) for seed in more_seeds for name in ("AdamW", *FINALISTS)]
         jobs += [(name, seed, part) for seed in seeds for name in FINALISTS for part in LENGTHS]
+        jobs += [(name, seed, 1.0) for seed in more_seeds for name in ("AdamW", *FINALISTS)]
         self.train([(width, name, rates[RECIPES[name][0]], seed, round(part * whole)) for name, seed, part in jobs])
 
     def train(self, cells: list[tuple]) -> None:
         """Train the cells in their order, `workers` at a time."""
         with ThreadPoolExecutor(self.options.workers) as pool:
-            for _ in pool.map(lambda cell: self.cell(*cell), cells):
-                pass  # what a cell raises comes out here
+            list(pool.map(lambda cell: self.cell(*cell), cells))  # what a cell raises comes out here
 
     def cell(self, width: int, name: str, lr: float, seed: int, steps: int) -> None:
         """Train one run, unless the record has it or the time is over."""

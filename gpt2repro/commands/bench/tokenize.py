@@ -172,12 +172,9 @@ def peak_memory_gib(call) -> float:
     peak, parent = 0, psutil.Process(process.pid)
     while process.is_alive():
         with contextlib.suppress(psutil.NoSuchProcess):
-            peak = max(peak, sum(map(_memory, [parent, *parent.children(recursive=True)])))
+            # Only Linux knows pss; elsewhere shared pages count in every process.
+            infos = [one.memory_full_info() for one in [parent, *parent.children(recursive=True)]]
+            peak = max(peak, sum(getattr(info, "pss", info.rss) for info in infos))
         process.join(0.1)
     assert process.exitcode == 0, f"the candidate ended with {process.exitcode}"
     return peak / harness.GIB
-
-
-def _memory(process) -> int:
-    info = process.memory_full_info()
-    return getattr(info, "pss", info.rss)  # only Linux knows pss; elsewhere shared pages count in every process
