@@ -117,6 +117,7 @@ def read_llmc(path: Path) -> Imported:
     shapes = {"wte.weight": (padded_V, C), "wpe.weight": (T, C)}
     shapes |= {f"h.{layer}.{name}": shape for name, shape in block.items() for layer in range(L)}
     shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    # "c", copy on write: torch warns of arrays that nobody may write to.
     integers = np.memmap(path, dtype=f"<i{dtype.itemsize}", mode="c", offset=LLMC_HEADER_BYTES)
     parts = torch.from_numpy(integers).view(dtype).split([math.prod(shape) for shape in shapes.values()])
     state = {f"transformer.{name}": part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
